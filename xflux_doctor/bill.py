@@ -1,0 +1,53 @@
+"""The memory bill of a case: the trainer's own forecast for this job's strategy and ranks."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+from xflux_trainer import memory, samples, spec
+
+from xflux_doctor.check import Case, SkipCheck
+
+
+def need(case: Case) -> memory.Bill:
+    """What one rank of this job needs, by the model folder's own sizes where it is local.
+
+    Raises SkipCheck where the forecast does not know the job's strategy.
+    """
+    config = case.job.train
+    assert config is not None
+    if case.job.strategy not in memory.STRATEGIES:
+        raise SkipCheck(f"the forecast does not know {case.job.strategy} yet")
+    return memory.forecast(
+        config,
+        spec_of(case),
+        world_size=max(1, case.job.num_processes),
+        strategy=case.job.strategy,
+        device="cpu" if case.job.use_cpu else "cuda",
+        samples=len(dataset(config.img_dir, config.caption_type).samples),
+    )
+
+
+def spec_of(case: Case) -> spec.FluxSpec:
+    """The model's sizes: read from a local folder, else those of FLUX.1."""
+    assert case.job.train is not None
+    folder = local_model(case.job.train.base_model)
+    if folder is not None and folder.is_dir():
+        try:
+            return spec.read_folder(folder)
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # the folder's fault is WE101's to report; FLUX.1's own sizes are what it should hold
+    return spec.SPECS[case.job.train.model_name]
+
+
+def local_model(name: str) -> Path | None:
+    """The model's folder when the name is a path on this machine; `None` for a hub id."""
+    path = Path(name).expanduser()
+    return path if path.exists() or name.startswith((".", "/", "~")) else None
+
+
+@functools.lru_cache(maxsize=4)
+def dataset(img_dir: str, caption_type: str) -> samples.SampleIndex:
+    """The dataset's samples and faults. Walked once per process: several checks ask, and none changes it."""
+    return samples.find_samples(img_dir, caption_type)

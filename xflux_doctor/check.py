@@ -1,0 +1,116 @@
+"""The frame of every check: what a case is, how a check is declared, how all are run.
+
+A check is a generator under `@check`; its docstring is its help text. The frame decides skips (a needed fact is
+missing), isolates a crash, and takes the time. Only `examine` may catch any exception.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import msgspec
+
+from xflux_doctor.facts import Facts
+from xflux_doctor.finding import Finding, Status, Verdict
+from xflux_doctor.job import Job
+from xflux_doctor.matrix import Matrix, Stack
+
+
+@dataclass(frozen=True)
+class Case:
+    """Everything that a check may look at."""
+
+    facts: Facts
+    job: Job
+    matrix: Matrix
+    stack: Stack | None = None
+    """The stack that the packages are held against."""
+    stack_because: str = ""
+    accepted: frozenset[str] = frozenset()
+    """Codes that the user accepts: their errors become warnings."""
+
+
+Body = Callable[[Case], Iterator[Finding]]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check: its code (for ever), title, needed facts and body."""
+
+    code: str
+    title: str
+    needs: tuple[str, ...]
+    body: Body = field(repr=False)
+
+    @property
+    def help(self) -> str:
+        return (self.body.__doc__ or "").strip()
+
+
+def check(code: str, title: str, *, needs: tuple[str, ...] = ()) -> Callable[[Body], Check]:
+    """Declare a check. `needs` names facts (`gpus`, `torch` …) and parts of the job (`train`, `accelerate`)."""
+
+    def declare(body: Body) -> Check:
+        return Check(code, title, needs, body)
+
+    return declare
+
+
+_NOT_PROBED = {
+    "torch": "torch was not imported (quick level)",
+    "allreduce": "no all-reduce was run (quick level)",
+    "train": "no readable training file was given (--config)",
+    "accelerate": "no readable accelerate file was given (--accelerate-config)",
+    "stack": "no stack of the matrix fits this machine",
+}
+
+
+def missing(case: Case, need: str) -> str:
+    """Why a needed part of the case is not there; empty when it is."""
+    holders: dict[str, object | None] = {
+        "train": case.job.train,
+        "accelerate": case.job.accelerate,
+        "stack": case.stack,
+    }
+    value = holders[need] if need in holders else getattr(case.facts, need)
+    if value is not None:
+        return ""
+    return case.facts.unknown.get(need) or _NOT_PROBED.get(need, f"{need} is unknown")
+
+
+def examine(case: Case, checks: Iterable[Check]) -> tuple[Verdict, ...]:
+    """Run the checks in order. A check that raises becomes a `crashed` verdict; the others still run."""
+    return tuple(_run(case, item) for item in checks)
+
+
+def _run(case: Case, item: Check) -> Verdict:
+    reasons = [reason for need in item.needs if (reason := missing(case, need))]
+    if reasons:
+        return Verdict(item.code, item.title, "skipped", reason=reasons[0])
+    started = time.perf_counter()
+    try:
+        findings = tuple(_accept(case, item.code, finding) for finding in item.body(case))
+    except SkipCheck as skip:
+        return Verdict(item.code, item.title, "skipped", reason=str(skip), seconds=time.perf_counter() - started)
+    except Exception as error:  # noqa: BLE001 - one broken check must not silence the others
+        reason = f"{type(error).__name__}: {error}"
+        return Verdict(item.code, item.title, "crashed", reason=reason, seconds=time.perf_counter() - started)
+    status: Status = "ok"
+    if findings:
+        status = "error" if any(f.severity == "error" for f in findings) else "warning"
+    return Verdict(item.code, item.title, status, findings, seconds=time.perf_counter() - started)
+
+
+class SkipCheck(Exception):
+    """Raised by a check's body when it does not apply; the message is the reason."""
+
+
+def _accept(case: Case, code: str, finding: Finding) -> Finding:
+    """Give the finding its check's code; an accepted error becomes a warning that the tool will not repair."""
+    named = msgspec.structs.replace(finding, code=code)
+    if code not in case.accepted or finding.severity == "warning":
+        return named
+    because = f"{finding.because} (accepted by --accept {code})".strip()
+    return msgspec.structs.replace(named, severity="warning", because=because, edits=())

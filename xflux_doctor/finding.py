@@ -1,0 +1,109 @@
+"""What a check says: findings, the edits that mend them, and the verdict on one check.
+
+All values are frozen. `Finding` carries what was seen, what it means, and the next step, in that order; an
+`Edit` is a next step that the tool can carry out itself.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+Severity = Literal["error", "warning"]
+Status = Literal["ok", "warning", "error", "skipped", "crashed"]
+Scalar = str | int | float | bool | None
+"""A value that a YAML key can be given."""
+
+
+class Edit(msgspec.Struct, frozen=True, tag="set"):
+    """One key of one of the job's files gets one value."""
+
+    file: str
+    """`accelerate` or `train`: which of the job's files."""
+    key: tuple[str, ...]
+    """The path of keys, for example `("deepspeed_config", "zero_stage")`."""
+    value: Scalar
+    reason: str = ""
+
+
+class Rename(msgspec.Struct, frozen=True, tag="rename"):
+    """One key of one of the job's files gets another name; its value stays."""
+
+    file: str
+    key: tuple[str, ...]
+    new: str
+    reason: str = ""
+
+
+class Remove(msgspec.Struct, frozen=True, tag="remove"):
+    """One key of one of the job's files goes, with its value."""
+
+    file: str
+    key: tuple[str, ...]
+    reason: str = ""
+
+
+Change = Edit | Rename | Remove
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """One thing that is wrong, or will be when the job starts."""
+
+    code: str
+    severity: Severity
+    seen: str
+    """What was seen, with its numbers: a fact, not a judgement."""
+    because: str = ""
+    """What it means for this job."""
+    hint: str = ""
+    """What to do next."""
+    edits: tuple[Change, ...] = ()
+    commands: tuple[str, ...] = ()
+    """Shell lines for a person to run; the tool never runs them by itself, except pip after a yes."""
+    docs: str = ""
+
+
+def error(
+    seen: str,
+    because: str = "",
+    hint: str = "",
+    *,
+    edits: tuple[Change, ...] = (),
+    commands: tuple[str, ...] = (),
+    docs: str = "",
+) -> Finding:
+    """A finding that stops the job. The frame gives it its check's code."""
+    return Finding("", "error", seen, because, hint, edits, commands, docs)
+
+
+def warning(
+    seen: str,
+    because: str = "",
+    hint: str = "",
+    *,
+    edits: tuple[Change, ...] = (),
+    commands: tuple[str, ...] = (),
+    docs: str = "",
+) -> Finding:
+    """A finding that costs time, memory or quality but stops nothing."""
+    return Finding("", "warning", seen, because, hint, edits, commands, docs)
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """The outcome of one check. A skip carries its reason and is never a pass."""
+
+    check: str
+    title: str
+    status: Status
+    findings: tuple[Finding, ...] = ()
+    reason: str = ""
+    seconds: float = 0.0
+
+
+def worst(verdicts: tuple[Verdict, ...]) -> Status:
+    """The gravest status among the verdicts; `ok` where there are none."""
+    for status in ("crashed", "error", "warning"):
+        if any(verdict.status == status for verdict in verdicts):
+            return status
+    return "ok"

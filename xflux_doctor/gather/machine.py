@@ -1,0 +1,47 @@
+"""All quick facts of this machine in one value: no child process, no CUDA context, no socket, no torch."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import time
+
+from xflux_doctor import __version__
+from xflux_doctor.facts import Facts
+from xflux_doctor.gather import environment, gpus, host, packages
+
+
+def gather(python: str | None = None, package_names: tuple[str, ...] = ()) -> Facts:
+    """Look at the machine. `python` names the interpreter whose packages count."""
+    timings: dict[str, float] = {}
+    unknown: dict[str, str] = {}
+    interpreter = packages.python_facts(python)
+
+    started = time.perf_counter()
+    installed = packages.packages(interpreter, package_names)
+    timings["packages"] = time.perf_counter() - started
+
+    started = time.perf_counter()
+    nvml = gpus.read()
+    timings["nvml"] = time.perf_counter() - started
+    timings["nvml_start"] = nvml.start_seconds
+    if nvml.error:
+        unknown["gpus"] = nvml.error
+    if nvml.driver is None:
+        unknown["driver"] = nvml.error
+
+    default_config = environment.default_accelerate_config(os.environ)
+    return Facts(
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        version=__version__,
+        python=interpreter,
+        host=host.host_facts(),
+        driver=nvml.driver,
+        gpus=nvml.gpus,
+        packages=installed,
+        environment=environment.environment_facts(os.environ),
+        hub_token=environment.has_hub_token(os.environ),
+        default_accelerate_config=str(default_config) if default_config else "",
+        unknown=unknown,
+        timings=timings,
+    )

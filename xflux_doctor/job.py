@@ -1,0 +1,228 @@
+"""The job as its files describe it: the training file and accelerate's file, read and not judged.
+
+A file that cannot be read is a problem in the job, which a check turns into a finding; only a path that was
+named and does not exist is a usage error.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from xflux_trainer.config import ConfigError, TrainConfig, load_with_notes
+
+from xflux_doctor.errors import UsageError
+
+TRAIN_NAMES = ("train.yaml", "train_config.yaml")
+ACCELERATE_NAMES = ("accelerate_config.yaml", "accelerate.yaml")
+_LARGEST = 1 << 20
+"""A configuration file over 1 MiB is some other file."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One reason why a file of the job cannot be used."""
+
+    file: str
+    seen: str
+    hint: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """What would be trained, and how it would be launched."""
+
+    train_path: Path | None = None
+    train: TrainConfig | None = None
+    notes: tuple[str, ...] = ()
+    accelerate_path: Path | None = None
+    accelerate: dict[str, Any] | None = None
+    accelerate_text: str = ""
+    problems: tuple[Problem, ...] = ()
+    cpu: bool = False
+    """`--cpu` was given."""
+    gpu_limit: int | None = None
+    """Bytes per GPU that this job may use, by `--gpu-limit`."""
+    offline: bool = False
+    """`--offline` was given: nothing may be fetched."""
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A top-level key of the accelerate file."""
+        return (self.accelerate or {}).get(key, default)
+
+    def section(self, name: str) -> dict[str, Any]:
+        value = self.get(name)
+        return value if isinstance(value, dict) else {}
+
+    @property
+    def use_cpu(self) -> bool:
+        return self.cpu or self.get("use_cpu") is True
+
+    @property
+    def distributed_type(self) -> str:
+        """Upper case, as accelerate spells it; a bare YAML `NO` was read as False."""
+        value = self.get("distributed_type", "NO")
+        return "NO" if value is False else str(value).upper()
+
+    @property
+    def num_machines(self) -> int:
+        return _whole(self.get("num_machines"), 1)
+
+    @property
+    def num_processes(self) -> int:
+        """Ranks over all machines. accelerate starts one process for NO whatever the file says."""
+        if self.distributed_type == "NO":
+            return 1
+        return _whole(self.get("num_processes"), 1)
+
+    @property
+    def local_processes(self) -> int:
+        """Ranks on this machine."""
+        return max(1, self.num_processes // max(1, self.num_machines))
+
+    @property
+    def gpu_ids(self) -> str | None:
+        value = self.get("gpu_ids")
+        return None if value is None else str(value).strip()
+
+    @property
+    def deepspeed(self) -> bool:
+        return self.distributed_type == "DEEPSPEED"
+
+    @property
+    def zero_stage(self) -> int:
+        return _whole(self.section("deepspeed_config").get("zero_stage"), 2)
+
+    @property
+    def strategy(self) -> str:
+        """`single`, `ddp`, `zero0` … `zero3` or `fsdp`: how the ranks share the work."""
+        if self.deepspeed:
+            return f"zero{self.zero_stage}"
+        if self.distributed_type == "FSDP":
+            return "fsdp"
+        return "ddp" if self.num_processes > 1 else "single"
+
+
+def _whole(value: Any, default: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        return default
+    try:
+        return int(value)
+    except ValueError:
+        return default
+
+
+def read(
+    train: str | None,
+    accelerate: str | None,
+    *,
+    folder: Path,
+    default_accelerate: str = "",
+    cpu: bool = False,
+    gpu_limit: int | None = None,
+    offline: bool = False,
+) -> Job:
+    """Read the job's files, found where people keep them when they are not named.
+
+    Raises UsageError when a named path does not exist.
+    """
+    train_path = _find(train, TRAIN_NAMES, folder, "training file", "--config")
+    accelerate_path = _find(accelerate, ACCELERATE_NAMES, folder, "accelerate file", "--accelerate-config")
+    if accelerate_path is None and default_accelerate:
+        accelerate_path = Path(default_accelerate)
+    problems: list[Problem] = []
+    config, notes = _read_train(train_path, problems)
+    text, mapping = _read_accelerate(accelerate_path, problems)
+    return Job(
+        train_path=train_path,
+        train=config,
+        notes=notes,
+        accelerate_path=accelerate_path,
+        accelerate=mapping,
+        accelerate_text=text,
+        problems=tuple(problems),
+        cpu=cpu,
+        gpu_limit=gpu_limit,
+        offline=offline,
+    )
+
+
+def _find(named: str | None, usual: tuple[str, ...], folder: Path, what: str, flag: str) -> Path | None:
+    if named is not None:
+        path = Path(named)
+        if not path.exists():
+            raise UsageError(f"There is no {what} at {named}.", f"Check the path given to {flag}.")
+        if path.is_dir():
+            raise UsageError(f"{named} is a folder.", f"Give {flag} a file.")
+        return path
+    return next((folder / name for name in usual if (folder / name).is_file()), None)
+
+
+def _read_train(path: Path | None, problems: list[Problem]) -> tuple[TrainConfig | None, tuple[str, ...]]:
+    if path is None:
+        return None, ()
+    try:
+        config, notes = load_with_notes(path)
+    except ConfigError as error:
+        problems += [
+            Problem("train", f"{path}: {p.key} {p.seen}" if p.key else f"{path} {p.seen}", p.hint)
+            for p in error.problems
+        ]
+        return None, ()
+    return config, tuple(notes)
+
+
+def _read_accelerate(path: Path | None, problems: list[Problem]) -> tuple[str, dict[str, Any] | None]:
+    if path is None:
+        return "", None
+    try:
+        text, mapping = _parse(path)
+    except _Unreadable as error:
+        problems.append(Problem("accelerate", error.seen, error.hint))
+        return "", None
+    return text, mapping
+
+
+class _Unreadable(Exception):
+    def __init__(self, seen: str, hint: str) -> None:
+        self.seen, self.hint = seen, hint
+        super().__init__(seen)
+
+
+def _parse(path: Path) -> tuple[str, dict[str, Any]]:
+    new = "Write it anew with `accelerate config`, or copy the example in the README."
+    try:
+        size = path.stat().st_size
+        if size > _LARGEST:
+            raise _Unreadable(f"{path} holds {size} bytes; that is no configuration file", "Name another file.")
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        hint = "Give yourself read permission, or name another file."
+        raise _Unreadable(f"{path} cannot be read: {error.strerror}", hint) from error
+    except UnicodeDecodeError as error:
+        raise _Unreadable(f"{path} is binary, not text", "Name accelerate's YAML file.") from error
+    if "\0" in text:
+        raise _Unreadable(f"{path} is binary, not text", "Name accelerate's YAML file.")
+    try:
+        mapping = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise _Unreadable(f"{path} is not YAML: {_place(error, text)}", "Repair that line.") from error
+    if mapping is None:
+        raise _Unreadable(f"{path} is empty", new)
+    if not isinstance(mapping, dict):
+        raise _Unreadable(f"{path} holds {type(mapping).__name__}, not keys and values", new)
+    return text, mapping
+
+
+def _place(error: Exception, text: str) -> str:
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return str(error).replace("\n", " ")
+    lines = text.splitlines()
+    line = lines[mark.line] if mark.line < len(lines) else ""
+    if "\t" in line[: len(line) - len(line.lstrip())]:
+        return f"line {mark.line + 1} is indented with a tab; YAML takes only spaces"
+    return f"line {mark.line + 1}: {getattr(error, 'problem', None) or 'cannot be parsed'}"

@@ -1,0 +1,127 @@
+"""Run a probe as a child: own session, deadline, the whole group killed, last words kept.
+
+A probe is a file of this folder. It is run by path in the interpreter under test, which need not have the
+doctor installed, with the working folder kept off sys.path. A child dies with the doctor (PR_SET_PDEATHSIG).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import json
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+# `-c` puts the working folder first on sys.path: a torch.py lying there must not be what we test.
+_START = "import runpy, sys; sys.path.pop(0); del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+_PR_SET_PDEATHSIG = 1
+_LAST_WORDS = 4000
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a child ended. `code` is None when its deadline passed and it was killed."""
+
+    code: int | None
+    lines: tuple[dict[str, Any], ...]
+    """The JSON lines of its stdout."""
+    stderr: str
+    seconds: float
+
+    @property
+    def how(self) -> str:
+        """The end in words: a signal by its name, an exit code, or the deadline; then the last line of stderr."""
+        last = next((line for line in reversed(self.stderr.splitlines()) if line.strip()), "")
+        if self.code is None:
+            words = f"did not end within {self.seconds:.0f} s and was killed"
+        elif self.code < 0:
+            words = f"died by {_signal_name(-self.code)}"
+        else:
+            words = f"exited with {self.code}"
+        return f"{words}: {last.strip()}" if last and self.code != 0 else words
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+class Child:
+    """A running probe whose output goes to files, so that a full pipe can never block it."""
+
+    def __init__(self, python: str, name: str, arguments: tuple[str, ...], environment: Mapping[str, str]) -> None:
+        self._out: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed in finish()
+        self._err: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+        path = Path(__file__).with_name(f"{name}.py")
+        prctl = ctypes.CDLL(None).prctl  # found before the fork: nothing may be loaded after it
+        self._started = time.monotonic()
+        try:
+            self._process = subprocess.Popen(
+                [python, "-c", _START, str(path), *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=self._out,
+                stderr=self._err,
+                env=dict(environment),
+                start_new_session=True,
+                preexec_fn=functools.partial(prctl, _PR_SET_PDEATHSIG, signal.SIGKILL),
+            )
+        except BaseException:
+            self._out.close()
+            self._err.close()
+            raise
+
+    def poll(self) -> int | None:
+        return self._process.poll()
+
+    def finish(self, deadline: float) -> Outcome:
+        """Wait until `deadline` (time.monotonic), then kill the group, and collect what was said."""
+        code: int | None
+        try:
+            code = self._process.wait(timeout=max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            self.kill()
+        seconds = time.monotonic() - self._started
+        outcome = Outcome(code, _json_lines(_read(self._out)), _read(self._err)[-_LAST_WORDS:], seconds)
+        self._out.close()
+        self._err.close()
+        return outcome
+
+    def kill(self) -> None:
+        """End what is left of the child's group; nothing outlives its probe."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=5)
+
+
+def run(python: str, name: str, arguments: tuple[str, ...], environment: Mapping[str, str], seconds: float) -> Outcome:
+    """Run one probe to its end or its deadline."""
+    child = Child(python, name, arguments, environment)
+    return child.finish(time.monotonic() + seconds)
+
+
+def _read(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode("utf-8", errors="replace")
+
+
+def _json_lines(text: str) -> tuple[dict[str, Any], ...]:
+    found = []
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            value = json.loads(line)
+            if isinstance(value, dict):
+                found.append(value)
+    return tuple(found)
