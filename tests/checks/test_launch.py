@@ -1,0 +1,166 @@
+"""LA: each check fires on the fault and stays silent beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from conftest import XFLUX_ACCELERATE, case, findings, gpus, job, machine, packages, verdict
+
+from xflux_doctor.checks import launch
+from xflux_doctor.finding import Edit, Remove, Rename
+from xflux_doctor.job import Problem
+from xflux_doctor.matrix import Matrix
+
+
+def changed(old: str, new: str) -> str:
+    assert old in XFLUX_ACCELERATE
+    return XFLUX_ACCELERATE.replace(old, new)
+
+
+def test_unreadable_files_are_findings(matrix: Matrix) -> None:
+    work = dataclasses.replace(
+        job(), problems=(Problem("accelerate", "a is empty", "Write it."), Problem("train", "t is empty", "Write it."))
+    )
+    subject = case(matrix, machine(matrix), work)
+    assert [f.seen for f in findings(subject, launch.accelerate_readable)] == ["a is empty."]
+    assert [f.seen for f in findings(subject, launch.train_readable)] == ["t is empty."]
+    assert findings(case(matrix, machine(matrix), job()), launch.accelerate_readable) == ()
+
+
+@pytest.mark.parametrize(("count", "stack", "words"), [
+    (1, "xflux-2024", "rank 1 dies with 'RuntimeError: CUDA error: invalid device ordinal'"),
+    (2, "xflux-2024", "rank 2 dies with 'RuntimeError: CUDA error: invalid device ordinal'"),
+    (1, "cuda13", "'Duplicate GPU detected : rank 0 and rank 1 both on CUDA device'"),
+    (2, "cuda13", "'Duplicate GPU detected : rank 0 and rank 2 both on CUDA device'"),
+])  # fmt: skip
+def test_eight_processes_on_fewer_devices(matrix: Matrix, count: int, stack: str, words: str) -> None:
+    facts = machine(matrix, count=count, packages=packages(matrix, stack))
+    (finding,) = findings(case(matrix, facts, job(), stack), launch.ranks_have_devices)
+    assert "num_processes is 8" in finding.seen and "NVIDIA H100 80GB HBM3" in finding.seen
+    assert words in finding.because
+    assert finding.edits == (Edit("accelerate", ("num_processes",), count, "one rank per visible device"),)
+
+
+def test_eight_processes_on_eight_devices(matrix: Matrix) -> None:
+    assert findings(case(matrix, machine(matrix, count=8), job()), launch.ranks_have_devices) == ()
+
+
+def test_visible_devices_count_not_all_devices(matrix: Matrix) -> None:
+    facts = machine(matrix, count=8, environment={"CUDA_VISIBLE_DEVICES": "0,1,2"})
+    (finding,) = findings(case(matrix, facts, job()), launch.ranks_have_devices)
+    assert "3 devices are visible under CUDA_VISIBLE_DEVICES=0,1,2" in finding.seen
+    assert finding.edits[0] == Edit("accelerate", ("num_processes",), 3, "one rank per visible device")
+
+
+def test_gpu_ids_override_the_environment(matrix: Matrix) -> None:
+    facts = machine(matrix, count=8, environment={"CUDA_VISIBLE_DEVICES": "0"})
+    work = job(changed("num_processes: 8", "num_processes: 2\ngpu_ids: '2,3'"))
+    assert findings(case(matrix, facts, work), launch.ranks_have_devices) == ()
+
+
+def test_two_machines_share_the_ranks(matrix: Matrix) -> None:
+    work = job(changed("num_machines: 1", "num_machines: 2"))
+    assert findings(case(matrix, machine(matrix, count=4), work), launch.ranks_have_devices) == ()
+    (finding,) = findings(case(matrix, machine(matrix, count=2), work), launch.ranks_have_devices)
+    assert "(4 on this machine)" in finding.seen
+    assert finding.edits[0] == Edit("accelerate", ("num_processes",), 4, "one rank per visible device")
+
+
+def test_multi_gpu_on_one_device_becomes_no(matrix: Matrix) -> None:
+    work = job(changed("distributed_type: DEEPSPEED", "distributed_type: MULTI_GPU"))
+    (finding,) = findings(case(matrix, machine(matrix, count=1), work), launch.ranks_have_devices)
+    assert Edit("accelerate", ("distributed_type",), "NO", "one process needs no process group") in finding.edits
+
+
+@pytest.mark.parametrize("value", ["", "-1", "9", "0,0"])
+def test_no_device_is_no_edit(matrix: Matrix, value: str) -> None:
+    facts = machine(matrix, count=2, environment={"CUDA_VISIBLE_DEVICES": value})
+    (finding,) = findings(case(matrix, facts, job()), launch.ranks_have_devices)
+    assert finding.edits == () and repr(value) in finding.seen and "none of the 2 GPUs" in finding.seen
+
+
+def test_mig_is_unknown_not_ok(matrix: Matrix) -> None:
+    facts = machine(matrix, gpus=gpus("H100", 1, mig=True))
+    assert verdict(case(matrix, facts, job()), launch.ranks_have_devices).status == "skipped"
+
+
+def test_unknown_keys(matrix: Matrix) -> None:
+    work = job(XFLUX_ACCELERATE + "parallelism_config: {}\nnum_process: 8\n".replace("num_process:", "num_procesess:"))
+    work.accelerate.pop("num_processes")  # type: ignore[union-attr]
+    old = case(matrix, machine(matrix, packages=packages(matrix, "xflux-2024")), work, "xflux-2024")
+    edits = [f.edits[0] for f in findings(old, launch.keys_known)]
+    assert [type(e) for e in edits] == [Remove, Rename]
+    assert edits[1].new == "num_processes"  # type: ignore[union-attr]
+    new = case(matrix, machine(matrix), work)  # accelerate 1.15 knows parallelism_config
+    assert [f.edits[0].key for f in findings(new, launch.keys_known)] == [("num_procesess",)]
+    assert findings(case(matrix, machine(matrix), job()), launch.keys_known) == ()
+
+
+@pytest.mark.parametrize(("old", "new", "edit"), [
+    ("distributed_type: DEEPSPEED", "distributed_type: DEEP_SPEED", Edit("accelerate", ("distributed_type",), "DEEPSPEED")),
+    ("mixed_precision: bf16", "mixed_precision: bfloat16", Edit("accelerate", ("mixed_precision",), "bf16")),
+    ("mixed_precision: bf16", "mixed_precision: no", Edit("accelerate", ("mixed_precision",), "no")),
+    ("num_processes: 8", "num_processes: '8'", Edit("accelerate", ("num_processes",), 8)),
+    ("num_processes: 8", "gpu_ids: 0\nnum_processes: 1", Edit("accelerate", ("gpu_ids",), "0")),
+    ("num_processes: 8\n", "", Edit("accelerate", ("num_processes",), 1)),
+    ("distributed_type: DEEPSPEED\n", "", Edit("accelerate", ("distributed_type",), "NO")),
+])  # fmt: skip
+def test_values(matrix: Matrix, old: str, new: str, edit: Edit) -> None:
+    (finding,) = findings(case(matrix, machine(matrix), job(changed(old, new))), launch.values_known)
+    assert [(e.file, e.key, e.value) for e in finding.edits] == [(edit.file, edit.key, edit.value)]  # type: ignore[union-attr]
+
+
+def test_values_noop(matrix: Matrix) -> None:
+    assert findings(case(matrix, machine(matrix), job()), launch.values_known) == ()
+    # 0.30.1 reads a bare no as the word no
+    old = machine(matrix, packages=packages(matrix, "xflux-2024"))
+    bare = job(changed("mixed_precision: bf16", "mixed_precision: no"))
+    assert findings(case(matrix, old, bare, "xflux-2024"), launch.values_known) == ()
+
+
+@pytest.mark.parametrize(("value", "kept"), [("0,5", 1), ("0,0", None), ("0,1,-1", 2)])
+def test_silent_truncation(matrix: Matrix, value: str, kept: int | None) -> None:
+    facts = machine(matrix, count=2, environment={"CUDA_VISIBLE_DEVICES": value})
+    found = findings(case(matrix, facts, job()), launch.chosen_devices_exist)
+    if kept is None:
+        assert found == ()  # nothing is left: LA105 says so as an error
+    else:
+        assert f"of which {kept} name a GPU" in found[0].seen and found[0].severity == "warning"
+
+
+def test_devices_that_exist(matrix: Matrix) -> None:
+    facts = machine(matrix, count=2, environment={"CUDA_VISIBLE_DEVICES": "1,0"})
+    assert findings(case(matrix, facts, job()), launch.chosen_devices_exist) == ()
+
+
+def test_cpu_ranks(matrix: Matrix) -> None:
+    facts = machine(matrix, card=None, stack="cpu")
+    (finding,) = findings(case(matrix, facts, job(cpu=True), "cpu"), launch.cpu_ranks)
+    assert [(e.key, e.value) for e in finding.edits] == [(("use_cpu",), True)]  # type: ignore[union-attr]
+    cpu_file = changed("use_cpu: false", "use_cpu: true")
+    assert findings(case(matrix, facts, job(cpu_file), "cpu"), launch.cpu_ranks) == ()
+    crowded = job(cpu_file.replace("num_processes: 8", "num_processes: 99"))
+    (finding,) = findings(case(matrix, facts, crowded, "cpu"), launch.cpu_ranks)
+    assert [(e.key, e.value) for e in finding.edits] == [(("num_processes",), 16)]  # type: ignore[union-attr]
+
+
+def test_idle_gpus(matrix: Matrix) -> None:
+    work = job(changed("num_processes: 8", "num_processes: 1"))
+    (finding,) = findings(case(matrix, machine(matrix, count=2), work), launch.idle_gpus)
+    assert "1 of them will stand idle" in finding.because and finding.severity == "warning"
+    assert findings(case(matrix, machine(matrix, count=1), work), launch.idle_gpus) == ()
+
+
+def test_accumulation(matrix: Matrix) -> None:
+    (finding,) = findings(case(matrix, machine(matrix), job()), launch.accumulation_agrees)
+    assert finding.edits == (Edit("train", ("gradient_accumulation_steps",), 2, "accelerate's value wins"),)
+    same = job(gradient_accumulation_steps=2)
+    assert findings(case(matrix, machine(matrix), same), launch.accumulation_agrees) == ()
+
+
+def test_trainer_installed(matrix: Matrix) -> None:
+    bare = machine(matrix, packages=packages(matrix, "cuda13", xflux_doctor=""))
+    (finding,) = findings(case(matrix, bare, job()), launch.trainer_installed)
+    assert finding.commands == ("/venv/bin/python -m pip install xflux-doctor",)
+    assert findings(case(matrix, machine(matrix), job()), launch.trainer_installed) == ()

@@ -1,0 +1,159 @@
+"""Machines and jobs to build cases from. Values are made by hand or recorded; nothing of ours is mocked."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import yaml
+from xflux_trainer.config import TrainConfig
+
+from xflux_doctor import matrix as matrices
+from xflux_doctor.check import Case, Check, examine
+from xflux_doctor.facts import Driver, Facts, Gpu, Host, Package, PythonFacts
+from xflux_doctor.finding import Finding, Verdict
+from xflux_doctor.job import Job
+
+GIB = 1 << 30
+ROOT = Path(__file__).resolve().parent.parent
+
+# The file of X-Flux's README, whose `num_processes: 8` people copy onto machines with one or two cards.
+XFLUX_ACCELERATE = """\
+compute_environment: LOCAL_MACHINE
+debug: false
+deepspeed_config:
+  gradient_accumulation_steps: 2
+  gradient_clipping: 1.0
+  offload_optimizer_device: none
+  offload_param_device: none
+  zero3_init_flag: false
+  zero_stage: 2
+distributed_type: DEEPSPEED
+downcast_bf16: 'no'
+enable_cpu_affinity: false
+machine_rank: 0
+main_training_function: main
+mixed_precision: bf16
+num_machines: 1
+num_processes: 8
+rdzv_backend: static
+same_network: true
+tpu_env: []
+tpu_use_cluster: false
+tpu_use_sudo: false
+use_cpu: false
+"""
+
+CARDS = {
+    "V100": ("Tesla V100-SXM2-32GB", 32, (7, 0)),
+    "T4": ("Tesla T4", 15, (7, 5)),
+    "A100": ("NVIDIA A100-SXM4-80GB", 80, (8, 0)),
+    "A10": ("NVIDIA A10", 22, (8, 6)),
+    "L40S": ("NVIDIA L40S", 45, (8, 9)),
+    "H100": ("NVIDIA H100 80GB HBM3", 79, (9, 0)),
+    "H200": ("NVIDIA H200", 140, (9, 0)),
+    "B200": ("NVIDIA B200", 179, (10, 0)),
+    "5090": ("NVIDIA GeForce RTX 5090", 31, (12, 0)),
+}
+
+
+@pytest.fixture(scope="session")
+def matrix() -> matrices.Matrix:
+    return matrices.load()
+
+
+def gpus(card: str = "H100", count: int = 1, **changes: Any) -> tuple[Gpu, ...]:
+    """Equal cards, all their memory free but for `changes`."""
+    name, size, capability = CARDS[card]
+    total = size * GIB
+    return tuple(
+        Gpu(
+            **{
+                "index": index,
+                "uuid": f"GPU-{index:08d}-0000-0000-0000-000000000000",
+                "name": name,
+                "memory_total": total,
+                "memory_free": total - (400 << 20),
+                "capability": capability,
+                "pci": f"0000000{index}:00:00.0",
+                "mig": False,
+                "compute_mode": "default",
+                **changes,
+            }
+        )
+        for index in range(count)
+    )
+
+
+def packages(matrix: matrices.Matrix, stack: str, **versions: str) -> dict[str, Package]:
+    """Every package of the stack, exact; `versions` changes one ("2.5.0") or removes it ("")."""
+    found = {
+        name: Package(name, pin.version, pin.build if name.startswith("torch") else "", "/venv/site-packages")
+        for name, pin in matrix.stack(stack).packages.items()
+    }
+    found["xflux-doctor"] = Package("xflux-doctor", "0.1.0", "", "/venv/site-packages")
+    for name, version in versions.items():
+        name = name.replace("_", "-")
+        if version:
+            number, _, build = version.partition("+")
+            found[name] = Package(name, number, build, "/venv/site-packages")
+        else:
+            found.pop(name, None)
+    return found
+
+
+def machine(
+    matrix: matrices.Matrix,
+    *,
+    card: str | None = "H100",
+    count: int = 1,
+    stack: str = "cuda13",
+    driver: str = "580.159.04",
+    python: str = "3.12.3",
+    environment: dict[str, str] | None = None,
+    **changes: Any,
+) -> Facts:
+    """A healthy machine; `changes` replaces any of its facts."""
+    facts = Facts(
+        python=PythonFacts("/venv/bin/python", python, "/venv"),
+        host=Host("Linux", "x86_64", "6.8.0", "2.39", 16, 256 * GIB, 200 * GIB, None, 64 * GIB, 64 * GIB),
+        driver=Driver(driver, "13.0") if card else None,
+        gpus=gpus(card, count) if card else None,
+        packages=packages(matrix, stack),
+        environment=environment or {},
+        hub_token=True,
+        unknown={} if card else {"gpus": "there is no NVIDIA driver library", "driver": "no driver"},
+    )
+    return msgspec.structs.replace(facts, **changes)
+
+
+def job(accelerate: str | None = XFLUX_ACCELERATE, *, cpu: bool = False, **train: Any) -> Job:
+    """A job out of the accelerate file's text and train config values."""
+    config = TrainConfig(**{"img_dir": str(ROOT / "examples/demo/photos"), **train})
+    return Job(
+        train_path=Path("train.yaml"),
+        train=config,
+        accelerate_path=Path("accelerate_config.yaml") if accelerate is not None else None,
+        accelerate=yaml.safe_load(accelerate) if accelerate is not None else None,
+        accelerate_text=accelerate or "",
+        cpu=cpu,
+    )
+
+
+def case(matrix: matrices.Matrix, facts: Facts, work: Job, stack: str | None = "cuda13", **changes: Any) -> Case:
+    chosen = matrix.stack(stack) if stack else None
+    return dataclasses.replace(Case(facts, work, matrix, chosen), **changes)
+
+
+def verdict(subject: Case, check: Check) -> Verdict:
+    return examine(subject, [check])[0]
+
+
+def findings(subject: Case, check: Check) -> tuple[Finding, ...]:
+    """The findings of one check; a crash or a skip fails the test that expected a judgement."""
+    result = verdict(subject, check)
+    assert result.status not in ("crashed", "skipped"), result.reason
+    return result.findings

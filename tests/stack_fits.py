@@ -1,0 +1,12 @@
+"""Says why a stack does not fit this machine's CPU and Python; exit 1 then."""
+
+from __future__ import annotations
+
+import sys
+
+from xflux_doctor import matrix
+from xflux_doctor.gather.machine import gather
+
+why = matrix.why_not(matrix.load().stack(sys.argv[1]), gather(), cpu=True)
+print(why)
+sys.exit(1 if why else 0)

@@ -1,0 +1,150 @@
+"""The import rules of docs/design.md, read from the source by its syntax tree."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+# Floors from the ground up; inside a floor, a module may import those listed before it.
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("errors", "files", "facts", "finding", "matrix", "accelerate_keys", "visible", "job"),
+    (
+        "gather.environment", "gather.host", "gather.packages", "gather.gpus", "gather.machine",
+        "probes.torch_import", "probes.allreduce", "probes.runner", "probes.level", "check", "bill",
+    ),
+    ("checks.hardware", "checks.software", "checks.launch", "checks.memory", "checks.data", "checks.weights",
+     "checks.network", "checks"),
+    ("plan", "yamltext", "repair", "template", "launch", "explain.*", "explain", "inputs"),
+    ("guard", "supervise", "remember"),
+    ("report.summary", "report.text", "report.jsonreport", "report"),
+    ("commands.check", "commands.fix", "commands.explain", "commands.plan", "commands.matrix", "commands.run",
+     "commands", "cli"),
+)  # fmt: skip
+TORCH_STACK = {"torch", "torchvision", "transformers", "diffusers", "accelerate", "deepspeed", "peft", "optimum"}
+TORCH_FREE_TRAINER = {"config", "spec", "memory", "samples"}
+PACKAGE = ROOT / "xflux_doctor"
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+        if name != "__init__":
+            found[name] = path
+    return found
+
+
+def place(name: str) -> tuple[int, int]:
+    for floor, names in enumerate(FLOORS):
+        for position, entry in enumerate(names):
+            if name == entry or (entry.endswith(".*") and name.startswith(entry[:-1])):
+                return floor, position
+    raise AssertionError(f"{name} stands on no floor: add it to FLOORS and to docs/design.md")
+
+
+def imports(path: Path) -> list[tuple[str, str]]:
+    """(module, name) of every import of a file, at whatever depth."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, "") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            found += [(node.module or "", alias.name) for alias in node.names]
+    return found
+
+
+def own(module: str, name: str, known: dict[str, Path]) -> str | None:
+    """The module of ours that an import names, or None."""
+    if module.split(".")[0] != "xflux_doctor":
+        return None
+    whole = f"{module}.{name}".removeprefix("xflux_doctor.")
+    if whole in known:
+        return whole
+    bare = module.removeprefix("xflux_doctor").lstrip(".")
+    return bare or None
+
+
+@pytest.mark.parametrize("name", modules())
+def test_a_module_imports_only_from_below(name: str) -> None:
+    known = modules()
+    for module, symbol in imports(known[name]):
+        target = own(module, symbol, known)
+        if target is None or target == name:
+            continue
+        assert not (name.startswith(f"{target}.")), f"{name} imports its own package's __init__"
+        mine, other = place(name), place(target)
+        same_family = name.split(".")[0] == target.split(".")[0] == "explain"
+        assert other[0] < mine[0] or (other[0] == mine[0] and other[1] < mine[1]) or same_family, (
+            f"{name} (floor {mine}) imports {target} (floor {other})"
+        )
+
+
+def test_no_cycles() -> None:
+    known = modules()
+    graph = {n: {t for m, s in imports(p) if (t := own(m, s, known)) and t != n} for n, p in known.items()}
+    done: set[str] = set()
+
+    def visit(node: str, path: tuple[str, ...]) -> None:
+        assert node not in path, " → ".join((*path, node))
+        if node in done:
+            return
+        for target in graph.get(node, ()):
+            visit(target, (*path, node))
+        done.add(node)
+
+    for node in graph:
+        visit(node, ())
+
+
+@pytest.mark.parametrize("name", [n for n in modules() if not n.startswith("probes.")])
+def test_the_doctor_imports_no_torch(name: str) -> None:
+    for module, _ in imports(modules()[name]):
+        assert module.split(".")[0] not in TORCH_STACK
+
+
+@pytest.mark.parametrize("name", modules())
+def test_the_doctor_takes_only_torch_free_modules_of_the_trainer(name: str) -> None:
+    for module, symbol in imports(modules()[name]):
+        if module.split(".")[0] == "xflux_trainer":
+            part = module.partition(".")[2] or symbol
+            assert part.split(".")[0] in TORCH_FREE_TRAINER, f"{name} imports xflux_trainer.{part}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "trainer").rglob("*.py")), ids=lambda p: p.name)
+def test_the_trainer_takes_nothing_from_the_doctor(path: Path) -> None:
+    assert all(module.split(".")[0] != "xflux_doctor" for module, _ in imports(path))
+
+
+def test_sys_modules_never_holds_torch() -> None:
+    """A whole quick check and the trainer's torch-free modules, in a process of their own."""
+    code = (
+        "import sys\n"
+        "from xflux_doctor.cli import main\n"
+        "main(['check', '--quick', '--cpu'])\n"
+        "main(['matrix', 'list', '--cpu'])\n"
+        "import xflux_trainer.config, xflux_trainer.spec, xflux_trainer.memory, xflux_trainer.samples\n"
+        "heavy = {'torch', 'numpy', 'PIL', 'transformers', 'diffusers', 'accelerate', 'deepspeed'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_does_nothing(tmp_path: Path) -> None:
+    """No logging set-up and no files or folders made at import."""
+    names = [f"xflux_doctor.{n}" for n in modules() if not n.startswith("probes.")]
+    code = (
+        "import os, logging\n"
+        "import importlib\n"
+        f"for name in {names!r}: importlib.import_module(name)\n"
+        "assert not logging.getLogger().handlers\n"
+        "assert os.listdir('.') == [], os.listdir('.')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,297 @@
+"""LA: accelerate's file, the environment and the devices, compared before anything starts."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+
+from packaging.version import Version
+
+from xflux_doctor.accelerate_keys import DISTRIBUTED_TYPES, PRECISIONS, accepted_keys
+from xflux_doctor.check import Case, SkipCheck, check
+from xflux_doctor.facts import Gpu
+from xflux_doctor.finding import Change, Edit, Finding, Remove, Rename, error, warning
+from xflux_doctor.visible import parse, selected
+
+_WRAPS = Version("0.33.0")
+"""First accelerate whose ranks take device `rank % device_count` (huggingface/accelerate#2916)."""
+
+
+@check("LA101", "accelerate's file can be read")
+def accelerate_readable(case: Case) -> Iterator[Finding]:
+    """The file exists, is text, is YAML, and holds keys and values."""
+    yield from (_problem(case, p.seen, p.hint) for p in case.job.problems if p.file == "accelerate")
+    if case.job.accelerate_path is None:
+        raise SkipCheck("no accelerate file was given or found (--accelerate-config)")
+
+
+@check("LA102", "the training file can be read")
+def train_readable(case: Case) -> Iterator[Finding]:
+    """Every key is known and every value is of its type and in its range."""
+    yield from (_problem(case, p.seen, p.hint) for p in case.job.problems if p.file == "train")
+    if case.job.train_path is None:
+        raise SkipCheck("no training file was given or found (--config)")
+
+
+def _problem(case: Case, seen: str, hint: str) -> Finding:
+    return error(f"{seen.rstrip('.')}.", "The job cannot start from this file.", hint)
+
+
+@check("LA103", "accelerate knows every key of its file", needs=("accelerate",))
+def keys_known(case: Case) -> Iterator[Finding]:
+    """An unknown top-level key stops accelerate 0.23 and newer; most come from a file of another release."""
+    assert case.job.accelerate is not None
+    version = installed(case, "accelerate")
+    if version is None:
+        raise SkipCheck("accelerate is not installed, so its keys are not known")
+    known = accepted_keys(version)
+    for key in case.job.accelerate:
+        if key in known:
+            continue
+        near = difflib.get_close_matches(str(key), sorted(known - set(case.job.accelerate)), n=1, cutoff=0.8)
+        edit: Change = Remove("accelerate", (str(key),), f"unknown to accelerate {version}")
+        hint = "Remove it, or use the accelerate release that wrote this file."
+        if near:
+            edit = Rename("accelerate", (str(key),), near[0], f"unknown to accelerate {version}")
+            hint = f"Did you mean {near[0]}?"
+        yield error(
+            f"accelerate {version} does not know the key {key!r}.",
+            f"It stops with: The config file had unknown keys (['{key}']).",
+            hint,
+            edits=(edit,),
+        )
+
+
+@check("LA104", "accelerate's values are ones that it takes", needs=("accelerate",))
+def values_known(case: Case) -> Iterator[Finding]:
+    """distributed_type, mixed_precision, num_processes, num_machines and gpu_ids have their types and ranges."""
+    job = case.job
+    if "distributed_type" not in (job.accelerate or {}):
+        edit = Edit("accelerate", ("distributed_type",), "NO", "accelerate asks for it")
+        yield error("distributed_type is missing.", "accelerate refuses the file.", "Set it.", edits=(edit,))
+    elif job.distributed_type not in DISTRIBUTED_TYPES:
+        near = difflib.get_close_matches(job.distributed_type, DISTRIBUTED_TYPES, n=1, cutoff=0.6)
+        edits = (Edit("accelerate", ("distributed_type",), near[0], "nearest known value"),) if near else ()
+        seen = f"distributed_type is {job.get('distributed_type')!r}."
+        yield error(seen, "accelerate: not a valid DistributedType.", _one_of(DISTRIBUTED_TYPES), edits=edits)
+    yield from _precision(case)
+    for key, least in (("num_processes", 1), ("num_machines", 1), ("machine_rank", 0)):
+        value = job.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            repaired = _repaired_number(value, least)
+            edits = (Edit("accelerate", (key,), repaired, "a whole number"),) if repaired is not None else ()
+            yield error(f"{key} is {value!r}.", f"It must be a whole number of at least {least}.", edits=edits)
+    if job.get("num_processes") is None and job.distributed_type != "NO":
+        yield error(
+            "num_processes is missing.",
+            "accelerate refuses the file.",
+            "Set it to the number of GPUs.",
+            edits=(Edit("accelerate", ("num_processes",), max(1, len(devices(case) or ())), "one rank per device"),),
+        )
+    if isinstance(job.get("gpu_ids"), int) and not isinstance(job.get("gpu_ids"), bool):
+        edit = Edit("accelerate", ("gpu_ids",), str(job.get("gpu_ids")), "accelerate splits it as text")
+        because = "accelerate dies with: 'int' object has no attribute 'split'."
+        yield error(f"gpu_ids is the number {job.get('gpu_ids')}.", because, "Quote it.", edits=(edit,))
+
+
+def _precision(case: Case) -> Iterator[Finding]:
+    value = case.job.get("mixed_precision")
+    if value is None or value in PRECISIONS:
+        return
+    if value is False:
+        version = installed(case, "accelerate")
+        if version is None or version >= Version("0.34.0"):
+            edit = Edit("accelerate", ("mixed_precision",), "no", "a bare no is read as False")
+            because = "YAML reads a bare no as False, and accelerate dies: 'bool' object has no attribute 'lower'."
+            yield error("mixed_precision is a bare no.", because, "Quote it.", edits=(edit,))
+        return
+    near = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "fp32": "no", "float32": "no", "none": "no"}
+    guess = near.get(str(value).lower())
+    edits = (Edit("accelerate", ("mixed_precision",), guess, "accelerate's own word"),) if guess else ()
+    seen = f"mixed_precision is {value!r}."
+    yield error(seen, "accelerate: Unknown mixed_precision mode.", _one_of(PRECISIONS), edits=edits)
+
+
+def _one_of(words: tuple[str, ...]) -> str:
+    return "Use one of: " + ", ".join(words) + "."
+
+
+def _repaired_number(value: object, least: int) -> int | None:
+    text = str(value).strip()
+    return int(text) if text.isdigit() and int(text) >= least and not isinstance(value, bool) else None
+
+
+def installed(case: Case, name: str) -> Version | None:
+    package = (case.facts.packages or {}).get(name)
+    return Version(package.version) if package else None
+
+
+def devices(case: Case) -> tuple[Gpu, ...] | None:
+    """The GPUs that this job's ranks would share; `None` when the GPUs are unknown."""
+    if case.facts.gpus is None:
+        return None
+    return selected(case.facts.gpus, case.facts.environment, case.job.gpu_ids)
+
+
+@check("LA105", "every rank finds a device", needs=("accelerate",))
+def ranks_have_devices(case: Case) -> Iterator[Finding]:
+    """num_processes against the devices that torch would see under this environment and gpu_ids."""
+    if case.job.use_cpu:
+        raise SkipCheck("the job runs on the CPU (see LA107)")
+    found = devices(case)
+    if found is None:
+        raise SkipCheck(case.facts.unknown.get("gpus", "the GPUs are unknown"))
+    if any(gpu.mig for gpu in found):
+        raise SkipCheck("a GPU is in MIG mode: how many slices a rank sees is not known here")
+    ranks = case.job.local_processes
+    if not found:
+        yield _no_device(case)
+    elif ranks > len(found):
+        yield _too_many_ranks(case, ranks, found)
+
+
+def _no_device(case: Case) -> Finding:
+    """No repair: a GPU job is never turned into a CPU job unless the user asks for it."""
+    if not case.facts.gpus:
+        return error(
+            "The job is for GPUs and the driver lists none.",
+            "No rank can start.",
+            "Run on a GPU machine, or give --cpu to train on the CPU.",
+        )
+    if case.job.gpu_ids not in (None, "all"):
+        where = f"gpu_ids: {case.job.gpu_ids!r}"
+    else:
+        where = f"CUDA_VISIBLE_DEVICES={case.facts.environment.get('CUDA_VISIBLE_DEVICES', '')!r}"
+    return error(
+        f"{where} leaves none of the {len(case.facts.gpus)} GPUs visible.",
+        "torch finds no CUDA device.",
+        "Unset it, or name GPUs that exist.",
+    )
+
+
+def _too_many_ranks(case: Case, ranks: int, found: tuple[Gpu, ...]) -> Finding:
+    version = installed(case, "accelerate")
+    first = len(found)
+    if version is None or version < _WRAPS:
+        name = f"accelerate {version}" if version else "accelerate before 0.33"
+        failure = f"under {name} rank {first} dies with 'RuntimeError: CUDA error: invalid device ordinal'"
+    else:
+        failure = (
+            f"accelerate {version} puts rank {first} on GPU 0 again and NCCL stops with "
+            f"'Duplicate GPU detected : rank 0 and rank {first} both on CUDA device'"
+        )
+    total = len(found) * case.job.num_machines
+    edits: list[Change] = [Edit("accelerate", ("num_processes",), total, "one rank per visible device")]
+    if total == 1 and case.job.distributed_type == "MULTI_GPU":
+        edits.append(Edit("accelerate", ("distributed_type",), "NO", "one process needs no process group"))
+    where = _where(case)
+    names = ", ".join(f"{gpu.index}: {gpu.name}" for gpu in found)
+    return error(
+        f"num_processes is {case.job.num_processes} ({ranks} on this machine) and {len(found)} "
+        f"{'device is' if len(found) == 1 else 'devices are'} visible{where} ({names}).",
+        f"{failure[0].upper()}{failure[1:]}.",
+        f"Set num_processes to {total}.",
+        edits=tuple(edits),
+        docs="https://github.com/XLabs-AI/x-flux/issues/44",
+    )
+
+
+def _where(case: Case) -> str:
+    if case.job.gpu_ids not in (None, "all"):
+        return f" under gpu_ids {case.job.gpu_ids}"
+    value = case.facts.environment.get("CUDA_VISIBLE_DEVICES")
+    return f" under CUDA_VISIBLE_DEVICES={value}" if value is not None else ""
+
+
+@check("LA106", "the chosen devices exist", needs=("gpus",))
+def chosen_devices_exist(case: Case) -> Iterator[Finding]:
+    """CUDA_VISIBLE_DEVICES and gpu_ids are cut silently at the first entry that names no GPU."""
+    assert case.facts.gpus is not None
+    if case.job.use_cpu:
+        raise SkipCheck("the job runs on the CPU")
+    count = len(case.facts.gpus)
+    choices = [("CUDA_VISIBLE_DEVICES", case.facts.environment.get("CUDA_VISIBLE_DEVICES"))]
+    if case.job.gpu_ids not in (None, "all"):
+        choices.append(("gpu_ids", case.job.gpu_ids))
+    for name, value in choices:
+        if not value or count == 0:
+            continue
+        asked = [part for part in value.split(",") if part.strip()]
+        honored = selected(case.facts.gpus, {"CUDA_VISIBLE_DEVICES": value}, None)
+        if len(honored) < len(asked) and honored:
+            repeated = len(parse(value)) == 0
+            why = "a repeated entry empties the list" if repeated else f"GPUs are numbered 0 to {count - 1}"
+            yield warning(
+                f"{name} is {value!r}: {len(asked)} entries, of which {len(honored)} name a GPU ({why}).",
+                "torch drops the rest without a word.",
+                f"Name GPUs of 0 to {count - 1}, each once.",
+            )
+
+
+@check("LA107", "CPU ranks fit the machine", needs=("accelerate", "host"))
+def cpu_ranks(case: Case) -> Iterator[Finding]:
+    """With --cpu, or `use_cpu: true`, ranks share the cores; gloo takes NCCL's place."""
+    assert case.facts.host
+    if not case.job.use_cpu:
+        raise SkipCheck("the job runs on GPUs")
+    edits: list[Change] = []
+    if case.job.get("use_cpu") is not True:
+        edits.append(Edit("accelerate", ("use_cpu",), True, "--cpu was given"))
+    if case.job.gpu_ids is not None:
+        edits.append(Remove("accelerate", ("gpu_ids",), "there are no GPUs in a CPU job"))
+    cores = case.facts.host.cpus
+    ranks = case.job.num_processes
+    if ranks > cores:
+        edits.append(Edit("accelerate", ("num_processes",), cores, f"{cores} cores for {ranks} ranks"))
+    if edits:
+        yield error(
+            f"The accelerate file asks for {ranks} GPU ranks; --cpu asks for the CPU, which has {cores} cores.",
+            "Launched as it is, the job would look for GPUs, or crowd the cores.",
+            "Write the CPU launch.",
+            edits=tuple(edits),
+        )
+
+
+@check("LA108", "no GPU stands idle", needs=("accelerate", "gpus"))
+def idle_gpus(case: Case) -> Iterator[Finding]:
+    """Fewer ranks than visible devices leave cards unused; memory per card does not fall with more ranks."""
+    if case.job.use_cpu:
+        raise SkipCheck("the job runs on the CPU")
+    found = devices(case) or ()
+    ranks = case.job.local_processes
+    if 0 < ranks < len(found):
+        yield warning(
+            f"{len(found)} GPUs are visible and the job starts {ranks} rank{'s' if ranks > 1 else ''}.",
+            f"{len(found) - ranks} of them will stand idle.",
+            "Raise num_processes, or hide the others by CUDA_VISIBLE_DEVICES. For a LoRA more ranks mean more "
+            "samples a second, not less memory per GPU.",
+        )
+
+
+@check("LA109", "gradient accumulation is the same in both files", needs=("accelerate", "train"))
+def accumulation_agrees(case: Case) -> Iterator[Finding]:
+    """Under `accelerate launch` the value of accelerate's file reaches the ranks and wins."""
+    assert case.job.train is not None
+    value = case.job.section("deepspeed_config").get("gradient_accumulation_steps")
+    mine = case.job.train.gradient_accumulation_steps
+    if isinstance(value, int) and not isinstance(value, bool) and value != mine:
+        yield warning(
+            f"gradient_accumulation_steps is {value} in accelerate's file and {mine} in the training file.",
+            f"Under accelerate launch {value} is what happens, whatever the training file says.",
+            "Write one number into both.",
+            edits=(Edit("train", ("gradient_accumulation_steps",), value, "accelerate's value wins"),),
+        )
+
+
+@check("LA110", "one Python launches and trains", needs=("packages",))
+def trainer_installed(case: Case) -> Iterator[Finding]:
+    """`accelerate launch` runs in the chosen interpreter, which must have the trainer beside the stack."""
+    assert case.facts.packages is not None
+    if "xflux-doctor" not in case.facts.packages:
+        python = case.facts.python.executable if case.facts.python else "python"
+        yield error(
+            f"The bundled trainer is not installed in {python}.",
+            "`-m xflux_trainer` would not be found.",
+            "Install xflux-doctor there too.",
+            commands=(f"{python} -m pip install xflux-doctor",),
+        )

@@ -1,0 +1,104 @@
+"""ME: the memory that this job needs, against what the GPUs and the host have free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from xflux_trainer import memory
+
+from xflux_doctor.bill import need
+from xflux_doctor.check import Case, SkipCheck, check
+from xflux_doctor.checks.launch import devices
+from xflux_doctor.facts import Gpu
+from xflux_doctor.finding import Edit, Finding, error, warning
+
+GIB = 1 << 30
+_SHARED_HINT = "End it if it is yours (the doctor never does), or choose another GPU by CUDA_VISIBLE_DEVICES."
+
+
+@check("ME101", "every visible GPU has the memory that the job needs", needs=("train", "gpus"))
+def gpu_memory(case: Case) -> Iterator[Finding]:
+    """NVML's free and total memory of each visible GPU against the forecast, naming what holds the rest."""
+    if case.job.use_cpu:
+        raise SkipCheck("the job runs on the CPU")
+    bill = need(case)
+    for gpu in (devices(case) or ())[: case.job.local_processes]:
+        total = min(gpu.memory_total, case.job.gpu_limit or gpu.memory_total)
+        free = min(gpu.memory_free, case.job.gpu_limit or gpu.memory_free)
+        most = bill.gpu_total * (1 + bill.error_bar)
+        least = bill.gpu_total * (1 - bill.error_bar)
+        if free >= most:
+            continue
+        if least > total:
+            yield _does_not_fit(case, gpu, bill, total)
+        elif least > free:
+            yield _held(gpu, bill, free)
+        else:
+            yield warning(
+                f"GPU {gpu.index} has {free / GIB:.1f} GiB free; the job needs about "
+                f"{bill.gpu_total / GIB:.1f} GiB (±{bill.error_bar:.0%}).",
+                "It is tight: it may run out of memory.",
+                "Turn gradient_checkpointing on, lower img_size or train_batch_size, or free the GPU.",
+            )
+
+
+def _does_not_fit(case: Case, gpu: Gpu, bill: memory.Bill, total: int) -> Finding:
+    assert case.job.train is not None
+    edits: tuple[Edit, ...] = ()
+    hint = "Lower img_size or train_batch_size, or use a larger card."
+    if not case.job.train.gradient_checkpointing:
+        reason = "recomputing the blocks takes time instead of memory"
+        edits = (Edit("train", ("gradient_checkpointing",), True, reason),)
+        hint = "Turn gradient_checkpointing on."
+    largest = ", ".join(f"{t.name} {t.bytes / GIB:.1f}" for t in sorted(bill.gpu, key=lambda t: -t.bytes)[:3])
+    return error(
+        f"The job needs about {bill.gpu_total / GIB:.1f} GiB per GPU; GPU {gpu.index} ({gpu.name}) has "
+        f"{total / GIB:.1f} GiB{' by --gpu-limit' if case.job.gpu_limit else ''}.",
+        f"It ends in 'CUDA out of memory'. The largest terms, in GiB: {largest}.",
+        hint,
+        edits=edits,
+    )
+
+
+def _held(gpu: Gpu, bill: memory.Bill, free: int) -> Finding:
+    used = gpu.memory_used
+    named = "; ".join(
+        f"process {p.pid} {p.name} of {p.user or 'another user'}"
+        + (f" holds {p.used / GIB:.1f} GiB" if p.used else "")
+        + (f", {p.seconds / 3600:.1f} h old" if p.seconds else "")
+        for p in gpu.processes
+    )
+    who = named or "no process that can be seen from here: held outside this container"
+    return error(
+        f"GPU {gpu.index} has {free / GIB:.1f} of {gpu.memory_total / GIB:.1f} GiB free; the job needs about "
+        f"{bill.gpu_total / GIB:.1f} GiB. {used / GIB:.1f} GiB are in use by {who}.",
+        "It would end in 'CUDA out of memory' although the card is large enough.",
+        _SHARED_HINT,
+        commands=("nvidia-smi --query-compute-apps=pid,name,used_memory --format=csv",),
+    )
+
+
+@check("ME102", "the host has the memory that the ranks need", needs=("train", "host"))
+def host_memory(case: Case) -> Iterator[Finding]:
+    """Host memory of all ranks while loading and running, against the container's limit and what is free."""
+    assert case.facts.host
+    host = case.facts.host
+    bill = need(case)
+    wanted = bill.host_per_rank * case.job.local_processes
+    limit = min(n for n in (host.memory_limit, host.memory_total) if n) if host.memory_total else 0
+    if limit and wanted * (1 - bill.error_bar) > limit:
+        what = "the container's limit" if host.memory_limit and host.memory_limit <= limit else "the host's memory"
+        make = error if host.memory_limit else warning  # MemTotal alone may be small now and grow
+        yield make(
+            f"{case.job.local_processes} ranks need about {wanted / GIB:.0f} GiB of host memory; {what} is "
+            f"{limit / GIB:.0f} GiB.",
+            "The kernel kills ranks without a word: exit code -9.",
+            "Start fewer ranks, or give the container more memory.",
+        )
+    elif host.memory_available and wanted > host.memory_available:
+        yield warning(
+            f"{case.job.local_processes} ranks need about {wanted / GIB:.0f} GiB of host memory; "
+            f"{host.memory_available / GIB:.0f} GiB are available now.",
+            "Other processes hold the rest.",
+            "End what you do not need before the start.",
+        )

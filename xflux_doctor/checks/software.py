@@ -1,0 +1,182 @@
+"""SW: the interpreter and the packages, held against the stack and the matrix's rules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion, Version
+
+from xflux_doctor.check import Case, SkipCheck, check
+from xflux_doctor.facts import Package
+from xflux_doctor.finding import Finding, error, warning
+from xflux_doctor.matrix import Pin, Rule
+
+_INSTALL = "xflux-doctor fix --install"
+
+
+@check("SW101", "a stack of the matrix fits this machine")
+def stack_fits(case: Case) -> Iterator[Finding]:
+    """The driver, the GPUs and the Python together decide which pin set can be installed."""
+    if case.stack is None:
+        yield error(
+            case.stack_because or "No stack of the matrix fits this machine.",
+            "No pin set was tested for this combination.",
+            "Use a Python or a driver that one of the stacks takes: `xflux-doctor matrix list`.",
+        )
+
+
+@check("SW102", "Python is in the stack's range", needs=("stack", "python"))
+def python_in_range(case: Case) -> Iterator[Finding]:
+    """Each stack has its own range: wheels of old releases end at an old Python."""
+    assert case.stack and case.facts.python
+    if not SpecifierSet(case.stack.python).contains(case.facts.python.version, prereleases=True):
+        yield error(
+            f"Python is {case.facts.python.version}; stack {case.stack.name} wants {case.stack.python}.",
+            "Some of its packages have no wheel for this Python.",
+            "Make a venv with a Python in that range, or choose another stack: `xflux-doctor matrix list`.",
+        )
+
+
+@check("SW103", "the packages are the stack's", needs=("stack", "packages"))
+def pins(case: Case) -> Iterator[Finding]:
+    """Each package is exact, compatible, the wrong build, too old, too new, missing or broken."""
+    assert case.stack and case.facts.packages is not None
+    judged = {name: pin for name, pin in case.stack.packages.items() if not pin.install_only}
+    missing = [n for n, pin in judged.items() if n not in case.facts.packages and role_needed(case, pin)]
+    if missing:
+        names = ", ".join(f"{name} {wanted(judged[name])}" for name in missing)
+        yield error(f"Missing of stack {case.stack.name}: {names}.", "The job cannot start.", f"Run `{_INSTALL}`.")
+    for name, pin in judged.items():
+        if name in case.facts.packages:
+            finding = judge(name, pin, case.facts.packages[name], role_needed(case, pin))
+            if finding is not None:
+                yield finding
+
+
+def role_needed(case: Case, pin: Pin) -> bool:
+    """Whether this job uses the package: DeepSpeed only under DEEPSPEED, quanto only for a quantized base."""
+    if pin.role == "deepspeed":
+        return case.job.deepspeed
+    if pin.role == "quant":
+        return bool(getattr(case.job.train, "quantize", None))
+    return pin.role == "core"
+
+
+def wanted(pin: Pin) -> str:
+    """The pin as torch/version.py would put it: version and build."""
+    return f"{pin.version}+{pin.build}" if pin.build else pin.version
+
+
+def judge(name: str, pin: Pin, package: Package, needed: bool) -> Finding | None:
+    """Hold one installed package against its pin: an error where this job needs it, else a warning."""
+    make = error if needed else warning
+    try:
+        version = Version(package.version)
+    except InvalidVersion:
+        return make(f"{name} calls its version {package.version!r}.", "It cannot be judged.", f"Run `{_INSTALL}`.")
+    if not package.files:
+        seen = f"{name} {package.version} has metadata in {package.location} and no module beside it."
+        return make(seen, "A half-removed install: its import fails.", f"Run `{_INSTALL}`.")
+    if not pin.allows(version):
+        order = "old" if Version(version.public) < Version(pin.version) else "new"
+        span = f"{wanted(pin)}, or {pin.accepts}" if pin.accepts else wanted(pin)
+        because = f"It is too {order}: only {span} was tested in this stack."
+        return make(f"{name} is {package.version}; the stack has {wanted(pin)}.", because, f"Run `{_INSTALL}`.")
+    return _judge_build(name, pin, package)
+
+
+def _judge_build(name: str, pin: Pin, package: Package) -> Finding | None:
+    if not pin.build or not package.build or package.build == pin.build:
+        return None
+    seen = f"{name} {package.version} is the {package.build} build; the stack has {wanted(pin)}."
+    if package.build == "cpu":
+        return error(seen, "A CPU build cannot use a GPU.", f"Run `{_INSTALL}`.")
+    if pin.build == "cpu":
+        return warning(seen, "It runs on the CPU too, and takes gigabytes more of disk.")
+    return warning(seen, "The wheels of other packages are paired with the stack's build.", f"Run `{_INSTALL}`.")
+
+
+@check("SW104", "no package is shadowed", needs=("packages",))
+def shadowed(case: Case) -> Iterator[Finding]:
+    """Two installs of one name on the path: the version that pip shows need not be the one that is imported."""
+    assert case.facts.packages is not None
+    for package in case.facts.packages.values():
+        if package.copies > 1:
+            yield warning(
+                f"{package.name} is installed {package.copies} times; {package.location} comes first.",
+                "pip may show, upgrade or remove the other one.",
+                "Remove all copies and install one, in a clean venv if you can.",
+                commands=(f"pip uninstall -y {package.name}",),
+            )
+
+
+@check("SW105", "the packages go together", needs=("packages",))
+def rules(case: Case) -> Iterator[Finding]:
+    """Every rule of the matrix whose conditions hold here."""
+    for rule in case.matrix.rules:
+        seen = broken(rule, versions(case))
+        if seen:
+            make = error if rule.severity == "error" else warning
+            yield make(f"{seen} ({rule.id}: {rule.title}).", rule.because, f"Run `{_INSTALL}`.", docs=rule.source[0])
+
+
+def versions(case: Case) -> dict[str, str]:
+    """Version of every package, and of `python` and `driver`, for rules to look at."""
+    found = {name: package.version for name, package in (case.facts.packages or {}).items()}
+    if case.facts.python:
+        found["python"] = case.facts.python.version
+    if case.facts.driver and not case.job.use_cpu:
+        found["driver"] = case.facts.driver.version
+    return found
+
+
+def broken(rule: Rule, found: dict[str, str]) -> str:
+    """What breaks the rule, in words; empty when it holds or does not apply."""
+    if rule.what not in found or not all(
+        name in found and _within(found[name], need) for name, need in rule.when.items()
+    ):
+        return ""
+    if _within(found[rule.what], rule.need):
+        return ""
+    beside = ", ".join(f"{name} {found[name]}" for name in rule.when)
+    return f"{rule.what} {found[rule.what]}" + (f" beside {beside}" if beside else "") + f" must be {rule.need}"
+
+
+def _within(version: str, specifier: str) -> bool:
+    try:
+        return SpecifierSet(specifier).contains(Version(version).public, prereleases=True)
+    except InvalidVersion:
+        return False
+
+
+@check("SW106", "torch can be imported")
+def torch_imports(case: Case) -> Iterator[Finding]:
+    """torch is imported in a child process with a deadline: a crash or a hang is a finding, not our end."""
+    why = case.facts.unknown.get("torch", "")
+    if case.facts.torch is None and not why:
+        raise SkipCheck("torch was not imported (quick level)")
+    if case.facts.torch is None:
+        yield error(
+            f"In a child process {why}.",
+            "Training would die the same way before its first line.",
+            f"Repair the packages with `{_INSTALL}`; the line above names the library that failed.",
+        )
+
+
+@check("SW107", "torch sees the GPUs that the driver sees", needs=("torch", "gpus"))
+def torch_sees_gpus(case: Case) -> Iterator[Finding]:
+    """A CPU build, a bad CUDA_VISIBLE_DEVICES or a forbidden device node leaves torch with fewer devices."""
+    assert case.facts.torch and case.facts.gpus is not None
+    if case.job.use_cpu:
+        raise SkipCheck("the job runs on the CPU")
+    if not case.facts.torch.cuda:
+        raise SkipCheck("torch is a CPU build (see SW103)")
+    seen = len(case.facts.torch.devices)
+    if seen == 0 and case.facts.gpus:
+        yield error(
+            f"The driver lists {len(case.facts.gpus)} GPUs; torch {case.facts.torch.version} sees none.",
+            "CUDA does not start in this environment.",
+            "Look at CUDA_VISIBLE_DEVICES and at the driver's version above; try `python -c 'import torch; "
+            "torch.cuda.init()'` for CUDA's own words.",
+        )
