@@ -15,7 +15,7 @@ CPU := $(if $(wildcard /dev/nvidiactl),,--cpu)
 
 demo: .venv/ok
 	.venv/bin/xflux-doctor fix --install --yes $(CPU) --accelerate-config examples/demo/accelerate_config.yaml
-	.venv/bin/python examples/demo/make_tiny_flux.py build/tiny-flux
+	.venv/bin/python examples/demo/make_tiny_flux.py output/tiny-flux
 	.venv/bin/xflux-doctor run --yes $(CPU) --config examples/demo/train.yaml \
 		--accelerate-config examples/demo/accelerate_config.yaml
 

@@ -114,11 +114,12 @@ def machine(
     driver: str = "580.159.04",
     python: str = "3.12.3",
     environment: dict[str, str] | None = None,
+    python_facts: PythonFacts | None = None,
     **changes: Any,
 ) -> Facts:
     """A healthy machine; `changes` replaces any of its facts."""
     facts = Facts(
-        python=PythonFacts("/venv/bin/python", python, "/venv"),
+        python=python_facts or PythonFacts("/venv/bin/python", python, "/venv"),
         host=Host("Linux", "x86_64", "6.8.0", "2.39", 16, 256 * GIB, 200 * GIB, None, 64 * GIB, 64 * GIB),
         driver=Driver(driver, "13.0") if card else None,
         gpus=gpus(card, count) if card else None,

@@ -1,0 +1,68 @@
+"""How long `xflux-doctor check --quick` takes beside `import torch`, in fresh processes with warm files.
+
+    python benchmarks/check_speed.py [--python EXE] [--runs 5] [--json FILE]
+
+Prints medians and the time inside NVML's start apart. Exit 1 when the check takes 0.5 s or more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+LIMIT = 0.5
+EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "demo"
+
+
+def timed(argv: list[str]) -> float:
+    started = time.perf_counter()
+    subprocess.run(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+    return time.perf_counter() - started
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--python", default=sys.executable, help="an interpreter that has the doctor and torch")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    check = [options.python, "-m", "xflux_doctor.cli", "check", "--quick", "--cpu",
+             "--config", str(EXAMPLE / "train.yaml"),
+             "--accelerate-config", str(EXAMPLE / "accelerate_config.yaml")]  # fmt: skip
+    subjects = {
+        "python -c pass": [options.python, "-c", "pass"],
+        "xflux-doctor check --quick": check,
+        "import torch": [options.python, "-c", "import torch"],
+    }
+    for argv in subjects.values():
+        timed(argv)  # warm the page cache and the byte code
+    # interleaved, so that a busy moment of the machine meets all of them
+    rounds = [{name: timed(argv) for name, argv in subjects.items()} for _ in range(options.runs)]
+    medians = {name: statistics.median(r[name] for r in rounds) for name in subjects}
+    facts = json.loads(subprocess.run([options.python, "-m", "xflux_doctor.cli", "facts"], capture_output=True).stdout)
+    for name, seconds in medians.items():
+        print(f"{name:<28} {seconds:6.3f} s   (median of {options.runs}, fresh process, warm files)")
+    print(f"{'  of which NVML start':<28} {facts['timings'].get('nvml_start', 0.0):6.3f} s")
+    machine = f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}"
+    print(f"machine: {machine}")
+    if options.json:
+        result = {"date": datetime.date.today().isoformat(), "machine": machine, "medians": medians, "rounds": rounds,
+                  "nvml_start": facts["timings"].get("nvml_start")}  # fmt: skip
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    if shutil.which(options.python) is None or medians["xflux-doctor check --quick"] >= LIMIT:
+        print(f"too slow: the limit is {LIMIT} s", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,207 @@
+"""The command line, and the one place where errors become words and exit codes.
+
+0 nothing wrong · 1 blocking findings · 2 usage · 3 the doctor itself failed · 130/143 interrupted.
+"""
+
+from __future__ import annotations
+
+import platform
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+import click
+
+from xflux_doctor import __version__
+from xflux_doctor.commands import check as check_command
+from xflux_doctor.commands import explain as explain_command
+from xflux_doctor.commands import fix as fix_command
+from xflux_doctor.commands import matrix as matrix_command
+from xflux_doctor.commands import plan as plan_command
+from xflux_doctor.commands import run as run_command
+from xflux_doctor.errors import DoctorError
+from xflux_doctor.inputs import Inputs
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def shared(command: F) -> F:
+    """The options that say which job, machine and stack are meant."""
+    for option in reversed(
+        (
+            click.option("--config", metavar="TRAIN.yaml", help="The training file (X-Flux's or ours)."),
+            click.option("--accelerate-config", metavar="FILE", help="accelerate's file."),
+            click.option("--stack", metavar="NAME", help="Hold the packages against this stack."),
+            click.option("--python", metavar="EXE", help="Look into this interpreter instead of this one."),
+            click.option("--quick", is_flag=True, help="No child process, no CUDA context, no socket."),
+            click.option("--facts", metavar="FILE", help="Judge recorded facts instead of this machine."),
+            click.option(
+                "--gpu-limit", type=click.FloatRange(min=0.1), metavar="GIB", help="Memory per GPU to stay in."
+            ),
+            click.option("--cpu", is_flag=True, help="Train on CPU ranks."),
+            click.option("--offline", is_flag=True, help="Nothing may be fetched."),
+            click.option("--accept", multiple=True, metavar="CODE", help="Take this finding as a warning."),
+            click.option(
+                "--timeout", type=click.FloatRange(min=1), default=60.0, metavar="S", help="Deadline of the probes."
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def inputs_of(options: dict[str, Any]) -> Inputs:
+    names = Inputs.__dataclass_fields__
+    return Inputs(**{name: value for name, value in options.items() if name in names})
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="xflux-doctor")
+def cli() -> None:
+    """Make FLUX.1 fine-tuning start, fit and finish."""
+
+
+@cli.command()
+@shared
+@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text")
+@click.option("--output", metavar="FILE", help="Write the report there instead of to the terminal.")
+@click.option("--strict", is_flag=True, help="Warnings count as errors.")
+@click.option("-v", "--verbose", is_flag=True, help="Also what passed, what was skipped and why.")
+def check(form: str, output: str | None, strict: bool, verbose: bool, **options: Any) -> int:
+    """Say what would stop the job on this machine."""
+    return check_command.run(inputs_of(options), form=form, output=output, strict=strict, verbose=verbose)
+
+
+@cli.command()
+@shared
+@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text")
+@click.option("--write-config", is_flag=True, help="Write the repaired files, with a backup beside each.")
+@click.option("--install", is_flag=True, help="Install the stack's packages with pip.")
+@click.option("--undo", is_flag=True, help="Put the latest backup of the accelerate and training files back.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def fix(form: str, write_config: bool, install: bool, undo: bool, yes: bool, **options: Any) -> int:
+    """Show the repairs; write or install them when asked."""
+    given = inputs_of(options)
+    if undo:
+        return fix_command.undo(given)
+    if install:
+        return fix_command.install(given, yes=yes)
+    return fix_command.run(given, form=form, write=write_config, yes=yes)
+
+
+@cli.command(context_settings={"ignore_unknown_options": False})
+@shared
+@click.option("--dry-run", is_flag=True, help="Show the launch and start nothing.")
+@click.option("--yes", is_flag=True, help="Do not ask before a repaired file is used.")
+@click.argument("extra", nargs=-1, type=click.UNPROCESSED)
+def run(dry_run: bool, yes: bool, extra: tuple[str, ...], **options: Any) -> int:
+    """Validate, repair in memory, launch the trainer. EXTRA after -- goes to the trainer."""
+    return run_command.run(inputs_of(options), dry_run=dry_run, yes=yes, extra=extra)
+
+
+@cli.command()
+@shared
+@click.option("--gpu", metavar="NAME:GIB", help="Plan for a GPU that is not here, such as 'A100:80'.")
+def plan(gpu: str | None, **options: Any) -> int:
+    """The memory bill, and the alternatives that fit."""
+    return plan_command.run(inputs_of(options), gpu=gpu)
+
+
+@cli.command()
+@click.argument("log")
+@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text")
+def explain(log: str, form: str) -> int:
+    """The cause of a failed run, from its LOG, its run FOLDER, or - for standard input."""
+    return explain_command.run(log, form=form)
+
+
+@cli.command()
+@click.option("--python", metavar="EXE", help="Look into this interpreter instead of this one.")
+def facts(python: str | None) -> int:
+    """The machine as JSON: attach it to a bug report, or judge it elsewhere with --facts."""
+    return check_command.show_facts(python)
+
+
+@cli.group()
+def matrix() -> None:
+    """Stacks and rules."""
+
+
+@matrix.command("list")
+@click.option("--cpu", is_flag=True, help="Choose for CPU ranks.")
+def matrix_list(cpu: bool) -> int:
+    """The stacks, the one that fits this machine, and why the others do not."""
+    return matrix_command.show_list(cpu=cpu)
+
+
+@matrix.command("show")
+@click.argument("name")
+def matrix_show(name: str) -> int:
+    """One stack or rule, whole."""
+    return matrix_command.show(name)
+
+
+@matrix.command("check")
+@click.argument("file", required=False)
+def matrix_check(file: str | None) -> int:
+    """Validate a matrix file (ours by default)."""
+    return matrix_command.validate(file)
+
+
+@matrix.command("export")
+@click.argument("name")
+def matrix_export(name: str) -> int:
+    """A pip requirements file that installs the stack, naming its index."""
+    return matrix_command.export(name)
+
+
+class _Terminated(BaseException):
+    """SIGTERM, raised where it strikes so that `finally` blocks run."""
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return int(cli.main(args=arguments, prog_name="xflux-doctor", standalone_mode=False) or 0)
+    except DoctorError as error:
+        click.echo(f"error: {error.seen}", err=True)
+        if error.hint:
+            click.echo(f"→ {error.hint}", err=True)
+        return error.code
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Interrupted.", err=True)
+        return 130
+    except _Terminated:
+        return 143
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader left; Python would complain about the same pipe at exit
+        return 141
+    except Exception as error:  # noqa: BLE001 - the one error edge
+        click.echo(_bug_report(error), err=True)
+        return 3
+
+
+def _bug_report(error: Exception) -> str:
+    """A block ready to be pasted into an issue. Paths under the home folder are shortened."""
+    trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    trace = trace.replace(str(Path.home()), "~")
+    return (
+        "xflux-doctor itself failed; this is a defect of ours, not of your job. Please report:\n"
+        f"```\nxflux-doctor {__version__}, Python {platform.python_version()}, {platform.platform()}\n{trace}```"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

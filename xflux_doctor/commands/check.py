@@ -1,0 +1,46 @@
+"""`xflux-doctor check` and `facts`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from xflux_doctor import facts as facts_module
+from xflux_doctor import matrix as matrices
+from xflux_doctor.check import Case, examine
+from xflux_doctor.checks import ALL
+from xflux_doctor.files import write_atomic
+from xflux_doctor.gather.machine import gather
+from xflux_doctor.inputs import Inputs, build, probed
+from xflux_doctor.report import jsonreport, text
+from xflux_doctor.report.summary import Summary
+
+
+def run(inputs: Inputs, *, form: str, output: str | None, strict: bool, verbose: bool) -> int:
+    """Judge, report, and return the exit code."""
+    case = probed(build(inputs, matrices.load()), inputs)
+    summary = summarize(case, strict=strict)
+    if form == "json":
+        report = jsonreport.encode(jsonreport.document(summary))
+    else:
+        report = text.render(summary, verbose=verbose)
+    if output is None:
+        click.echo(report, nl=False)
+    else:
+        write_atomic(Path(output), click.unstyle(report))
+    return summary.exit_code
+
+
+def summarize(case: Case, *, strict: bool = False) -> Summary:
+    """Run every check on the case."""
+    stack = case.stack.name if case.stack else None
+    return Summary(examine(case, ALL), case.facts, stack, case.stack_because, strict)
+
+
+def show_facts(python: str | None) -> int:
+    """Print the machine's quick facts as JSON."""
+    matrix = matrices.load()
+    names = tuple(dict.fromkeys(name for stack in matrix.stacks for name in stack.packages))
+    click.echo(facts_module.to_json(gather(python, names)))
+    return 0

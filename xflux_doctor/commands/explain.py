@@ -1,0 +1,61 @@
+"""`xflux-doctor explain`: the cause of a failed run, out of its log."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import msgspec
+
+from xflux_doctor.errors import DoctorError
+from xflux_doctor.explain.diagnosis import Diagnosis, diagnose
+
+
+def run(log: str, *, form: str) -> int:
+    """Exit 1 when a cause was found, 0 when the log shows none."""
+    diagnosis = of_lines(_lines(log))
+    if form == "json":
+        found = msgspec.to_builtins(diagnosis) if diagnosis else None
+        click.echo(msgspec.json.format(msgspec.json.encode({"schema": 1, "cause": found}), indent=2).decode())
+    else:
+        click.echo(words(diagnosis))
+    return 1 if diagnosis else 0
+
+
+def of_lines(lines: Iterator[str]) -> Diagnosis | None:
+    return diagnose(lines)
+
+
+def log_of(folder: Path) -> Path | None:
+    """The newest log of a run folder."""
+    logs = sorted((folder / "logs").glob("run-*.log"), key=lambda path: path.stat().st_mtime)
+    return logs[-1] if logs else None
+
+
+def _lines(log: str) -> Iterator[str]:
+    if log == "-":
+        yield from sys.stdin
+        return
+    path = Path(log)
+    if path.is_dir():
+        found = log_of(path)
+        if found is None:
+            raise DoctorError(f"{log} holds no logs/run-*.log.", "Name a run folder (output_dir) or a log.", code=2)
+        path = found
+    if not path.is_file():
+        raise DoctorError(f"There is no log at {log}.", "Name a log, a run folder, or - for standard input.", code=2)
+    with path.open(encoding="utf-8", errors="replace") as file:
+        yield from file
+
+
+def words(diagnosis: Diagnosis | None) -> str:
+    """The diagnosis for a person."""
+    if diagnosis is None:
+        return "No known cause of failure stands in this log."
+    lines = [click.style(f"✗ {diagnosis.title} ({diagnosis.cause})", fg="red", bold=True)]
+    lines += [f"    line {evidence.line}: {evidence.text}" for evidence in diagnosis.evidence]
+    lines += [f"    {diagnosis.because}", f"    → {diagnosis.hint}"]
+    lines += [f"    $ {command}" for command in diagnosis.commands]
+    return "\n".join(lines)

@@ -1,0 +1,235 @@
+"""`xflux-doctor fix`: show the repairs, write them, install packages, or put the old files back."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from xflux_doctor import matrix as matrices
+from xflux_doctor import repair, yamltext
+from xflux_doctor.check import Case, examine
+from xflux_doctor.checks import ALL
+from xflux_doctor.checks.launch import devices
+from xflux_doctor.commands.check import summarize
+from xflux_doctor.errors import DoctorError
+from xflux_doctor.files import write_atomic
+from xflux_doctor.finding import Change, Finding
+from xflux_doctor.inputs import Inputs, build
+from xflux_doctor.plan import Plan, make
+from xflux_doctor.report import jsonreport, text
+from xflux_doctor.template import accelerate_yaml
+
+NO_DEVICE = frozenset({"HW101", "LA105"})
+"""Blockers under which nothing is written: a GPU job is never turned into a CPU job."""
+
+
+@dataclass(frozen=True)
+class FileRepair:
+    """One file as it is and as it would be. `old` is None for a file to be made."""
+
+    path: Path
+    old: str | None
+    new: str
+
+    @property
+    def diff(self) -> str:
+        return repair.diff(self.old or "", self.new, str(self.path))
+
+
+def plan_of(case: Case) -> Plan:
+    return make(case, lambda mended: examine(mended, ALL))
+
+
+def repairs(case: Case, edits: tuple[Change, ...]) -> list[FileRepair]:
+    """The files with the edits spliced into their text; everything else in them is kept."""
+    found = []
+    for name, path in (("accelerate", case.job.accelerate_path), ("train", case.job.train_path)):
+        mine = [edit for edit in edits if edit.file == name]
+        if path is None or not mine:
+            continue
+        try:
+            old = repair.read(path)
+            new = yamltext.apply(old, mine)
+        except repair.RepairError as error:
+            raise DoctorError(f"{error.seen}.", error.hint) from error
+        except yamltext.CannotEdit as error:
+            raise DoctorError(f"{path} cannot be edited safely: {error}", "Make the change by hand.") from error
+        if new != old:
+            found.append(FileRepair(path, old, new))
+    if case.job.accelerate_path is None and not case.job.problems:
+        found.append(FileRepair(Path("accelerate_config.yaml"), None, new_accelerate(case)))
+    return found
+
+
+def new_accelerate(case: Case) -> str:
+    """An accelerate file for this machine, for a job that has none."""
+    if case.job.use_cpu:
+        cores = case.facts.host.cpus if case.facts.host else 1
+        return accelerate_yaml(min(2, cores), cpu=True)
+    return accelerate_yaml(max(1, len(devices(case) or ())), cpu=False)
+
+
+def run(inputs: Inputs, *, form: str, write: bool, yes: bool) -> int:
+    """Plan the repairs and show them; write them with `write`. Exit 1 while anything stays wrong."""
+    case = build(inputs, matrices.load())
+    before = summarize(case)
+    plan = plan_of(case)
+    refusal = _refusal(plan, case)
+    files = [] if refusal else repairs(case, plan.edits)
+    written: list[str] = []
+    if write and files:
+        if form == "text":
+            _show(files, plan)
+        confirm(yes, "Write these files?")
+        for item in files:
+            written += _write(item, form)
+    code = _exit_code(plan, refusal, files, written)
+    if form == "json":
+        diffs = {str(item.path): item.diff for item in files}
+        report = jsonreport.document(before)
+        click.echo(jsonreport.encode(jsonreport.with_fix(report, plan.edits, diffs, written, code)), nl=False)
+        return code
+    if not write and not refusal:
+        _show(files, plan)
+    _last_words(plan, refusal, files, written)
+    return code
+
+
+def _refusal(plan: Plan, case: Case) -> Finding | None:
+    """The reason why nothing may be written, if there is one."""
+    if any(problem.file == "accelerate" for problem in case.job.problems):
+        return next((f for f in plan.blockers if f.code == "LA101"), None)
+    return next((f for f in plan.blockers if f.code in NO_DEVICE), None)
+
+
+def _show(files: list[FileRepair], plan: Plan) -> None:
+    for item in files:
+        for line in item.diff.splitlines():
+            color = "green" if line.startswith("+") else "red" if line.startswith("-") else None
+            click.echo(click.style(line, fg=color))
+    for edit in plan.edits:
+        click.echo(f"  {text.describe(edit)}")
+
+
+def _write(item: FileRepair, form: str) -> list[str]:
+    kept = ""
+    if item.old is None:
+        write_atomic(item.path, item.new)
+    else:
+        try:
+            backup = repair.write(item.path, item.new, item.old)
+        except repair.RepairError as error:
+            raise DoctorError(f"{error.seen}.", error.hint) from error
+        kept = f" (the old one is {backup.copy})" if backup else ""
+    if form == "text":
+        click.echo(f"Wrote {item.path}{kept}.")
+    return [str(item.path)]
+
+
+def _exit_code(plan: Plan, refusal: Finding | None, files: list[FileRepair], written: list[str]) -> int:
+    pending = len(files) > len(written)
+    return 1 if refusal or plan.blockers or pending else 0
+
+
+def _last_words(plan: Plan, refusal: Finding | None, files: list[FileRepair], written: list[str]) -> None:
+    for finding in plan.blockers:
+        click.echo(click.style(f"✗ {finding.code} {finding.seen}", fg="red"))
+        if finding.hint:
+            click.echo(f"    → {finding.hint}")
+        for command in finding.commands:
+            click.echo(f"    $ {command}")
+    if refusal:
+        click.echo("Nothing was written: the job cannot be repaired while this stands.")
+    elif files and not written:
+        click.echo("Nothing was written. `xflux-doctor fix --write-config` writes these files.")
+    elif not files:
+        click.echo("The files need no repair." if not plan.blockers else "No edit of the files can mend this.")
+
+
+def confirm(yes: bool, question: str) -> None:
+    """Ask a person; without a terminal nothing is asked."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise DoctorError(f"{question} There is no terminal to answer at.", "Give --yes to agree.", code=2)
+    click.confirm(question, abort=True)
+
+
+def undo(inputs: Inputs) -> int:
+    """Put the latest backup of each of the job's files back."""
+    case = build(inputs, matrices.load())
+    paths = [path for path in (case.job.accelerate_path, case.job.train_path) if path is not None]
+    restored = 0
+    problems: list[repair.RepairError] = []
+    for path in paths:
+        try:
+            backup = repair.undo(path)
+        except repair.RepairError as error:
+            problems.append(error)
+            continue
+        restored += 1
+        click.echo(f"Restored {path} from {backup.copy}.")
+    if not restored:
+        if problems:
+            raise DoctorError(f"{problems[0].seen}.", problems[0].hint)
+        raise DoctorError(
+            "No accelerate or training file was found.", "Name them with --accelerate-config or --config."
+        )
+    return 0
+
+
+def install(inputs: Inputs, *, yes: bool) -> int:
+    """Install the stack with pip in the chosen interpreter, after showing the exact commands; check again."""
+    case = build(inputs, matrices.load())
+    python = case.facts.python
+    if case.stack is None or python is None:
+        raise DoctorError(case.stack_because, "See `xflux-doctor matrix list`.")
+    why = matrices.why_not(case.stack, case.facts, cpu=case.job.use_cpu)
+    if why:
+        raise DoctorError(f"Stack {case.stack.name} {why}.", "See `xflux-doctor matrix list`.")
+    if python.externally_managed:
+        raise DoctorError(
+            f"{python.executable} is managed by the operating system (EXTERNALLY-MANAGED).",
+            "Make a venv (`python3 -m venv venv`) and name its Python by --python.",
+        )
+    with tempfile.TemporaryDirectory(prefix="xflux-doctor-") as folder:
+        commands = pip_commands(case.stack, python.executable, Path(folder))
+        click.echo(f"Stack {case.stack.name} ({case.stack_because}) into {python.prefix}:")
+        for _, shown in commands:
+            click.echo(f"  $ {shown}")
+        confirm(yes, "Run these commands?")
+        for argv, shown in commands:
+            code = subprocess.call(argv, stdin=subprocess.DEVNULL)
+            if code != 0:
+                raise DoctorError(f"pip ended with {code}: {shown}", "Its last lines above say why.")
+    after = summarize(build(inputs, matrices.load()))
+    wrong = [v for v in after.verdicts if v.check.startswith("SW") and v.status in ("error", "crashed")]
+    for verdict in wrong:
+        for finding in verdict.findings:
+            click.echo(click.style(f"✗ {finding.code} {finding.seen}", fg="red"))
+    click.echo("The packages are the stack's." if not wrong else "Some packages are still not the stack's.")
+    return 1 if wrong else 0
+
+
+def pip_commands(stack: matrices.Stack, python: str, folder: Path) -> list[tuple[list[str], str]]:
+    """The pip calls: packages whose build lives on another index first, alone, then the rest from the default one.
+
+    Asking the second index only for the packages that need it keeps everything else off it.
+    """
+    pip = [python, "-m", "pip", "install", "--disable-pip-version-check"]
+    commands: list[tuple[list[str], str]] = []
+    for name, pin in stack.packages.items():
+        if pin.index and pin.index_required:
+            argv = [*pip, "--no-deps", "--extra-index-url", pin.index, f"{name}=={pin.version}"]
+            commands.append((argv, " ".join(argv)))
+    file = folder / f"{stack.name}.txt"
+    lines = [line for line in matrices.requirements(stack) if not line.startswith("--")]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    argv = [*pip, "--requirement", str(file)]
+    commands.append((argv, " ".join([*pip, *lines])))
+    return commands

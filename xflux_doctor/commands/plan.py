@@ -1,0 +1,103 @@
+"""`xflux-doctor plan`: the memory bill, and which settings fit which card."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import click
+from xflux_trainer import memory
+from xflux_trainer.config import TrainConfig
+
+from xflux_doctor import matrix as matrices
+from xflux_doctor.bill import need
+from xflux_doctor.check import Case, SkipCheck
+from xflux_doctor.checks.launch import devices
+from xflux_doctor.errors import DoctorError, UsageError
+from xflux_doctor.inputs import Inputs, build
+
+GIB = 1 << 30
+
+
+def run(inputs: Inputs, *, gpu: str | None) -> int:
+    """Print the bill and the alternatives; exit 1 when none fits the card."""
+    case = build(inputs, matrices.load())
+    config = case.job.train
+    if config is None:
+        problem = next((p for p in case.job.problems if p.file == "train"), None)
+        if problem:
+            raise DoctorError(problem.seen, problem.hint)
+        raise DoctorError("No training file was given, and no train.yaml lies here.", "Give --config FILE.", code=2)
+    name, size = _card(case, gpu)
+    try:
+        bill = need(case)
+    except SkipCheck as skip:
+        raise DoctorError(f"There is no bill: {skip}.", "Use DDP, or DeepSpeed ZeRO stage 1 or 2.") from skip
+    _print(bill)
+    if size is None:
+        click.echo("No GPU to hold it against: name one with --gpu NAME:GIB.")
+        return 0
+    return _alternatives(case, config, name, size)
+
+
+def _card(case: Case, gpu: str | None) -> tuple[str, int | None]:
+    """The card's name and bytes: the one named, else the smallest visible one, within --gpu-limit."""
+    if gpu is not None:
+        match = re.fullmatch(r"(.+):(\d+(?:\.\d+)?)", gpu)
+        if match is None:
+            raise UsageError(f"--gpu is {gpu!r}.", "Write NAME:GIB, such as A100:80.")
+        return match[1], int(float(match[2]) * GIB)
+    found = devices(case) or ()
+    if case.job.use_cpu or not found:
+        return "", None
+    smallest = min(found, key=lambda card: card.memory_total)
+    return smallest.name, min(smallest.memory_total, case.job.gpu_limit or smallest.memory_total)
+
+
+def _print(bill: memory.Bill) -> None:
+    for title, terms in (("GPU", bill.gpu), ("host", bill.host), ("disk", bill.disk)):
+        if not terms:
+            continue
+        click.echo(f"{title}{' per rank' if title != 'disk' else ''}:")
+        for term in sorted(terms, key=lambda t: (memory.PHASES.index(t.phase), -t.bytes)):
+            click.echo(f"  {term.phase:<7}{term.bytes / GIB:9.3f} GiB  {term.name}: {term.why}")
+    if bill.gpu:
+        click.echo(
+            f"peak: {bill.gpu_allocated / GIB:.1f} GiB allocated while {bill.peak_phase}, "
+            f"{bill.gpu_total / GIB:.1f} GiB with the CUDA context (±{bill.error_bar:.0%})"
+        )
+
+
+def _alternatives(case: Case, config: TrainConfig, name: str, size: int) -> int:
+    """The same job with the settings that trade time or size for memory, each with its verdict."""
+    click.echo(f"\non a {name or 'GPU'} of {size / GIB:.0f} GiB:")
+    fits = False
+    for label, changed in variants(config):
+        mended = dataclasses.replace(case, job=dataclasses.replace(case.job, train=changed))
+        bill = need(mended)
+        verdict = verdict_of(bill, size)
+        fits = fits or verdict != "does not fit"
+        click.echo(f"  {verdict:<13}{bill.gpu_total / GIB:7.1f} GiB  {label}")
+    if not fits:
+        click.echo("Nothing fits this card. A quantized base is what fits smaller cards; this release has none.")
+    return 0 if fits else 1
+
+
+def variants(config: TrainConfig) -> list[tuple[str, TrainConfig]]:
+    """The job as it is, and its neighbors, fastest first."""
+    found = [("as it is", config)]
+    for checkpointing in (False, True):
+        for px in sorted({config.img_size, 1024, 768, 512}, reverse=True):
+            if px > config.img_size:
+                continue
+            changed = dataclasses.replace(config, gradient_checkpointing=checkpointing, img_size=px)
+            if changed != config:
+                mode = "recomputing every block" if checkpointing else "keeping every activation"
+                found.append((f"{px} px, {mode}", changed))
+    return found
+
+
+def verdict_of(bill: memory.Bill, size: int) -> str:
+    if bill.gpu_total * (1 + bill.error_bar) <= size:
+        return "fits"
+    return "tight" if bill.gpu_total * (1 - bill.error_bar) <= size else "does not fit"

@@ -1,0 +1,186 @@
+"""`xflux-doctor run`: validate, repair in memory, launch the trainer, and leave a run folder that tells all."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+import yaml
+from xflux_trainer import config as train_config
+
+from xflux_doctor import facts as facts_module
+from xflux_doctor import matrix as matrices
+from xflux_doctor import remember, yamltext
+from xflux_doctor.check import Case
+from xflux_doctor.commands import explain
+from xflux_doctor.commands.check import summarize
+from xflux_doctor.commands.fix import confirm, new_accelerate, plan_of
+from xflux_doctor.errors import DoctorError
+from xflux_doctor.files import write_atomic
+from xflux_doctor.inputs import Inputs, build, probed
+from xflux_doctor.launch import Launch
+from xflux_doctor.launch import build as build_launch
+from xflux_doctor.plan import Plan
+from xflux_doctor.report import jsonreport, text
+from xflux_doctor.report.summary import Summary
+from xflux_doctor.supervise import End
+from xflux_doctor.supervise import run as supervise
+
+GIB = 1 << 30
+
+
+def run(inputs: Inputs, *, dry_run: bool, yes: bool, extra: tuple[str, ...]) -> int:
+    """The gate, then the training. Exit 1 and nothing started when the gate refuses."""
+    case = build(inputs, matrices.load())
+    if case.job.train is None and not case.job.problems:
+        raise DoctorError("No training file was given, and no train.yaml lies here.", "Give --config FILE.", code=2)
+    case, accelerate_text = _with_accelerate(case)
+    plan = plan_of(case)
+    case = dataclasses.replace(case, job=plan.job)
+    if not plan.blockers:
+        case = _probe(case, inputs)
+    summary = summarize(case)
+    click.echo(text.render(summary), nl=False)
+    for edit in plan.edits:
+        click.echo(f"  repaired in memory: {text.describe(edit)}")
+    _show_bill(plan)
+    if summary.exit_code:
+        if case.job.train is not None and not dry_run:
+            _refused(Path(case.job.train.output_dir), summary)
+        return summary.exit_code
+    if plan.edits and not dry_run:
+        confirm(yes, "Train with these repairs? (Your files stay as they are.)")
+    return _launch(case, plan, summary, accelerate_text, dry_run=dry_run, extra=extra)
+
+
+def _with_accelerate(case: Case) -> tuple[Case, str]:
+    """A job without an accelerate file gets one for this machine."""
+    if case.job.accelerate is not None or case.job.problems or case.job.accelerate_path is not None:
+        return case, case.job.accelerate_text
+    new = new_accelerate(case)
+    return dataclasses.replace(case, job=dataclasses.replace(case.job, accelerate=yaml.safe_load(new))), new
+
+
+def _probe(case: Case, inputs: Inputs) -> Case:
+    """The default level, unless it passed on exactly this machine, stack and config before."""
+    known = remember.recall(case)
+    if known is not None and not inputs.facts:
+        return dataclasses.replace(case, facts=known)
+    case = probed(case, inputs)
+    if not inputs.quick and not inputs.facts:
+        remember.remember(case)
+    return case
+
+
+def _show_bill(plan: Plan) -> None:
+    if plan.bill is None:
+        return
+    on_gpu = plan.bill.gpu_total
+    what = f"{on_gpu / GIB:.1f} GiB per GPU, " if on_gpu else ""
+    click.echo(
+        f"  forecast (±{plan.bill.error_bar:.0%}): {what}{plan.bill.host_per_rank / GIB:.1f} GiB of host memory "
+        f"per rank, {plan.bill.disk_total / GIB:.2f} GiB of disk"
+    )
+
+
+def _launch(
+    case: Case, plan: Plan, summary: Summary, accelerate_text: str, *, dry_run: bool, extra: tuple[str, ...]
+) -> int:
+    assert case.job.train is not None and case.facts.python is not None
+    folder = Path(case.job.train.output_dir).absolute()
+    accelerate, train = folder / "accelerate.yaml", folder / "train.yaml"
+    launch = build_launch(case.facts.python.executable, case.job, accelerate, train, os.environ, extra)
+    if dry_run:
+        click.echo(f"\n$ {launch.shell}")
+        return 0
+    edits = [edit for edit in plan.edits if edit.file == "accelerate"]
+    log = _make_folder(folder)
+    write_atomic(accelerate, yamltext.apply(accelerate_text, edits))
+    write_atomic(train, train_config.to_yaml(case.job.train))
+    _record(folder, case, plan, summary, launch)
+    click.echo(f"\n$ {launch.shell}\n  log: {log}\n")
+    end = supervise(launch, log, _echo)
+    code = _finish(folder, log, end)
+    write_atomic(folder / "report.txt", _report(summary, plan, launch, folder, end))
+    return code
+
+
+def _report(summary: Summary, plan: Plan, launch: Launch, folder: Path, end: End) -> str:
+    """What a person wants to read of a run afterwards, on one page."""
+    lines = [click.unstyle(text.render(summary, verbose=True)), "Repairs:"]
+    lines += [f"  {text.describe(edit)}" for edit in plan.edits] or ["  none"]
+    lines += ["", f"$ {launch.shell}", f"ended with {end.exit_code} after {end.seconds:.0f} s"]
+    metrics = folder / "metrics.json"
+    if metrics.is_file():
+        lines += ["", metrics.read_text(encoding="utf-8")]
+    return "\n".join(lines) + "\n"
+
+
+def _make_folder(folder: Path) -> Path:
+    """The run folder and the name of this run's log."""
+    stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d-%H%M%S")
+    try:
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DoctorError(f"{folder} cannot be made: {error.strerror}.", "Choose another output_dir.") from error
+    return folder / "logs" / f"run-{stamp}.log"
+
+
+def _record(folder: Path, case: Case, plan: Plan, summary: Summary, launch: Launch) -> None:
+    """What ran and why, beside what it makes."""
+    write_atomic(folder / "facts.json", facts_module.to_json(case.facts) + "\n")
+    write_atomic(folder / "findings.json", jsonreport.encode(jsonreport.document(summary)))
+    record: dict[str, Any] = {
+        "command": launch.shell,
+        "argv": launch.argv,
+        "added_environment": launch.added,
+        "edits": [msgspec.to_builtins(edit) for edit in plan.edits],
+        "accepted": sorted(case.accepted),
+        "forecast": _bill(plan),
+    }
+    write_atomic(folder / "launch.json", jsonreport.encode(record))
+
+
+def _bill(plan: Plan) -> dict[str, Any] | None:
+    return dataclasses.asdict(plan.bill) if plan.bill else None
+
+
+def _echo(chunk: bytes) -> None:
+    sys.stdout.buffer.write(chunk)
+    sys.stdout.buffer.flush()
+
+
+def _refused(folder: Path, summary: Summary) -> None:
+    """Leave the reason where the next person looks, if the folder is there already."""
+    if folder.is_dir() and os.access(folder, os.W_OK):
+        codes = [f.code for v in summary.verdicts for f in v.findings if f.severity == "error"]
+        _result(folder, "gate", summary.exit_code, None, None, {"id": codes[0]} if codes else None)
+
+
+def _finish(folder: Path, log: Path, end: End) -> int:
+    """Write result.json and say how it ended."""
+    cause = None
+    if end.exit_code != 0 and not end.interrupted:
+        with log.open(encoding="utf-8", errors="replace") as lines:
+            diagnosis = explain.of_lines(iter(lines))
+        cause = msgspec.to_builtins(diagnosis) if diagnosis else None
+        click.echo(f"\nThe training ended with {end.exit_code} after {end.seconds:.0f} s.")
+        click.echo(explain.words(diagnosis))
+        click.echo(f"    log: {log}")
+    elif end.interrupted:
+        click.echo("\nInterrupted. Run the same command again with resume_from_checkpoint: latest to go on.")
+    else:
+        click.echo(f"\nDone in {end.seconds:.0f} s: {folder}")
+    _result(folder, "train", end.exit_code, end.trainer_exit_code, end.signal, cause)
+    return end.exit_code
+
+
+def _result(folder: Path, phase: str, code: int, trainer: int | None, number: int | None, cause: object) -> None:
+    result = {"phase": phase, "exit_code": code, "trainer_exit_code": trainer, "signal": number, "cause": cause}
+    write_atomic(folder / "result.json", jsonreport.encode(result))

@@ -1,0 +1,92 @@
+"""From the command line's inputs to a case: gather, read, choose the stack; and the probes on top."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from xflux_doctor import job as job_files
+from xflux_doctor import matrix as matrices
+from xflux_doctor.check import Case
+from xflux_doctor.errors import DoctorError, UsageError
+from xflux_doctor.facts import SCHEMA, Facts, from_json
+from xflux_doctor.gather.machine import gather
+from xflux_doctor.matrix import Matrix
+from xflux_doctor.probes.level import probe
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The options that check, fix, run and plan share."""
+
+    config: str | None = None
+    accelerate_config: str | None = None
+    stack: str | None = None
+    python: str | None = None
+    quick: bool = False
+    facts: str | None = None
+    gpu_limit: float | None = None
+    cpu: bool = False
+    offline: bool = False
+    accept: tuple[str, ...] = ()
+    timeout: float = 60.0
+
+
+def build(inputs: Inputs, matrix: Matrix) -> Case:
+    """The case before any probe: everything here is quick and starts no child."""
+    names = tuple(dict.fromkeys(name for stack in matrix.stacks for name in stack.packages))
+    facts = _recorded(inputs.facts) if inputs.facts else gather(inputs.python, names)
+    job = job_files.read(
+        inputs.config,
+        inputs.accelerate_config,
+        folder=Path(),
+        default_accelerate=facts.default_accelerate_config,
+        cpu=inputs.cpu,
+        gpu_limit=int(inputs.gpu_limit * GIB) if inputs.gpu_limit else None,
+        offline=inputs.offline,
+    )
+    chosen, because = _stack(inputs, matrix, facts, job.use_cpu)
+    return Case(facts, job, matrix, chosen, because, frozenset(inputs.accept))
+
+
+def _stack(inputs: Inputs, matrix: Matrix, facts: Facts, cpu: bool) -> tuple[matrices.Stack | None, str]:
+    """The stack that was named; else the fitting one that is installed already; else the best fit."""
+    if inputs.stack:
+        return matrix.stack(inputs.stack), "named by --stack"
+    choice = matrices.choose(matrix, facts, cpu=cpu)
+    if choice.stack is None:
+        return None, choice.because
+    torch = (facts.packages or {}).get("torch")
+    if torch is not None:
+        for stack in matrix.stacks:
+            pin = stack.packages.get("torch")
+            same = pin is not None and pin.version == torch.version.partition("+")[0]
+            if same and not matrices.why_not(stack, facts, cpu=cpu):
+                return stack, f"its torch {torch.version} is installed"
+    return matrix.stack(choice.stack), choice.because
+
+
+def _recorded(path: str) -> Facts:
+    file = Path(path)
+    if not file.is_file():
+        raise UsageError(f"There is no facts file at {path}.", "Write one with `xflux-doctor facts`.")
+    try:
+        facts = from_json(file.read_bytes())
+    except (msgspec.DecodeError, OSError) as error:
+        raise DoctorError(f"{path} does not hold facts: {error}.", "Write it with `xflux-doctor facts`.") from error
+    if facts.schema != SCHEMA:
+        raise DoctorError(f"{path} has schema {facts.schema}; this doctor reads {SCHEMA}.", "Record it anew.")
+    return facts
+
+
+def probed(case: Case, inputs: Inputs) -> Case:
+    """The case with the default level's facts. Recorded facts are taken as they are."""
+    if inputs.quick or inputs.facts:
+        return case
+    return dataclasses.replace(case, facts=probe(case.facts, case.job, os.environ, inputs.timeout))

@@ -1,0 +1,48 @@
+"""How the trainer is started: an argv list and an environment. Pure."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from xflux_doctor.job import Job
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One command, ready to be executed."""
+
+    argv: tuple[str, ...]
+    env: dict[str, str]
+    """The user's environment, whole, and what `added` names."""
+    added: dict[str, str]
+
+    @property
+    def shell(self) -> str:
+        """The command as a person would type it."""
+        return " ".join([*(f"{k}={shlex.quote(v)}" for k, v in self.added.items()), shlex.join(self.argv)])
+
+
+def build(
+    python: str, job: Job, accelerate: Path, train: Path, environ: Mapping[str, str], extra: tuple[str, ...] = ()
+) -> Launch:
+    """`accelerate launch --config_file … -m xflux_trainer train --config …` in the given interpreter.
+
+    Nothing is removed from the environment, and nothing added: a variable would have to be proved needed.
+    """
+    argv = (
+        python,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(accelerate),
+        "-m",
+        "xflux_trainer",
+        "train",
+        "--config",
+        str(train),
+        *extra,
+    )
+    return Launch(argv, dict(environ), {})

@@ -1,0 +1,241 @@
+"""Show, write and take back a change of a file.
+
+A reader of the file sees the old text or the new text, never a part of one: the new text is written beside it
+under another name, flushed to the disk and then renamed over it. Before that, a copy of the old text (`.bak-…`)
+and a small record of what is about to be written (`.bak-….json`) are on the disk in the same way, so that `undo`
+knows what to put back, and whether somebody else has changed the file since.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import errno
+import glob
+import hashlib
+import json
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+
+import msgspec
+
+_MARK = ".xflux-doctor.bak-"
+
+
+class RepairError(Exception):
+    """A file that could not be read, written or restored. The file itself is as it was before."""
+
+    def __init__(self, seen: str, hint: str) -> None:
+        super().__init__(f"{seen}. {hint}")
+        self.seen = seen
+        self.hint = hint
+
+
+class Backup(msgspec.Struct, frozen=True):
+    """One write that can be taken back."""
+
+    file: Path
+    """The file that was written; symbolic links are followed."""
+    copy: Path
+    """Its old text."""
+    old_sha256: str
+    new_sha256: str
+    """Of what was written: a file with another sum was changed by somebody else since."""
+
+
+def read(path: Path) -> str:
+    """The text with its own line ends and byte order mark, as `yamltext.apply` wants it."""
+    with _told(path):
+        data = path.read_bytes()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        seen = f"{path} is not UTF-8 text (byte {error.start})"
+        raise RepairError(seen, "Save it as UTF-8 and try again.") from error
+
+
+def diff(old: str, new: str, name: str) -> str:
+    """The change as a unified diff that `patch` and `git apply` take; empty when there is none."""
+    lines = difflib.unified_diff(_lines(old), _lines(new), f"a/{name}", f"b/{name}")
+    return "".join(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n" for line in lines)
+
+
+def write(path: Path, text: str, was: str | None = None) -> Backup | None:
+    """Give an existing file another text and keep a backup; None when it says that already.
+
+    `was` is the text that the change was made for: when the file says something else by now, it is left alone.
+    """
+    with _told(path):
+        real = path.resolve(strict=True)
+        status = real.stat()
+        if os.statvfs(real).f_flag & os.ST_RDONLY:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+    if not stat.S_ISREG(status.st_mode):
+        raise RepairError(f"{path} is not a regular file", "Give the path of the config file itself.")
+    if not os.access(real, os.W_OK):
+        raise RepairError(f"{path} is write-protected", f"Allow writing with `chmod u+w {path}`, or copy it.")
+    with _told(path):
+        old = real.read_bytes()
+        if was is not None and old != was.encode("utf-8"):
+            seen = f"{path} was changed while the repair was being prepared"
+            raise RepairError(seen, "Run the command again.")
+        return _exchange(real, old, text.encode("utf-8"), status)
+
+
+def undo(path: Path, force: bool = False) -> Backup:
+    """Put back the text before the latest write, and forget that write; what came before can be undone next.
+
+    With `force` also when somebody changed the file since: that text is then kept as a backup of its own.
+    """
+    with _told(path):
+        real = path.resolve(strict=True)
+        found = backups(real)
+    if not found:
+        raise RepairError(f"{path} has no backup beside it", "Only a change made by this tool can be undone.")
+    backup = found[-1]
+    with _told(path):
+        now, old, status = real.read_bytes(), backup.copy.read_bytes(), real.stat()
+    if _sum(old) != backup.old_sha256:
+        hint = f"Look at {backup.copy} and copy it back by hand if it is what you want."
+        raise RepairError(f"the backup {backup.copy} was changed", hint)
+    changed = _sum(now) not in (backup.new_sha256, backup.old_sha256)
+    if changed and not force:
+        hint = f"Compare it with {backup.copy}; force the undo to put that back (today's text is kept too)."
+        raise RepairError(f"{path} was changed after the repair", hint)
+    with _told(path):
+        if changed:
+            _exchange(real, now, old, status)
+        elif now != old:
+            replace(real, old, status)
+        _record(backup.copy).unlink()
+        backup.copy.unlink()
+    return backup
+
+
+def backups(path: Path) -> list[Backup]:
+    """The writes of this file that can be taken back, oldest first."""
+    real = path.resolve()
+    found = []
+    for record in real.parent.glob(glob.escape(real.name) + _MARK + "*.json"):
+        copy = record.with_suffix("")
+        try:
+            data = json.loads(record.read_bytes())
+            backup = Backup(real, copy, str(data["old_sha256"]), str(data["new_sha256"]))
+        except (ValueError, KeyError, TypeError):
+            continue  # not one of ours: ours are complete or absent
+        if copy.exists():
+            found.append(backup)
+    return sorted(found, key=lambda backup: backup.copy.name)
+
+
+def _exchange(real: Path, old: bytes, new: bytes, status: os.stat_result) -> Backup | None:
+    if old == new:
+        return None
+    backup = Backup(real, _free_name(real), _sum(old), _sum(new))
+    try:
+        replace(backup.copy, old, status)
+        replace(_record(backup.copy), _to_json(backup), status)
+        replace(real, new, status)
+    except BaseException:
+        for path in (_record(backup.copy), backup.copy):  # nothing was written, so there is nothing to undo
+            with contextlib.suppress(OSError):
+                path.unlink()
+        raise
+    return backup
+
+
+def replace(path: Path, data: bytes, like: os.stat_result | None = None) -> None:
+    """Write a whole file or nothing, on the disk when this returns; owner and mode as in `like`."""
+    folder = path.parent
+    handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".tmp", dir=folder)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            if like is not None:
+                with contextlib.suppress(PermissionError):  # the owner can be kept by root only
+                    os.fchown(file.fileno(), like.st_uid, like.st_gid)
+                os.fchmod(file.fileno(), stat.S_IMODE(like.st_mode))
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)  # noqa: PTH105
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)  # noqa: PTH108
+        raise
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself last. Some network file systems cannot, and have no need to."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EROFS):
+            raise
+    finally:
+        os.close(handle)
+
+
+def _free_name(real: Path) -> Path:
+    stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S.%fZ")
+    name = real.with_name(real.name + _MARK + stamp)
+    for number in range(1, 1000):
+        if not name.exists():
+            return name
+        name = real.with_name(f"{real.name}{_MARK}{stamp}-{number:03}")
+    raise FileExistsError(errno.EEXIST, "no free name for the backup", str(name))
+
+
+def _record(copy: Path) -> Path:
+    return copy.with_name(copy.name + ".json")
+
+
+def _to_json(backup: Backup) -> bytes:
+    data = {
+        "file": backup.file.name,
+        "old_sha256": backup.old_sha256,
+        "new_sha256": backup.new_sha256,
+    }
+    return json.dumps(data, indent=1).encode() + b"\n"
+
+
+def _sum(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _lines(text: str) -> list[str]:
+    """Lines as `patch` counts them: by \\n alone, which str.splitlines does not."""
+    lines = text.split("\n")
+    return [line + "\n" for line in lines[:-1]] + ([lines[-1]] if lines[-1] else [])
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """System errors as one sentence and the next step."""
+    try:
+        yield
+    except OSError as error:
+        raise RepairError(*_explained(path, error)) from error
+    except RuntimeError as error:  # pathlib before Python 3.13 says so of links in a circle
+        raise RepairError(f"{path} cannot be followed: {error}", "Mend the symbolic link.") from error
+
+
+def _explained(path: Path, error: OSError) -> tuple[str, str]:
+    where = path.parent.resolve()
+    if error.errno in (errno.EACCES, errno.EPERM):
+        seen = f"no permission to read or write {path} and its folder {where}"
+        return seen, "The folder must be writable too: the new file is made beside the old one."
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"the disk or quota of {where} is full", f"Free some space (`df -h {where}`) and try again."
+    if error.errno == errno.EROFS:
+        return f"{where} is on a read-only file system", "Copy the file to a writable place and repair it there."
+    if error.errno == errno.ENOENT:
+        return f"{path} is not there (any more)", "Check the path; nothing was written."
+    if error.errno == errno.ELOOP:
+        return f"{path} is a symbolic link in a circle", "Mend the symbolic link."
+    return f"{path}: {error.strerror or error}", "Nothing was changed; mend this and try again."

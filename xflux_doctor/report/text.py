@@ -1,0 +1,87 @@
+"""The report for a terminal: what is wrong first in words, the verdict line last."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+
+import click
+
+from xflux_doctor.finding import Change, Edit, Finding, Remove, Status, Verdict
+from xflux_doctor.report.summary import Summary
+
+_MARKS: dict[Status, tuple[str, str]] = {
+    "ok": ("✓", "green"),
+    "warning": ("!", "yellow"),
+    "error": ("✗", "red"),
+    "skipped": ("-", "bright_black"),
+    "crashed": ("✗", "magenta"),
+}
+_WIDTH = 100
+
+
+def render(summary: Summary, *, verbose: bool = False) -> str:
+    """All findings; with `verbose` also what passed, what was skipped and why, with times."""
+    shown = [v for v in summary.verdicts if verbose or v.status not in ("ok", "skipped")]
+    blocks = [[_stack_line(summary)], [line for v in shown for line in _verdict(v, verbose)]]
+    blocks.append([_last_line(summary, verbose)])
+    return "\n\n".join("\n".join(block) for block in blocks if block) + "\n"
+
+
+def _stack_line(summary: Summary) -> str:
+    if summary.stack:
+        return f"xflux-doctor {summary.version}: stack {summary.stack} ({summary.because})"
+    return f"xflux-doctor {summary.version}"
+
+
+def _verdict(verdict: Verdict, verbose: bool) -> Iterator[str]:
+    mark, color = _MARKS[verdict.status]
+    seconds = f" [{verdict.seconds * 1000:.0f} ms]" if verbose else ""
+    yield click.style(f"{mark} {verdict.check} {verdict.title}", fg=color, bold=verdict.status == "error") + seconds
+    if verdict.status == "crashed":
+        yield f"    This check itself failed ({verdict.reason}); please report it with `xflux-doctor facts`."
+    elif verdict.reason:
+        yield f"    skipped: {verdict.reason}"
+    for finding in verdict.findings:
+        yield from _finding(finding)
+
+
+def _finding(finding: Finding) -> Iterator[str]:
+    for text in (finding.seen, finding.because):
+        if text:
+            yield from textwrap.wrap(text, _WIDTH, initial_indent="    ", subsequent_indent="    ")
+    if finding.hint:
+        yield from textwrap.wrap(finding.hint, _WIDTH, initial_indent="    → ", subsequent_indent="      ")
+    for edit in finding.edits:
+        yield f"    fix: {describe(edit)}"
+    for command in finding.commands:
+        yield f"    $ {command}"
+    if finding.docs:
+        yield click.style(f"    {finding.docs}", fg="bright_black")
+
+
+def describe(edit: Change) -> str:
+    """One edit in words."""
+    key = ".".join(edit.key)
+    if isinstance(edit, Edit):
+        shown = str(edit.value).lower() if isinstance(edit.value, bool) else edit.value
+        text = f"{key}: {shown}"
+    elif isinstance(edit, Remove):
+        text = f"remove {key}"
+    else:
+        text = f"rename {key} to {edit.new}"
+    return f"{text} in the {edit.file} file" + (f" ({edit.reason})" if edit.reason else "")
+
+
+def _last_line(summary: Summary, verbose: bool) -> str:
+    counts = summary.counts
+    skipped = f", {counts['skipped']} skipped" + ("" if verbose else " (-v says why)") if counts["skipped"] else ""
+    if summary.crashed:
+        return click.style(f"xflux-doctor itself failed in {summary.crashed} checks.", fg="magenta")
+    if counts["error"]:
+        pending = " `xflux-doctor fix` shows the repairs." if summary.repairable else ""
+        text = f"{counts['error']} of {len(summary.verdicts)} checks found what stops this job.{pending}"
+        return click.style(text, fg="red", bold=True)
+    warned = f", {counts['warning']} with warnings" if counts["warning"] else ""
+    text = f"Nothing stops this job: {counts['ok']} checks passed{warned}{skipped}."
+    return click.style(text, fg="yellow" if counts["warning"] else "green", bold=True)

@@ -1,0 +1,32 @@
+"""The accelerate file that the tool writes for a job that has none."""
+
+from __future__ import annotations
+
+_TEXT = """\
+# Written by xflux-doctor: one rank per device.
+compute_environment: LOCAL_MACHINE
+debug: false
+distributed_type: {distributed_type}
+downcast_bf16: 'no'
+machine_rank: 0
+main_training_function: main
+mixed_precision: bf16
+num_machines: 1
+num_processes: {processes}
+rdzv_backend: static
+same_network: true
+use_cpu: {use_cpu}
+"""
+
+
+def accelerate_yaml(processes: int, *, cpu: bool) -> str:
+    """A DDP launch: for a LoRA the ranks share nothing but the adapters' gradients.
+
+    CPU ranks are launched as MULTI_GPU with use_cpu: accelerate starts only one process for MULTI_CPU without
+    MPI (accelerate 1.15.0, commands/launch.py, launch_command).
+    """
+    return _TEXT.format(
+        distributed_type="MULTI_GPU" if processes > 1 else "NO",
+        processes=processes,
+        use_cpu=str(cpu).lower(),
+    )
