@@ -51,7 +51,16 @@ def record(path: Path, facts: Facts) -> None:
 
 
 def job_of(place: Path, machine_file: str, stack: str) -> list[str]:
-    return ["--config", "train.yaml", "--accelerate-config", "accelerate.yaml", "--facts", machine_file, "--stack", stack]
+    return [
+        "--config",
+        "train.yaml",
+        "--accelerate-config",
+        "accelerate.yaml",
+        "--facts",
+        machine_file,
+        "--stack",
+        stack,
+    ]
 
 
 def check_json(place: Path, *arguments: str) -> dict[str, Any]:
@@ -271,6 +280,10 @@ def test_explain(tmp_path: Path) -> None:
 
 def test_a_pipe_that_closes(tmp_path: Path) -> None:
     done = subprocess.run(
-        f"{sys.executable} -m xflux_doctor.cli facts | head -c 1", shell=True, cwd=tmp_path, capture_output=True, text=True
+        f"{sys.executable} -m xflux_doctor.cli facts | head -c 1",
+        shell=True,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     assert "Traceback" not in done.stderr

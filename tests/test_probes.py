@@ -21,7 +21,11 @@ HAS_TORCH = importlib.util.find_spec("torch") is not None
 STUBS = {
     "raises": "raise ImportError('libcudnn.so.9: cannot open shared object file')",
     "segfaults": "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)",
-    "hangs": "import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\ntime.sleep(600)",
+    "hangs": (
+        "import subprocess, sys, time\n"
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "time.sleep(600)"
+    ),
 }
 
 
@@ -133,9 +137,7 @@ class TestWithTorch:
 
     def test_a_silent_rank_is_named(self, tmp_path: Path) -> None:
         """Rank 1 never comes to the rendezvous."""
-        (tmp_path / "sitecustomize.py").write_text(
-            "import sys, time\nif '1' in sys.argv[-4:-3]: time.sleep(600)\n"
-        )
+        (tmp_path / "sitecustomize.py").write_text("import sys, time\nif '1' in sys.argv[-4:-3]: time.sleep(600)\n")
         environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
         started = time.monotonic()
         result = level.all_reduce(sys.executable, "gloo", 2, environment, 15)

@@ -208,7 +208,7 @@ def _parse(path: Path) -> tuple[str, dict[str, Any]]:
         raise _Unreadable(f"{path} is binary, not text", "Name accelerate's YAML file.")
     try:
         mapping = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise _Unreadable(f"{path} is not YAML: {_place(error, text)}", "Repair that line.") from error
     if mapping is None:
         raise _Unreadable(f"{path} is empty", new)

@@ -98,7 +98,8 @@ def test_unknown_keys(matrix: Matrix) -> None:
 
 
 @pytest.mark.parametrize(("old", "new", "edit"), [
-    ("distributed_type: DEEPSPEED", "distributed_type: DEEP_SPEED", Edit("accelerate", ("distributed_type",), "DEEPSPEED")),
+    ("distributed_type: DEEPSPEED", "distributed_type: DEEP_SPEED",
+     Edit("accelerate", ("distributed_type",), "DEEPSPEED")),
     ("mixed_precision: bf16", "mixed_precision: bfloat16", Edit("accelerate", ("mixed_precision",), "bf16")),
     ("mixed_precision: bf16", "mixed_precision: no", Edit("accelerate", ("mixed_precision",), "no")),
     ("num_processes: 8", "num_processes: '8'", Edit("accelerate", ("num_processes",), 8)),

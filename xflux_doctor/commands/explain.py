@@ -11,11 +11,12 @@ import msgspec
 
 from xflux_doctor.errors import DoctorError
 from xflux_doctor.explain.diagnosis import Diagnosis, diagnose
+from xflux_doctor.explain.log import file_lines, stream_lines
 
 
 def run(log: str, *, form: str) -> int:
     """Exit 1 when a cause was found, 0 when the log shows none."""
-    diagnosis = of_lines(_lines(log))
+    diagnosis = diagnose(_lines(log))
     if form == "json":
         found = msgspec.to_builtins(diagnosis) if diagnosis else None
         click.echo(msgspec.json.format(msgspec.json.encode({"schema": 1, "cause": found}), indent=2).decode())
@@ -24,8 +25,9 @@ def run(log: str, *, form: str) -> int:
     return 1 if diagnosis else 0
 
 
-def of_lines(lines: Iterator[str]) -> Diagnosis | None:
-    return diagnose(lines)
+def of_file(path: Path) -> Diagnosis | None:
+    """The cause that one log shows."""
+    return diagnose(file_lines(path))
 
 
 def log_of(folder: Path) -> Path | None:
@@ -36,7 +38,7 @@ def log_of(folder: Path) -> Path | None:
 
 def _lines(log: str) -> Iterator[str]:
     if log == "-":
-        yield from sys.stdin
+        yield from stream_lines(sys.stdin.buffer)
         return
     path = Path(log)
     if path.is_dir():
@@ -46,8 +48,7 @@ def _lines(log: str) -> Iterator[str]:
         path = found
     if not path.is_file():
         raise DoctorError(f"There is no log at {log}.", "Name a log, a run folder, or - for standard input.", code=2)
-    with path.open(encoding="utf-8", errors="replace") as file:
-        yield from file
+    yield from file_lines(path)
 
 
 def words(diagnosis: Diagnosis | None) -> str:

@@ -167,8 +167,7 @@ def _finish(folder: Path, log: Path, end: End) -> int:
     """Write result.json and say how it ended."""
     cause = None
     if end.exit_code != 0 and not end.interrupted:
-        with log.open(encoding="utf-8", errors="replace") as lines:
-            diagnosis = explain.of_lines(iter(lines))
+        diagnosis = explain.of_file(log)
         cause = msgspec.to_builtins(diagnosis) if diagnosis else None
         click.echo(f"\nThe training ended with {end.exit_code} after {end.seconds:.0f} s.")
         click.echo(explain.words(diagnosis))

@@ -1,0 +1,1 @@
+"""Why did it fail? From the text of a log to the cause and the next step."""

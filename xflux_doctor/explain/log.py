@@ -1,0 +1,92 @@
+"""A log as clean lines, whatever it is: huge, binary in places, colored, with progress bars, in UTF-16."""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+MAX_LINE = 6000
+"""Longer lines are cut: no known mark stands that far to the right."""
+_CHUNK = 1 << 20
+_ESCAPE = re.compile(r"\x1b(?:\[[0-9;:?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])")
+_STAMP = re.compile(r"\d{4}-\d\d-\d\dT[\d:.,]+(?:Z|[+-]\d\d:\d\d) (?:std(?:out|err) [FP] )?")
+"""What `docker logs -t`, `kubectl logs --timestamps` and container runtimes put before each line."""
+_HOST = re.compile(r"([^\s:|\]]{1,60}(?:: |\s*\| ))Traceback \(most recent call last\)")
+"""What launchers for several machines put before each line of one."""
+_RANK = re.compile(r"\[(?:rank|default|trainer|worker)(\d{1,6})\]:? ?|(\d{1,5}): (?=\[|Traceback|\s+File |[\w.]*Error)")
+
+
+class Line(NamedTuple):
+    number: int
+    """Counted from 1 by line feeds, as editors do; the redraws of a progress bar share one number."""
+    rank: int | None
+    text: str
+    """Without line end, colors and the mark of the rank."""
+
+
+def lines(source: str | Iterable[str]) -> Iterator[Line]:
+    """Lines of a text, or of lines as a file gives them, with or without their line ends."""
+    number = 1
+    hosts: list[str] = []
+    for text in [source] if isinstance(source, str) else source:
+        start = 0
+        while True:
+            end = text.find("\n", start)
+            yield from _line(number, text[start : end if end >= 0 else len(text)], hosts)
+            number += 1
+            start = end + 1
+            if end < 0 or start == len(text):
+                break
+
+
+def file_lines(path: Path) -> Iterator[str]:
+    """The lines of a file, one at a time and never longer than a chunk."""
+    with path.open("rb") as file:
+        yield from stream_lines(file)
+
+
+def stream_lines(file: BinaryIO) -> Iterator[str]:
+    """The same for what is open already, such as `sys.stdin.buffer`."""
+    start = file.read(4)
+    encoding = "utf-8"
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "utf-16"  # PowerShell's `> train.log`
+    decoder = codecs.getincrementaldecoder(encoding)(errors="replace")
+    rest = decoder.decode(start)
+    while chunk := file.read(_CHUNK):
+        *whole, rest = (rest + decoder.decode(chunk)).split("\n")
+        for line in whole:
+            yield line + "\n"
+        if len(rest) > _CHUNK:  # a gigabyte without a line end is no log; keep its beginning and its end
+            rest = rest[:MAX_LINE] + "\r" + rest[-MAX_LINE:]
+    rest += decoder.decode(b"", final=True)
+    if rest:
+        yield rest
+
+
+def _line(number: int, text: str, hosts: list[str]) -> Iterator[Line]:
+    if "\x1b" in text:
+        text = _ESCAPE.sub("", text)
+    if "\x00" in text:
+        text = text.replace("\x00", "")
+    for part in text.split("\r") if "\r" in text else (text,):
+        if part or part is text:
+            yield _bare(number, part[:MAX_LINE], hosts)
+
+
+def _bare(number: int, text: str, hosts: list[str]) -> Line:
+    """The line without what was put before it on its way."""
+    if text[:2] == "20" and (stamp := _STAMP.match(text)):
+        text = text[stamp.end() :]
+    if "Traceback (most" in text and (host := _HOST.match(text)) and len(hosts) < 64 and host[1] not in hosts:
+        hosts.append(host[1])
+    for name in hosts:
+        if text.startswith(name):
+            text = text[len(name) :]
+            break
+    if text[:1] and text[0] in "[0123456789" and (mark := _RANK.match(text)):
+        return Line(number, int(mark[1] or mark[2]), text[mark.end() :])
+    return Line(number, None, text)
