@@ -1,0 +1,219 @@
+"""Checkpoints: whole or not there, checked when loaded, the newest kept; files that survive a full disk."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("safetensors")
+
+from trainer_kit import environment  # noqa: E402
+from xflux_trainer import checkpoint, files  # noqa: E402
+from xflux_trainer.checkpoint import Progress  # noqa: E402
+from xflux_trainer.config import TrainConfig  # noqa: E402
+from xflux_trainer.errors import CheckpointError, WriteError  # noqa: E402
+from xflux_trainer.optim import State  # noqa: E402
+from xflux_trainer.ranks import Launch, Ranks  # noqa: E402
+
+RANKS = Ranks(Launch())
+
+
+def state(seed: int = 0) -> State:
+    dice = torch.Generator().manual_seed(seed)
+    weights = {name: torch.randn(4, 3, generator=dice) for name in ("a.lora_A.weight", "a.lora_B.weight")}
+    moments = {name: {key: torch.randn(4, 3, generator=dice) for key in ("exp_avg", "exp_avg_sq")} for name in weights}
+    return State(weights, moments, 7)
+
+
+def save(output: Path, step: int = 7, **config: object) -> Path:
+    settings = TrainConfig(img_dir="x", **config)
+    return checkpoint.save_checkpoint(output, state(), Progress(step=step, batches=14), settings, RANKS, {"torch": "x"})
+
+
+def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    folder = save(tmp_path, rank=8)
+    drawn = torch.rand(3)
+    loaded = checkpoint.load(folder, RANKS)
+    assert torch.equal(torch.rand(3), drawn)  # the generators stand where they stood
+    assert folder.name == "checkpoint-7"
+    assert loaded.progress == Progress(step=7, batches=14)
+    assert loaded.config["rank"] == 8
+    assert loaded.state.steps == 7
+    for name, value in state().weights.items():
+        assert torch.equal(loaded.state.weights[name], value)
+        for key, moment in state().moments[name].items():
+            assert torch.equal(loaded.state.moments[name][key], moment)
+
+
+def test_before_the_first_step_there_are_no_moments(tmp_path: Path) -> None:
+    fresh = State(state().weights, {}, 0)
+    folder = checkpoint.save_checkpoint(tmp_path, fresh, Progress(), TrainConfig(img_dir="x"), RANKS, {})
+    assert checkpoint.load(folder).state.moments == {}
+
+
+def test_no_pickles(tmp_path: Path) -> None:
+    names = {path.suffix for path in save(tmp_path).iterdir()}
+    assert names == {".safetensors", ".json"}
+
+
+def test_the_newest_are_kept_by_number_not_by_name(tmp_path: Path) -> None:
+    for step in (8, 9, 10, 100):
+        save(tmp_path, step, checkpoints_total_limit=2)
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-100"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-100"]
+
+
+def test_the_same_step_again_replaces(tmp_path: Path) -> None:
+    save(tmp_path, rank=8)
+    save(tmp_path, rank=9)
+    assert checkpoint.load(tmp_path / "checkpoint-7").config["rank"] == 9
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-7"]
+
+
+@pytest.mark.parametrize("name", [checkpoint.ADAPTERS, checkpoint.OPTIMIZER, "random-rank0.safetensors"])
+@pytest.mark.parametrize("harm", ["flip", "cut", "gone"])
+def test_harm_is_noticed(tmp_path: Path, name: str, harm: str) -> None:
+    path = save(tmp_path) / name
+    data = bytearray(path.read_bytes())
+    if harm == "gone":
+        path.unlink()
+    elif harm == "cut":
+        path.write_bytes(bytes(data[:-1]))
+    else:
+        data[-1] ^= 1
+        path.write_bytes(bytes(data))
+    with pytest.raises(CheckpointError, match=name):
+        checkpoint.load(path.parent, RANKS)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 99}', '{"format": 1, "progress": {"speed": 1}}'])
+def test_broken_manifests(tmp_path: Path, text: str) -> None:
+    folder = save(tmp_path)
+    (folder / checkpoint.MANIFEST).write_text(text)
+    with pytest.raises(CheckpointError):
+        checkpoint.load(folder)
+
+
+def test_find(tmp_path: Path) -> None:
+    def find(resume: str | None) -> Path | None:
+        return checkpoint.find(TrainConfig(img_dir="x", output_dir=str(tmp_path), resume_from_checkpoint=resume))
+
+    assert find(None) is None
+    assert find("latest") is None
+    save(tmp_path, 9)
+    save(tmp_path, 10)
+    (tmp_path / "checkpoint-11").mkdir()  # somebody else's, or from a trainer that was killed
+    (tmp_path / f"{files.TEMPORARY}x").mkdir()
+    assert find("latest") == tmp_path / "checkpoint-10"
+    assert find("checkpoint-9") == find(str(tmp_path / "checkpoint-9")) == tmp_path / "checkpoint-9"
+    with pytest.raises(CheckpointError, match="checkpoint-9, checkpoint-10"):
+        find("checkpoint-12")
+
+
+def test_a_fresh_start_puts_the_old_run_aside(tmp_path: Path) -> None:
+    assert checkpoint.set_aside(tmp_path) is None
+    save(tmp_path, 9)
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    assert checkpoint.set_aside(tmp_path) == tmp_path / "previous-1"
+    save(tmp_path, 3)
+    assert checkpoint.set_aside(tmp_path) == tmp_path / "previous-2"
+    assert checkpoint.list_checkpoints(tmp_path) == []
+    assert checkpoint.load(tmp_path / "previous-1" / "checkpoint-9").progress.step == 9
+    assert (tmp_path / "previous-1" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("after", range(5))
+def test_a_disk_that_fills_up_leaves_no_half(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, after: int
+) -> None:
+    """The n-th flush to the disk fails: nothing of the new checkpoint stays, the old one does."""
+    save(tmp_path, 1)
+    real, calls = os.fsync, 0
+
+    def full(handle: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            raise OSError(number, os.strerror(number))
+        real(handle)
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(WriteError) as caught:
+        save(tmp_path, 2)
+    assert str(caught.value).count(".") >= 2
+    assert caught.value.hint
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    checkpoint.load(tmp_path / "checkpoint-1")
+
+
+def test_a_real_full_disk(tmp_path: Path) -> None:
+    """On a file system of 64 KiB, where root may mount one."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no right to mount")
+    try:
+        with pytest.raises(WriteError, match="no space left"):
+            files.write_bytes(place / "x", b"1" * 100_000)
+        assert list(place.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    for action in (lambda: files.make_folder(tmp_path / "out"), lambda: files.write_json(tmp_path / "out" / "a", {})):
+        with pytest.raises(WriteError, match="name another folder"):
+            action()
+
+
+def test_killed_in_the_middle_of_writing(tmp_path: Path) -> None:
+    """kill -9 at twelve different moments: the folder on the disk is always a whole one."""
+    code = (
+        "import sys, torch\nfrom pathlib import Path\n"
+        "from xflux_trainer import files\n"
+        "print('ready', flush=True)\n"
+        "k = 0\n"
+        "while True:\n"
+        "    k += 1\n"
+        "    with files.new_folder(Path(sys.argv[1]) / 'checkpoint-1') as place:\n"
+        "        for name in 'abc': files.write_bytes(place / name, bytes([k % 251]) * 200_000)\n"
+    )
+    for k in range(12):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code.replace("import sys, torch", "import sys"), str(tmp_path)],
+            stdout=subprocess.PIPE, env=environment(),
+        )  # fmt: skip
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(0.05 + 0.013 * k)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        folder = tmp_path / "checkpoint-1"
+        if folder.exists():
+            contents = {(folder / name).read_bytes() for name in "abc"}
+            assert len(contents) == 1
+            assert len(contents.pop()) == 200_000
+        files.remove_leftovers(tmp_path)
+        assert all(not path.name.startswith(files.TEMPORARY) for path in tmp_path.iterdir())
+    assert folder.exists()
+
+
+def test_writing_keeps_to_the_umask(tmp_path: Path) -> None:
+    files.write_json(tmp_path / "a.json", {"ü": 1})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"ü": 1}
+    (tmp_path / "plain").write_text("")
+    assert (tmp_path / "a.json").stat().st_mode == (tmp_path / "plain").stat().st_mode

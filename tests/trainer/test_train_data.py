@@ -1,0 +1,146 @@
+"""Images as tensors, and who trains on which image when."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("PIL")
+
+import numpy as np  # noqa: E402
+from PIL import Image  # noqa: E402
+from trainer_kit import DEMO, put  # noqa: E402
+from xflux_trainer.data import (  # noqa: E402
+    RATIOS,
+    Order,
+    choose_ratio,
+    epoch_batches,
+    list_samples,
+    load_image,
+    target_size,
+)
+from xflux_trainer.errors import DataError  # noqa: E402
+
+
+@pytest.mark.parametrize(
+    ("size", "img_size", "ratio", "target"),
+    [
+        ((512, 512), 512, None, (512, 512)),
+        ((1920, 1080), 512, None, (512, 288)),
+        ((1080, 1920), 512, None, (288, 512)),
+        ((100, 50), 512, None, (512, 256)),
+        ((3000, 10), 512, None, (512, 16)),
+        ((800, 600), 512, 1.0, (512, 512)),
+        ((800, 600), 512, 16 / 9, (512, 288)),
+        ((600, 800), 512, 16 / 9, (288, 512)),
+        ((1, 1), 64, None, (64, 64)),
+    ],
+)
+def test_target_size(size: tuple[int, int], img_size: int, ratio: float | None, target: tuple[int, int]) -> None:
+    assert target_size(*size, img_size, ratio) == target
+
+
+def test_images_are_never_stretched(tmp_path: Path) -> None:
+    """A circle stays one: its width and height differ by less than two pixels after scaling and cutting."""
+    y, x = np.mgrid[0:300, 0:437]
+    circle = ((x - 218) ** 2 + (y - 150) ** 2 < 100**2).astype(np.uint8) * 255
+    Image.fromarray(circle).save(tmp_path / "a.png")
+    image = load_image(tmp_path / "a.png", 256, None)
+    assert image.shape == (3, 160, 256)
+    white = image[0] > 0
+    assert abs(int(white.any(0).sum()) - int(white.any(1).sum())) <= 2
+    assert -1 <= float(image.min()) < float(image.max()) <= 1
+
+
+def test_turned_transparent_and_deep_images(tmp_path: Path) -> None:
+    wide = Image.new("RGB", (64, 32), "red")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright
+    wide.save(tmp_path / "turned.jpg", exif=exif)
+    assert load_image(tmp_path / "turned.jpg", 64, None).shape == (3, 64, 32)
+
+    Image.new("RGBA", (32, 32), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert float(load_image(tmp_path / "clear.png", 32, None).min()) == 1  # white, not the hidden red
+
+    Image.fromarray(np.full((32, 32), 32768, dtype=np.uint16)).save(tmp_path / "deep.png")
+    assert float(load_image(tmp_path / "deep.png", 32, None).mean()) == pytest.approx(0, abs=0.01)
+
+    Image.new("P", (32, 32), 3).save(tmp_path / "palette.png")
+    Image.new("L", (32, 32), 255).save(tmp_path / "gray.png")
+    Image.new("CMYK", (32, 32)).save(tmp_path / "print.jpg")
+    for name in ("palette.png", "gray.png", "print.jpg"):
+        assert load_image(tmp_path / name, 32, None).shape == (3, 32, 32)
+
+
+def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
+    data = bytearray((DEMO / "photos" / "coffee.jpg").read_bytes())
+    (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 50)
+    (tmp_path / "bad.jpg").write_bytes(data[:300] + data[-2:])
+    for name in ("bad.png", "bad.jpg"):
+        with pytest.raises(DataError, match=name):
+            load_image(tmp_path / name, 64, None)
+
+
+def test_problems_stop_the_run_and_are_all_named(tmp_path: Path) -> None:
+    put(tmp_path, "good.png")
+    for number in range(12):
+        put(tmp_path, f"bad{number:02}.png", None)
+    with pytest.raises(DataError) as caught:
+        list_samples(str(tmp_path), "json")
+    assert str(caught.value).count("has no caption file") == 10
+    assert "2 more" in str(caught.value)
+
+
+def test_the_crop_follows_the_seed_and_the_place_in_the_folder() -> None:
+    def chosen(seed: int, root: str = "/a") -> list[float | None]:
+        return [choose_ratio(Path(root) / f"{k}.png", Path(root), seed, True) for k in range(40)]
+
+    assert chosen(0) == chosen(0) == chosen(0, "/b/c")
+    assert chosen(0) != chosen(1)
+    assert set(chosen(0)) == set(RATIOS)
+    assert choose_ratio(Path("/a/1.png"), Path("/a"), 0, False) is None
+
+
+SHAPES = [(16, 8, 8)] * 5 + [(16, 8, 4)] * 3 + [(16, 4, 8)]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_every_image_comes_and_batches_are_of_one_shape(batch: int, world: int) -> None:
+    batches = epoch_batches(SHAPES, batch, world, seed=0, epoch=3)
+    assert len(batches) % world == 0
+    assert {image for images in batches for image in images} == set(range(len(SHAPES)))
+    for images in batches:
+        assert len(images) == batch
+        assert len({SHAPES[image] for image in images}) == 1
+    if (batch, world) == (1, 1):
+        assert Counter(image for images in batches for image in images) == Counter(range(len(SHAPES)))
+
+
+def test_the_order_is_a_function_of_the_seed() -> None:
+    def order(seed: int) -> list[list[int]]:
+        images = Order(SHAPES, 1, 1, seed)
+        return [images[number] for number in range(40)]
+
+    assert order(0) == order(0)
+    assert order(0) != order(1)
+    epochs = [order(0)[start : start + 9] for start in (0, 9, 18)]
+    assert len({str(epoch) for epoch in epochs}) == 3
+    assert all(sorted(image for images in epoch for image in images) == list(range(9)) for epoch in epochs)
+
+
+def test_going_back_in_the_order_gives_the_same_batches() -> None:
+    images = Order(SHAPES, 2, 2, 0)
+    forward = [images[number] for number in range(50)]
+    assert [images[number] for number in reversed(range(50))] == forward[::-1]
+
+
+def test_two_ranks_share_what_one_would_see() -> None:
+    """Eight images, batch 1: two ranks' numbers 0, 2, 4 … and 1, 3, 5 … are the single rank's 0, 1, 2 …"""
+    shapes = [(16, 8, 8)] * 8
+    one, two = Order(shapes, 1, 1, 0), Order(shapes, 1, 2, 0)
+    assert [one[k] for k in range(32)] == [two[k] for k in range(32)]
+    assert not {two[k][0] for k in range(0, 8, 2)} & {two[k][0] for k in range(1, 8, 2)}

@@ -1,0 +1,156 @@
+"""The maths of rectified flow, against diffusers' own pipeline and against plain loops."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+from trainer_model import TINY, tiny_transformer  # noqa: E402
+from xflux_trainer import evaluate, flow  # noqa: E402
+from xflux_trainer.cache import Batch  # noqa: E402
+from xflux_trainer.config import TrainConfig  # noqa: E402
+from xflux_trainer.model import Velocity  # noqa: E402
+from xflux_trainer.spec import FLUX_DEV, FLUX_SCHNELL, shift_mu  # noqa: E402
+
+CONFIG = TrainConfig(img_dir="x")
+
+
+def batch(size: int, h: int = 8, w: int = 12) -> Batch:
+    dice = torch.Generator().manual_seed(size)
+    return Batch(
+        torch.randn(size, 16, h, w, generator=dice),
+        torch.randn(size, 5, TINY.text_dim, generator=dice),
+        torch.randn(size, TINY.pooled_dim, generator=dice),
+    )
+
+
+def test_pack_is_the_pipelines_and_unpack_its_inverse() -> None:
+    latents = torch.randn(3, 16, 8, 12)
+    tokens = flow.pack(latents)
+    assert tokens.shape == (3, 24, 64)
+    assert torch.equal(tokens, diffusers.FluxPipeline._pack_latents(latents, 3, 16, 8, 12))
+    assert torch.equal(flow.unpack(tokens, 8, 12), latents)
+
+
+def test_image_ids_are_the_pipelines() -> None:
+    theirs = diffusers.FluxPipeline._prepare_latent_image_ids(1, 4, 6, torch.device("cpu"), torch.float32)
+    assert torch.equal(flow.image_ids(8, 12), theirs.view(-1, 3))
+
+
+@pytest.mark.parametrize("mu", [0.5, 1.15])
+def test_sampling_times_are_the_schedulers(mu: float) -> None:
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15)
+    scheduler.set_timesteps(sigmas=[1 - k / 7 for k in range(7)], mu=mu)
+    assert torch.allclose(flow.sampling_times(7, mu), scheduler.sigmas, atol=1e-6)
+
+
+def test_the_shift_at_its_ends_and_its_mean() -> None:
+    t = torch.linspace(0, 1, 1001)
+    moved = flow.shift(t, 1.15)
+    assert float(moved[0]) == 0
+    assert float(moved[-1]) == pytest.approx(1)
+    assert bool((moved[1:] > moved[:-1]).all())
+    assert float(moved.mean()) == pytest.approx(0.683, abs=0.002)
+    assert torch.equal(flow.shift(t, 0.0), t)
+
+
+def test_the_shift_follows_the_true_number_of_tokens() -> None:
+    assert flow.training_mu(CONFIG, FLUX_DEV, 4096) == pytest.approx(1.15)
+    assert flow.training_mu(CONFIG, FLUX_DEV, 1024) == pytest.approx(0.63)  # X-Flux takes 1.15 here too
+    assert flow.training_mu(CONFIG, FLUX_SCHNELL, 4096) == 0
+    assert flow.training_mu(TrainConfig("x", timestep_shift="none"), FLUX_DEV, 4096) == 0
+    assert flow.training_mu(TrainConfig("x", timestep_shift=0.7), FLUX_SCHNELL, 1) == 0.7
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "logit_normal"])
+def test_every_image_has_its_own_time(sampling: str) -> None:
+    t = flow.sample_t(1000, 0.63, sampling, torch.Generator().manual_seed(0))
+    assert t.dtype == torch.float32
+    assert len(set(t.tolist())) == 1000
+    assert bool(((t >= 0) & (t < 1)).all())
+    again = flow.sample_t(1000, 0.63, sampling, torch.Generator().manual_seed(0))
+    assert torch.equal(t, again)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 24, 64])
+def test_times_meet_images_and_not_tokens_or_channels(size: int) -> None:
+    """24 is the number of tokens and 64 that of channels: there a wrong broadcast makes no error."""
+    x_0, eps = torch.randn(size, 24, 64), torch.randn(size, 24, 64)
+    t = torch.rand(size)
+    x_t = flow.mix(x_0, eps, t)
+    for k in range(size):
+        assert torch.equal(x_t[k], (1 - t[k]) * x_0[k] + t[k] * eps[k])
+    assert flow.loss(torch.zeros_like(x_0), x_0, eps).shape == (size,)
+
+
+def test_the_loss_is_nought_for_the_true_velocity() -> None:
+    x_0, eps = torch.randn(2, 24, 64), torch.randn(2, 24, 64)
+    assert torch.equal(flow.loss(eps - x_0, x_0, eps), torch.zeros(2))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_the_loss_is_plain_diffusers(size: int) -> None:
+    """Against the lines of diffusers' own training script, written out, with its transformer."""
+    transformer, b = tiny_transformer(), batch(size)
+    t, eps = torch.tensor([0.2, 0.55, 0.9])[:size], torch.randn(size, 24, 64)
+    ours = evaluate.velocity_loss(Velocity(transformer, guidance=True), CONFIG, b, eps, t, torch.device("cpu"))
+
+    plain = tiny_transformer()
+    noise = diffusers.FluxPipeline._unpack_latents(eps, 64, 96, 8)
+    sigmas = t.view(-1, 1, 1, 1)
+    noisy = (1.0 - sigmas) * b.latents + sigmas * noise
+    packed = diffusers.FluxPipeline._pack_latents(noisy, size, 16, 8, 12)
+    ids = diffusers.FluxPipeline._prepare_latent_image_ids(size, 4, 6, torch.device("cpu"), torch.float32)
+    predicted = plain(
+        hidden_states=packed, timestep=t, guidance=torch.full([size], 1.0), pooled_projections=b.pooled,
+        encoder_hidden_states=b.text, txt_ids=torch.zeros(5, 3), img_ids=ids, return_dict=False,
+    )[0]  # fmt: skip
+    predicted = diffusers.FluxPipeline._unpack_latents(predicted, 64, 96, 8)
+    theirs = ((predicted.float() - (noise - b.latents).float()) ** 2).reshape(size, -1).mean(1)
+    assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_is_its_images_one_by_one() -> None:
+    velocity, b = Velocity(tiny_transformer(), guidance=True), batch(3)
+    t, eps = torch.tensor([0.1, 0.5, 0.8]), torch.randn(3, 24, 64)
+    cpu = torch.device("cpu")
+    together = evaluate.velocity_loss(velocity, CONFIG, b, eps, t, cpu)
+    for k in range(3):
+        one = Batch(b.latents[k : k + 1], b.text[k : k + 1], b.pooled[k : k + 1])
+        alone = evaluate.velocity_loss(velocity, CONFIG, one, eps[k : k + 1], t[k : k + 1], cpu)
+        assert float(alone) == pytest.approx(float(together[k]), rel=1e-5)
+
+
+def test_time_reaches_the_embedding_unrounded() -> None:
+    """In bf16, 0.5017 would become 0.5."""
+    transformer = tiny_transformer().to(torch.bfloat16)
+    seen = []
+    transformer.time_text_embed.time_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    b, t = batch(2), torch.tensor([0.5017, 0.3333])
+    evaluate.velocity_loss(
+        Velocity(transformer, guidance=True), CONFIG, b, torch.randn(2, 24, 64), t, torch.device("cpu")
+    )
+    assert seen[0].dtype == torch.float32
+    assert torch.equal(seen[0], t * 1000)
+    assert seen[1].tolist() == [1000, 1000]  # the guidance of 1
+
+
+def test_schnell_takes_no_guidance() -> None:
+    transformer = tiny_transformer(guidance=False)
+    loss = evaluate.velocity_loss(
+        Velocity(transformer, guidance=False),
+        CONFIG,
+        batch(1),
+        torch.randn(1, 24, 64),
+        torch.tensor([0.5]),
+        torch.device("cpu"),
+    )
+    assert math.isfinite(float(loss))
+
+
+def test_mu_between_the_anchors_is_a_line() -> None:
+    assert shift_mu(2176) == pytest.approx((shift_mu(256) + shift_mu(4096)) / 2)

@@ -1,0 +1,122 @@
+"""The forecast: its sums, its direction, and what was measured."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from xflux_trainer.config import TrainConfig
+from xflux_trainer.memory import GIB, STRATEGIES, Bill, adapter_parameters, forecast
+from xflux_trainer.spec import FLUX_DEV, is_target
+
+BASE = TrainConfig(img_dir="x", img_size=1024, lora_targets="diffusers", disable_sampling=True)
+
+
+def bill(world_size: int = 1, strategy: str = "single", device: Any = "cuda", **changes: Any) -> Bill:
+    return forecast(replace(BASE, **changes), FLUX_DEV, world_size=world_size, strategy=strategy, device=device)
+
+
+@pytest.mark.parametrize(
+    ("changes", "measured"),
+    [
+        ({}, 24.6),
+        ({"gradient_checkpointing": False}, 44.0),
+        ({"gradient_checkpointing": False, "img_size": 512}, 29.7),
+    ],
+)
+def test_measured_on_an_h100(changes: dict[str, Any], measured: float) -> None:
+    """Peaks of `torch.cuda.max_memory_allocated` in GiB, adapters of rank 16 on diffusers' targets, batch 1."""
+    forecasted = bill(**changes)
+    assert abs(forecasted.gpu_allocated / GIB / measured - 1) < 0.03
+    assert forecasted.error_bar >= 0.03
+
+
+def test_the_bill_adds_up() -> None:
+    whole = bill(disable_sampling=False)
+    for phase, total in whole.gpu_phases.items():
+        assert total == sum(term.bytes for term in whole.gpu if term.phase == phase)
+    assert whole.gpu_allocated == max(whole.gpu_phases.values()) == whole.gpu_phases[whole.peak_phase]
+    assert whole.gpu_total - whole.gpu_allocated == whole.gpu_context > 0
+    assert all(term.name and term.why and term.bytes >= 0 for term in (*whole.gpu, *whole.host, *whole.disk))
+
+
+@pytest.mark.parametrize(
+    ("less", "more"),
+    [
+        ({}, {"gradient_checkpointing": False}),
+        ({"img_size": 512}, {"img_size": 1024}),
+        ({"train_batch_size": 1}, {"train_batch_size": 2}),
+        ({"rank": 16}, {"rank": 256}),
+        ({"lora_targets": "attn"}, {"lora_targets": "all-linear"}),
+        ({"max_text_tokens": 256}, {"max_text_tokens": 512}),
+        ({"mixed_precision": "bf16"}, {"mixed_precision": "no"}),
+        # A gradient that only reaches the last blocks leaves the others nothing to save.
+        (
+            {"gradient_checkpointing": False, "single_blocks": (37,), "double_blocks": ()},
+            {"gradient_checkpointing": False},
+        ),
+    ],
+)
+def test_more_of_it_needs_more(less: dict[str, Any], more: dict[str, Any]) -> None:
+    assert bill(**less).gpu_allocated < bill(**more).gpu_allocated
+
+
+def test_ranks_do_not_lower_what_a_gpu_needs_by_much() -> None:
+    """ZeRO-2 shards only what is trained, which is next to nothing."""
+    alone, two = bill(), bill(2, "zero2")
+    assert abs(two.gpu_allocated / alone.gpu_allocated - 1) < 0.02
+    assert two.host_total == 2 * two.host_per_rank
+
+
+def test_the_host_holds_no_copy_of_the_model() -> None:
+    assert bill(8, "ddp").host_per_rank < 8 * GIB
+
+
+def test_on_the_cpu_the_host_pays() -> None:
+    on_cpu = bill(device="cpu")
+    assert on_cpu.gpu == ()
+    assert on_cpu.gpu_total == 0
+    assert on_cpu.host_per_rank > bill().gpu_allocated
+    assert on_cpu.peak_phase == "train"
+
+
+def test_disk_counts_the_checkpoints_that_are_kept() -> None:
+    few = bill(checkpoints_total_limit=2, checkpointing_steps=10, max_train_steps=1000)
+    many = bill(checkpoints_total_limit=None, checkpointing_steps=10, max_train_steps=1000)
+    one = 12 * adapter_parameters(BASE, FLUX_DEV)
+    assert many.disk_total - few.disk_total == 98 * one
+    with_images = forecast(BASE, FLUX_DEV, world_size=1, strategy="single", device="cuda", samples=100)
+    # 1 MiB of fp32 latents and 4 MiB of T5 states for each image.
+    assert (with_images.disk_total - bill().disk_total) / 100 == pytest.approx(5 * 1024**2, rel=0.01)
+
+
+def test_adapter_parameters_follow_the_targets() -> None:
+    assert adapter_parameters(BASE, FLUX_DEV) == 44_826_624
+    only = replace(BASE, lora_targets=("attn.to_q",), single_blocks=(0,), double_blocks=())
+    assert adapter_parameters(only, FLUX_DEV) == 16 * (3072 + 3072)
+    assert sum(is_target(line.name, ("attn.to_q",), (0,), ()) for line in FLUX_DEV.linears()) == 1
+
+
+def test_an_unknown_strategy_is_an_error() -> None:
+    assert "zero3" not in STRATEGIES
+    with pytest.raises(ValueError, match="zero3"):
+        bill(strategy="zero3")
+
+
+def test_the_torch_free_modules_stay_so_and_are_quick() -> None:
+    """The doctor imports them; they cost it less than 30 ms beyond the interpreter (best of five)."""
+    code = (
+        "import sys, time; t = time.perf_counter()\n"
+        "import xflux_trainer.config, xflux_trainer.spec, xflux_trainer.memory, xflux_trainer.samples\n"
+        "print(time.perf_counter() - t, {'torch', 'numpy', 'PIL', 'diffusers'} & set(sys.modules) or '')"
+    )
+    lines = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+        for _ in range(5)
+    ]
+    assert all(len(line) == 1 for line in lines), lines
+    # Ten times the aim: a shared machine may be busy, and importing torch takes a second.
+    assert min(float(line[0]) for line in lines) < 0.3

@@ -1,0 +1,1 @@
+"""A trainer for FLUX.1 adapters that reads X-Flux's files. Import its modules, not this package."""

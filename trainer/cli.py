@@ -1,0 +1,130 @@
+"""The command line: `python -m xflux_trainer train|cache|convert|sample`, and the one place where errors end.
+
+Exit codes: 0 done; 1 something about the config, the data or the weights; 2 usage; 128 + N after signal N.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import click
+from xflux_trainer.config import load_with_notes
+from xflux_trainer.errors import CheckpointError, Interrupted, UserError
+from xflux_trainer.signals import Stop
+
+CONFIG = click.option(
+    "--config", "path", required=True, type=click.Path(path_type=Path), help="The train config, a YAML file."
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def commands() -> None:
+    """Train adapters for FLUX.1 from a YAML file that X-Flux would also read."""
+
+
+@commands.command()
+@CONFIG
+def train(path: Path) -> None:
+    """Encode the images and captions, train, and save the adapter."""
+    stop = Stop()
+    stop.install()
+    config, notes = load_with_notes(path)
+    from xflux_trainer.train import train as run
+
+    run(config, notes, stop)
+
+
+@commands.command()
+@CONFIG
+def cache(path: Path) -> None:
+    """Only encode the images and captions."""
+    Stop().install()
+    config, _ = load_with_notes(path)
+    from xflux_trainer.train import fill_cache
+
+    fill_cache(config)
+
+
+@commands.command()
+@click.option("--config", "path", type=click.Path(path_type=Path), help="Take the newest checkpoint of this run.")
+@click.option("--checkpoint", "folder", type=click.Path(path_type=Path), help="The checkpoint folder.")
+@click.option("--output", type=click.Path(path_type=Path), help="The file to write. [default: inside the checkpoint]")
+@click.option("--dtype", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
+def convert(path: Path | None, folder: Path | None, output: Path | None, dtype: str) -> None:
+    """Write a checkpoint's adapter in diffusers' format."""
+    if path is None and folder is None:
+        raise click.UsageError("Name a --checkpoint, or the --config of the run.")
+    Stop().install()
+    config = load_with_notes(path)[0] if path else None
+    from xflux_trainer.convert import convert as run
+
+    click.echo(f"the adapter is in {run(config, folder, output, dtype)}")
+
+
+@commands.command()
+@CONFIG
+@click.option("--lora", type=click.Path(path_type=Path), help="The adapter. [default: the one in output_dir]")
+@click.option("--no-lora", is_flag=True, help="Draw with the base model alone.")
+@click.option("--prompt", help="Draw this. [default: the config's sample_prompts]")
+@click.option("--output", type=click.Path(path_type=Path), help="The PNG. [default: inside output_dir/samples]")
+def sample(path: Path, lora: Path | None, no_lora: bool, prompt: str | None, output: Path | None) -> None:
+    """Draw images with the trained adapter."""
+    if lora and no_lora:
+        raise click.UsageError("--lora and --no-lora contradict each other.")
+    Stop().install()
+    config, _ = load_with_notes(path)
+    adapter = None if no_lora else lora or Path(config.output_dir) / "pytorch_lora_weights.safetensors"
+    if adapter and not adapter.is_file():
+        raise CheckpointError(f"The adapter file {adapter} does not exist.", "Train first, or name one with --lora.")
+    from xflux_trainer.train import draw_samples
+
+    draw_samples(config, adapter, output, prompt)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; every expected error becomes a sentence and an exit code here."""
+    try:
+        commands.main(arguments, prog_name="python -m xflux_trainer", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        return 130
+    except Interrupted as stopped:
+        if _speaks():
+            print(f"stopped by signal {stopped.signum}", file=sys.stderr, flush=True)
+        return stopped.code
+    except UserError as error:
+        _print(error)
+        return error.code
+    except Exception as error:
+        # Matched by name, so that reporting a wrong config does not need torch.
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        print(f"error: {_out_of_memory(error)}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def _print(error: UserError) -> None:
+    if error.everywhere and not _speaks():
+        return
+    for line in str(error).splitlines():
+        print(f"error: {line}", file=sys.stderr, flush=True)
+
+
+def _speaks() -> bool:
+    """Whether this is the one process of its host that says what all of them know."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _out_of_memory(error: Exception) -> str:
+    first = str(error).strip().splitlines()[0]
+    return (
+        f"{first} Set gradient_checkpointing to true, lower img_size or train_batch_size, "
+        "or end what else runs on this GPU."
+    )

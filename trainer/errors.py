@@ -1,0 +1,78 @@
+"""The errors that a user is meant to see: one sentence of what was seen, one of what to do next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class UserError(Exception):
+    """An expected failure; `code` is the exit code that it ends the program with."""
+
+    code = 1
+    everywhere = False
+    """Whether every rank raises this very error, so that one of them saying it is enough."""
+
+    def __init__(self, seen: str, hint: str = "") -> None:
+        super().__init__(f"{seen} {hint}".strip())
+        self.seen = seen
+        self.hint = hint
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with one key of a config file; `key` is empty when it is the file as a whole."""
+
+    key: str
+    seen: str
+    hint: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.seen}. {self.hint}".strip() if self.hint else f"{self.seen}."
+        return f"{self.key}: {text}" if self.key else text
+
+
+class ConfigError(UserError):
+    """Everything that is wrong with a config file, at once."""
+
+    everywhere = True
+
+    def __init__(self, path: str | Path, problems: tuple[Problem, ...]) -> None:
+        super().__init__("\n".join(f"{path}: {problem}" for problem in problems))
+        self.path = Path(path)
+        self.problems = problems
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[Path, tuple[Problem, ...]]]:
+        # Errors are told to other ranks; the default would make the copy from the message alone.
+        return (ConfigError, (self.path, self.problems))
+
+
+class DataError(UserError):
+    """The images or captions cannot be trained on."""
+
+    everywhere = True
+
+
+class ModelError(UserError):
+    """The base model's files are missing, broken or of a kind that cannot be trained."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint or adapter file cannot be read, or does not belong to this run."""
+
+
+class WriteError(UserError):
+    """A file cannot be written: the disk is full, or the folder may not be written to."""
+
+
+class Unsupported(UserError):
+    """The launcher asks for something that this trainer does not do."""
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM; not an `Exception`, so that nothing on the way takes it for a failure."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"interrupted by signal {signum}")
+        self.signum = signum
+        self.code = 128 + signum

@@ -1,0 +1,129 @@
+"""Write files so that a crash, a full disk or a pulled plug leaves the old file or the new one, never half of one."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from xflux_trainer.errors import WriteError
+
+TEMPORARY = ".xflux-tmp-"
+"""Start of the names of files and folders that are still being written."""
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Put `data` at `path`: written beside it, flushed to the disk, then renamed."""
+    with _sentences(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=TEMPORARY, dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).chmod(0o666 & ~_umask())
+            Path(name).replace(path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `path` when the block ends well, and vanishes when it does not."""
+    with _sentences(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
+        try:
+            yield temporary
+            temporary.chmod(0o777 & ~_umask())
+            _sync_folder(temporary)
+            if path.exists():  # the same step again, after a resume from an earlier one
+                old = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
+                path.replace(old)
+                temporary.replace(path)
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                temporary.replace(path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _sync_folder(path.parent)
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder, and see that files can be written there before hours are spent on what goes into it."""
+    with _sentences(path):
+        path.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=TEMPORARY, dir=path)
+        os.close(handle)
+        Path(name).unlink()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a run that was killed was writing at that moment."""
+    for path in folder.glob(f"{TEMPORARY}*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _umask() -> int:
+    # The only way to read it is to set it.
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot sync a folder
+            raise
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _sentences(path: Path) -> Iterator[None]:
+    """Turn what the system says about writing into a sentence and a next step."""
+    try:
+        yield
+    except OSError as error:
+        hints = {
+            errno.ENOSPC: "Free some space, or set output_dir to another disk.",
+            errno.EDQUOT: "Free some of your quota, or set output_dir to another disk.",
+            errno.EACCES: "Allow writing there, or set output_dir to another folder.",
+            errno.EPERM: "Allow writing there, or set output_dir to another folder.",
+            errno.EROFS: "Set output_dir to a folder that can be written to.",
+            errno.ENOTDIR: "A file stands where a folder is wanted: name another folder.",
+            errno.EEXIST: "A file stands where a folder is wanted: name another folder.",
+        }
+        if error.errno not in hints:
+            raise
+        reason = (error.strerror or str(error)).lower()
+        raise WriteError(f"Cannot write {path}: {reason}.", hints[error.errno]) from error

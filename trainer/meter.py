@@ -1,0 +1,133 @@
+"""What a run cost: time, memory of the device and the host in each phase, and the numbers in metrics.json."""
+
+from __future__ import annotations
+
+import platform
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "deepspeed", "safetensors", "numpy")
+WARM_UP = 3
+"""Steps that do not count for the time of a step: kernels are chosen and memory is first taken there."""
+STATUS = Path("/proc/self/status")
+
+
+class HostWatch(threading.Thread):
+    """Looks ten times a second at the memory that is this process's own.
+
+    RssAnon and RssShmem: pages of mapped weight files are not counted, because the kernel can drop them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(name="host-memory", daemon=True)
+        self.peaks: dict[str, int] = {}
+        self.phase = "start"
+        self._done = threading.Event()
+
+    def run(self) -> None:
+        while not self._done.wait(0.1):
+            self.look()
+
+    def look(self) -> None:
+        self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), own_memory())
+
+    def stop(self) -> None:
+        self._done.set()
+
+
+def own_memory() -> int:
+    """RssAnon + RssShmem in bytes; 0 where the kernel does not say."""
+    try:
+        lines = STATUS.read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
+
+
+class Meter:
+    """Phases, step times and peaks of this rank."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.host = HostWatch()
+        self.device_peaks: dict[str, dict[str, int]] = {}
+        self.step_seconds: list[float] = []
+        self.started = time.monotonic()
+
+    def start(self) -> None:
+        self.host.start()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Everything in the block counts for this phase; a phase can come more than once, and inside another."""
+        outer = self.host.phase
+        self._read_device(outer)
+        self.host.look()
+        self.host.phase = name
+        try:
+            yield
+        finally:
+            self._read_device(name)
+            self.host.look()
+            self.host.phase = outer
+
+    def _read_device(self, name: str) -> None:
+        """Book the device's peak since the last reading to a phase."""
+        if self.device.type != "cuda":
+            return
+        peak = self.device_peaks.setdefault(name, {"allocated": 0, "reserved": 0})
+        peak["allocated"] = max(peak["allocated"], torch.cuda.max_memory_allocated(self.device))
+        peak["reserved"] = max(peak["reserved"], torch.cuda.max_memory_reserved(self.device))
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def seconds_per_step(self) -> float | None:
+        """The median; one slow step does not move it."""
+        counted = self.step_seconds[WARM_UP:] or self.step_seconds
+        return median(counted) if counted else None
+
+    def peaks(self) -> dict[str, Any]:
+        """This rank's peaks so far, by phase and over all."""
+        self._read_device(self.host.phase)
+        self.host.look()
+        device = dict(self.device_peaks)
+        if device:
+            device["overall"] = {
+                key: max(peak[key] for peak in self.device_peaks.values()) for key in ("allocated", "reserved")
+            }
+        host = dict(self.host.peaks)
+        return {"device": device, "host": {**host, "overall": max(host.values())}}
+
+
+def merge_peaks(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """The largest of every number over the ranks."""
+    merged: dict[str, Any] = {}
+    for peaks in ranks:
+        for key, value in peaks.items():
+            if isinstance(value, dict):
+                merged[key] = merge_peaks([merged.get(key, {}), value])
+            else:
+                merged[key] = max(merged.get(key, 0), value)
+    return merged
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    found["torch"] = torch.__version__  # with its build, for example +cu130
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -1,0 +1,160 @@
+"""The processes of one run: who am I, which device is mine, and what the ranks tell each other.
+
+`accelerate launch` and torchrun start the processes and describe the run in environment variables. They are
+read here, once, and the process group is made here: accelerate's own `Accelerator` takes two CPU processes
+for two single ones, and wraps the forward pass in an autocast that this trainer does not want.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from xflux_trainer.config import TrainConfig
+from xflux_trainer.errors import Unsupported, UserError
+
+PATIENCE = timedelta(hours=1)
+"""How long a rank waits for another before it takes it for dead: samples and caches come in uneven shares."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher's environment says."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    use_cpu: bool = False
+    deepspeed: bool = False
+    accumulation: int | None = None
+    """The accelerate config's gradient_accumulation_steps, where it has one."""
+    unsupported: str = ""
+    """The name of a strategy that was asked for and is not done here."""
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str]) -> Launch:
+        def true(name: str) -> bool:
+            return environ.get(name, "").strip().lower() in ("true", "1", "yes")
+
+        world_size = int(environ.get("WORLD_SIZE", "1"))
+        others = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
+        accumulation = environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "")
+        # accelerate sets its variable to 1 when a DeepSpeed file is named: what that file says is what is meant.
+        accumulation = _from_deepspeed_file(environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")) or accumulation
+        return cls(
+            rank=int(environ.get("RANK", "0")),
+            local_rank=int(environ.get("LOCAL_RANK", "0")),
+            world_size=world_size,
+            local_world_size=int(environ.get("LOCAL_WORLD_SIZE", str(world_size))),
+            use_cpu=true("ACCELERATE_USE_CPU"),
+            deepspeed=true("ACCELERATE_USE_DEEPSPEED"),
+            accumulation=int(accumulation) if accumulation.isdigit() and int(accumulation) > 0 else None,
+            unsupported=next((name for variable, name in others.items() if true(variable)), ""),
+        )
+
+
+class Ranks:
+    """This process among the others. All methods that talk must be called by every rank."""
+
+    def __init__(self, launch: Launch) -> None:
+        if launch.unsupported:
+            raise Unsupported(
+                f"The accelerate config asks for {launch.unsupported}, which this trainer does not do.",
+                "Set distributed_type to MULTI_GPU or DEEPSPEED with zero_stage 2.",
+            )
+        self.launch = launch
+        self.rank = launch.rank
+        self.world_size = launch.world_size
+        self.device = _device(launch)
+        self._joined = False
+
+    def join(self) -> None:
+        """Meet the other processes."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        # DeepSpeed wants a process group even of one.
+        if (self.world_size > 1 or self.launch.deepspeed) and not dist.is_initialized():
+            os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+            os.environ.setdefault("MASTER_PORT", "29500")
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, rank=self.rank, world_size=self.world_size, timeout=PATIENCE)
+            self._joined = True
+
+    def leave(self) -> None:
+        if self._joined and dist.is_initialized():
+            dist.destroy_process_group()
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Print on rank 0."""
+        if self.main:
+            print(text, flush=True)
+
+    def barrier(self) -> None:
+        self.gather(None)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Everybody's value, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def total(self, values: list[float]) -> list[float]:
+        """The sums over the ranks."""
+        if self.world_size == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return [float(value) for value in tensor.tolist()]
+
+    def agree(self, error: UserError | None = None) -> None:
+        """Raise on every rank when any has an error, so that no rank waits for one that has left."""
+        for rank, other in enumerate(self.gather(error)):
+            if other is not None:
+                found = error if rank == self.rank and error is not None else other
+                found.everywhere = True
+                raise found
+
+    def accumulation(self, config: TrainConfig) -> tuple[int, str]:
+        """Forward passes per optimizer step, and where the number comes from when two files name one."""
+        own, other = config.gradient_accumulation_steps, self.launch.accumulation
+        if other is None or other == own:
+            return own, ""
+        note = f"gradient_accumulation_steps is {other}, as the accelerate config says; the train config's {own} is"
+        return other, f"{note} ignored."
+
+
+def _from_deepspeed_file(name: str) -> str:
+    """The file's gradient_accumulation_steps; a file that cannot be read is reported where it is used."""
+    try:
+        return str(json.loads(Path(name).read_text(encoding="utf-8"))["gradient_accumulation_steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _device(launch: Launch) -> torch.device:
+    if launch.use_cpu or not torch.cuda.is_available():
+        if os.environ.get("CUDA_VISIBLE_DEVICES", "").strip() not in ("", "-1") and not launch.use_cpu:
+            print("note: no CUDA device can be used, so the CPU computes", file=sys.stderr, flush=True)
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if launch.local_rank >= count:
+        raise Unsupported(
+            f"Process {launch.local_rank} of {launch.local_world_size} finds only {count} GPU(s) here.",
+            f"Set num_processes to {count} in the accelerate config.",
+        )
+    return torch.device("cuda", launch.local_rank)

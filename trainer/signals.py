@@ -1,0 +1,37 @@
+"""SIGINT and SIGTERM: at once while nothing is at stake, at the end of the step while training."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+from xflux_trainer.errors import Interrupted
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stop:
+    """The first signal that came. Outside `deferred` it raises `Interrupted`; inside, it is only noted.
+
+    Once one is noted, later ones change nothing: after a Ctrl-C the launcher sends its workers another signal
+    while they are saving. Ctrl-\\ (SIGQUIT) still ends the program at once.
+    """
+
+    def __init__(self) -> None:
+        self.signum = 0
+        self._deferred = False
+
+    def install(self) -> None:
+        for number in SIGNALS:
+            signal.signal(number, self._receive)
+
+    def defer(self) -> None:
+        """From here on signals are only noted: the caller looks at `signum` between its steps."""
+        self._deferred = True
+
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
+        if self.signum:
+            return
+        self.signum = signum
+        if not self._deferred:
+            raise Interrupted(signum)
