@@ -102,7 +102,9 @@ class _Forward:
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         self.received.append(number)
-        passed = signal.SIGKILL if len(self.received) > 2 else signal.Signals(number)
+        # A closed terminal asks us to end; the trainer knows that wish as SIGTERM, and saves.
+        wish = signal.SIGTERM if number == signal.SIGHUP else signal.Signals(number)
+        passed = signal.SIGKILL if len(self.received) > 2 else wish
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, passed)
 

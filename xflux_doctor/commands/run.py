@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import os
@@ -21,7 +22,7 @@ from xflux_doctor.check import Case
 from xflux_doctor.commands import explain
 from xflux_doctor.commands.check import summarize
 from xflux_doctor.commands.fix import confirm, new_accelerate, plan_of
-from xflux_doctor.errors import DoctorError
+from xflux_doctor.errors import DoctorError, UsageError
 from xflux_doctor.files import write_atomic
 from xflux_doctor.inputs import Inputs, build, probed
 from xflux_doctor.launch import Launch
@@ -37,6 +38,8 @@ GIB = 1 << 30
 
 def run(inputs: Inputs, *, dry_run: bool, yes: bool, extra: tuple[str, ...]) -> int:
     """The gate, then the training. Exit 1 and nothing started when the gate refuses."""
+    if inputs.facts and not dry_run:
+        raise UsageError("Recorded facts are of another machine or another time.", "Give --dry-run with --facts.")
     case = build(inputs, matrices.load())
     if case.job.train is None and not case.job.problems:
         raise DoctorError("No training file was given, and no train.yaml lies here.", "Give --config FILE.", code=2)
@@ -106,9 +109,12 @@ def _launch(
     _record(folder, case, plan, summary, launch)
     click.echo(f"\n$ {launch.shell}\n  log: {log}\n")
     end = supervise(launch, log, _echo)
-    code = _finish(folder, log, end)
-    write_atomic(folder / "report.txt", _report(summary, plan, launch, folder, end))
-    return code
+    try:
+        _finish(folder, log, end)
+        write_atomic(folder / "report.txt", _report(summary, plan, launch, folder, end))
+    except (DoctorError, OSError) as error:  # the training's own end is what counts
+        click.echo(f"The run folder could not be completed: {error}", err=True)
+    return end.exit_code
 
 
 def _report(summary: Summary, plan: Plan, launch: Launch, folder: Path, end: End) -> str:
@@ -125,11 +131,14 @@ def _report(summary: Summary, plan: Plan, launch: Launch, folder: Path, end: End
 def _make_folder(folder: Path) -> Path:
     """The run folder and the name of this run's log."""
     stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d-%H%M%S")
+    log = folder / "logs" / f"run-{stamp}.log"
     try:
-        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.touch()
     except OSError as error:
-        raise DoctorError(f"{folder} cannot be made: {error.strerror}.", "Choose another output_dir.") from error
-    return folder / "logs" / f"run-{stamp}.log"
+        hint = "Choose another output_dir, or make room."
+        raise DoctorError(f"{log} cannot be made: {error.strerror}.", hint) from error
+    return log
 
 
 def _record(folder: Path, case: Case, plan: Plan, summary: Summary, launch: Launch) -> None:
@@ -152,8 +161,10 @@ def _bill(plan: Plan) -> dict[str, Any] | None:
 
 
 def _echo(chunk: bytes) -> None:
-    sys.stdout.buffer.write(chunk)
-    sys.stdout.buffer.flush()
+    """Show it; a terminal or a pipe that is gone must not end the training, whose log is kept all the same."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.buffer.write(chunk)
+        sys.stdout.buffer.flush()
 
 
 def _refused(folder: Path, summary: Summary) -> None:
@@ -163,7 +174,7 @@ def _refused(folder: Path, summary: Summary) -> None:
         _result(folder, "gate", summary.exit_code, None, None, {"id": codes[0]} if codes else None)
 
 
-def _finish(folder: Path, log: Path, end: End) -> int:
+def _finish(folder: Path, log: Path, end: End) -> None:
     """Write result.json and say how it ended."""
     cause = None
     if end.exit_code != 0 and not end.interrupted:
@@ -177,7 +188,6 @@ def _finish(folder: Path, log: Path, end: End) -> int:
     else:
         click.echo(f"\nDone in {end.seconds:.0f} s: {folder}")
     _result(folder, "train", end.exit_code, end.trainer_exit_code, end.signal, cause)
-    return end.exit_code
 
 
 def _result(folder: Path, phase: str, code: int, trainer: int | None, number: int | None, cause: object) -> None:
