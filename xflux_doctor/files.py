@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -11,25 +13,51 @@ from xflux_doctor.errors import DoctorError
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write to a temporary name in the same folder, fsync, rename. Raises DoctorError in the user's words."""
+    """Give a file a text, whole or not at all. Raises DoctorError in the user's words."""
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            # mkstemp makes 0600; a report is as readable as any file that this user makes
-            Path(temporary).chmod(0o666 & ~_umask())
-            Path(temporary).replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                Path(temporary).unlink()
-            raise
+        replace(path, text.encode("utf-8"))
     except OSError as error:
         raise DoctorError(
             f"{path} could not be written: {error.strerror}.", "Choose a folder with room that you may write to."
         ) from error
+
+
+def replace(path: Path, data: bytes, like: os.stat_result | None = None) -> None:
+    """Write a whole file or nothing, on the disk when this returns.
+
+    Owner and mode are those of `like`; without it, the mode that this user's new files have.
+    """
+    folder = path.parent
+    handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".tmp", dir=folder)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            if like is not None:
+                with contextlib.suppress(PermissionError):  # the owner can be kept by root only
+                    os.fchown(file.fileno(), like.st_uid, like.st_gid)
+                os.fchmod(file.fileno(), stat.S_IMODE(like.st_mode))
+            else:  # mkstemp makes 0600
+                os.fchmod(file.fileno(), 0o666 & ~_umask())
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)  # noqa: PTH105
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)  # noqa: PTH108
+        raise
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself last. Some network file systems cannot, and have no need to."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EROFS):
+            raise
+    finally:
+        os.close(handle)
 
 
 def _umask() -> int:

@@ -16,12 +16,13 @@ import hashlib
 import json
 import os
 import stat
-import tempfile
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 
 import msgspec
+
+from xflux_doctor.files import replace
 
 _MARK = ".xflux-doctor.bak-"
 
@@ -146,39 +147,6 @@ def _exchange(real: Path, old: bytes, new: bytes, status: os.stat_result) -> Bac
                 path.unlink()
         raise
     return backup
-
-
-def replace(path: Path, data: bytes, like: os.stat_result | None = None) -> None:
-    """Write a whole file or nothing, on the disk when this returns; owner and mode as in `like`."""
-    folder = path.parent
-    handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".tmp", dir=folder)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            if like is not None:
-                with contextlib.suppress(PermissionError):  # the owner can be kept by root only
-                    os.fchown(file.fileno(), like.st_uid, like.st_gid)
-                os.fchmod(file.fileno(), stat.S_IMODE(like.st_mode))
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)  # noqa: PTH105
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)  # noqa: PTH108
-        raise
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself last. Some network file systems cannot, and have no need to."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EROFS):
-            raise
-    finally:
-        os.close(handle)
 
 
 def _free_name(real: Path) -> Path:
