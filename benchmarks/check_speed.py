@@ -35,7 +35,8 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    check = [options.python, "-m", "xflux_doctor.cli", "check", "--quick", "--cpu",
+    cpu = [] if Path("/dev/nvidiactl").exists() else ["--cpu"]
+    check = [options.python, "-m", "xflux_doctor.cli", "check", "--quick", *cpu,
              "--config", str(EXAMPLE / "train.yaml"),
              "--accelerate-config", str(EXAMPLE / "accelerate_config.yaml")]  # fmt: skip
     subjects = {

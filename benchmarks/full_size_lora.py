@@ -110,8 +110,9 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 
 def gpu() -> dict[str, str]:
-    """Name, driver and memory of the first GPU, as nvidia-smi has them."""
-    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader", "--id=0"]
+    """Name, driver and memory of the GPU that the run uses, as nvidia-smi has them."""
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip() or "0"  # an index or a UUID
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader", f"--id={first}"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
         name, driver, memory = (part.strip() for part in answer.strip().split(","))

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 DEMO = Path(__file__).resolve().parent.parent / "examples" / "demo"
 sys.path.insert(0, str(DEMO))
@@ -126,6 +126,8 @@ def values(name: str, shape: tuple[int, ...], device: str) -> Iterator[Any]:
 
 def write_tensors(file: Path, shapes: Shapes, device: str) -> bool:
     """Write one safetensors file under a temporary name and rename it; False when it was there already."""
+    import torch
+
     head = header(shapes)
     size = len(head) + sum(prod(shape) for shape in shapes.values()) * BYTES
     if file.is_file() and file.stat().st_size == size and _begins_with(file, head):
@@ -135,7 +137,7 @@ def write_tensors(file: Path, shapes: Shapes, device: str) -> bool:
             stream.write(head)
             for name, shape in shapes.items():
                 for part in values(name, shape, device):
-                    _write(stream, part)
+                    stream.write(memoryview(part.cpu().view(torch.uint8).numpy()))
             stream.flush()
             os.fsync(stream.fileno())
             os.fchmod(stream.fileno(), 0o644)
@@ -144,12 +146,6 @@ def write_tensors(file: Path, shapes: Shapes, device: str) -> bool:
             Path(stream.name).unlink(missing_ok=True)
             raise
     return True
-
-
-def _write(stream: BinaryIO, part: Any) -> None:
-    import torch
-
-    stream.write(memoryview(part.cpu().view(torch.uint8).numpy()))
 
 
 def _begins_with(file: Path, head: bytes) -> bool:
@@ -210,13 +206,16 @@ def main() -> int:
         layers = _layers(options.layers)
         parts = _chosen(full_size(layers), options.parts)
         _check(options.out, parts, options.device)
+        started = time.perf_counter()
+        for part in parts:
+            write_part(options.out, part, options.device)
+        write_rest(options.out)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    started = time.perf_counter()
-    for part in parts:
-        write_part(options.out, part, options.device)
-    write_rest(options.out)
+    except OSError as error:
+        print(f"error: {options.out} cannot be written: {error.strerror}. Whole shards are kept.", file=sys.stderr)
+        return 1
     count = sum(prod(shape) for part in parts for shape in part.shapes.values())
     print(f"{options.out}: {count:,} parameters, {time.perf_counter() - started:.0f} s")
     return 0
@@ -247,6 +246,11 @@ def _check(out: Path, parts: list[Part], device: str) -> None:
 
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("torch sees no CUDA device. Give --device cpu; it takes some minutes instead of one.")
+    for part in parts:
+        files = part.files()
+        for file in sorted((out / part.folder).glob(f"{part.stem}*.safetensors")):
+            if file.name not in files or not _begins_with(file, header(files[file.name])):
+                raise ValueError(f"{file} holds other weights, which are not overwritten. Name a new folder.")
     out.mkdir(parents=True, exist_ok=True)
     need, free = missing_bytes(out, parts), shutil.disk_usage(out).free
     if need > free:

@@ -113,7 +113,7 @@ class TestWithTorch:
         outcome = run(sys.executable, "torch_import", (), {**os.environ, "CUDA_VISIBLE_DEVICES": ""}, 120)
         assert outcome.code == 0 and outcome.lines[-1]["devices"] == []
 
-    @pytest.mark.parametrize("ranks", [1, 2])
+    @pytest.mark.parametrize("ranks", [1, 2, 8])
     def test_right_values(self, ranks: int) -> None:
         result = level.all_reduce(sys.executable, "gloo", ranks, os.environ, 120)
         assert result.ok, result

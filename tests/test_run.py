@@ -55,6 +55,18 @@ def write_job(place: Path, model: Path, *, accelerate: str = XFLUX_ACCELERATE, *
     (place / "accelerate.yaml").write_text(accelerate)
 
 
+DRAW = """
+import sys, numpy, torch
+from diffusers import FluxPipeline
+pipe = FluxPipeline.from_pretrained(sys.argv[1])
+def draw():
+    seed = torch.Generator().manual_seed(0)
+    return pipe("a cat", height=64, width=64, num_inference_steps=2, generator=seed, output_type="np",
+                max_sequence_length=32).images[0]
+before = draw()
+pipe.load_lora_weights(sys.argv[2], weight_name="pytorch_lora_weights.safetensors")
+print(float(numpy.abs(draw() - before).mean()))
+"""
 COMMAND = [sys.executable, "-m", "xflux_doctor.cli", "run", "--cpu", "--yes", "--config", "train.yaml",
            "--accelerate-config", "accelerate.yaml"]  # fmt: skip
 
@@ -96,6 +108,12 @@ def test_the_seed_s_file_trains_on_two_cpu_ranks(tmp_path: Path, model: Path) ->
     assert list((out / "logs").glob("run-*.log")) and list((out / "samples").glob("*.png"))
     assert yaml.safe_load((out / "accelerate.yaml").read_text())["use_cpu"] is True
     assert (tmp_path / "accelerate.yaml").read_text() == two_ranks()  # the user's own file stays
+
+    drawn = subprocess.run(
+        [sys.executable, "-c", DRAW, str(model), str(out)], capture_output=True, text=True, timeout=300
+    )
+    assert drawn.returncode == 0, drawn.stderr
+    assert float(drawn.stdout.split()[-1]) > 1e-4  # the adapter changes the image
 
     # the probes passed on this machine, stack and config: they are not run again, and the launch is the same
     started = time.monotonic()

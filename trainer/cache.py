@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +28,9 @@ from xflux_trainer.samples import Sample
 
 VERSION = "1"
 """Part of every key: raised when what is encoded, or how, changes."""
+
+
+Work = TypeVar("Work")
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ def _key(*parts: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:40]
 
 
-def _share(work: list, ranks: Ranks) -> list:
+def _share(work: list[Work], ranks: Ranks) -> list[Work]:
     """This rank's part of the work of its host; hosts do not rely on a common disk."""
     launch = ranks.launch
     return work[launch.local_rank % launch.local_world_size :: launch.local_world_size]

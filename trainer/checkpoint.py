@@ -19,7 +19,7 @@ from torch import Tensor
 from xflux_trainer import config as train_config
 from xflux_trainer import files
 from xflux_trainer.config import TrainConfig
-from xflux_trainer.errors import CheckpointError
+from xflux_trainer.errors import CheckpointError, WriteError
 from xflux_trainer.optim import MOMENTS, State
 from xflux_trainer.ranks import Ranks
 
@@ -60,11 +60,11 @@ def save_checkpoint(
     """Write `checkpoint-N`, then remove the oldest beyond the limit. Every rank calls it; rank 0 writes."""
     folder = output / f"checkpoint-{progress.step}"
     randoms = [_from_bytes(state) for state in ranks.gather(_to_bytes(_random_state()))]
-    problem = None
+    problem: WriteError | None = None
     if ranks.main:
         try:
             _write(folder, state, progress, config, randoms, versions)
-        except files.WriteError as error:
+        except WriteError as error:
             problem = error
     ranks.agree(problem)
     if ranks.main and config.checkpoints_total_limit is not None:

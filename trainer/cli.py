@@ -42,7 +42,7 @@ def cache(path: Path) -> None:
     """Only encode the images and captions."""
     Stop().install()
     config, _ = load_with_notes(path)
-    from xflux_trainer.train import fill_cache
+    from xflux_trainer.commands import fill_cache
 
     fill_cache(config)
 
@@ -78,7 +78,7 @@ def sample(path: Path, lora: Path | None, no_lora: bool, prompt: str | None, out
     adapter = None if no_lora else lora or Path(config.output_dir) / "pytorch_lora_weights.safetensors"
     if adapter and not adapter.is_file():
         raise CheckpointError(f"The adapter file {adapter} does not exist.", "Train first, or name one with --lora.")
-    from xflux_trainer.train import draw_samples
+    from xflux_trainer.commands import draw_samples
 
     draw_samples(config, adapter, output, prompt)
 

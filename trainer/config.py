@@ -164,7 +164,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "adam_weight_decay": (0, 10), "adam_epsilon": (1e-20, 1), "max_grad_norm": (0, 1e6),
     "seed": (0, 2**63 - 1), "guidance": (0, 100), "timestep_shift": (-10, 10),
     "checkpointing_steps": (1, 1e9), "checkpoints_total_limit": (1, 1e6), "heldout_samples": (0, 1e6),
-    "sample_every": (0, 1e9), "sample_width": (64, 8192), "sample_height": (64, 8192),
+    "sample_every": (0, 1e9), "sample_width": (16, 8192), "sample_height": (16, 8192),
     "sample_steps": (1, 1000), "sample_guidance": (0, 100), "sample_seed": (0, 2**63 - 1),
 }  # fmt: skip
 """Smallest and largest sensible value of each number, both included."""

@@ -46,13 +46,17 @@ def choose_ratio(image: Path, root: Path, seed: int, random_ratio: bool) -> floa
 
 def target_size(width: int, height: int, img_size: int, ratio: float | None) -> tuple[int, int]:
     """Pixels that an image is brought to: long side `img_size`, both sides multiples of 16."""
+    wide, high = float(width), float(height)
     if ratio is not None:
         ratio = ratio if width >= height else 1 / ratio
-        width, height = (min(width, height * ratio), min(height, width / ratio))  # type: ignore[assignment]
-    scale = img_size / max(width, height)
-    # A side that is a hair below a multiple because of the division is that multiple.
-    sides = (max(PATCH, int(side * scale / PATCH + 1e-6) * PATCH) for side in (width, height))
-    return tuple(sides)  # type: ignore[return-value]
+        wide, high = min(wide, high * ratio), min(high, wide / ratio)
+    scale = img_size / max(wide, high)
+
+    def side(length: float) -> int:
+        # A side that is a hair below a multiple because of the division is that multiple.
+        return max(PATCH, int(length * scale / PATCH + 1e-6) * PATCH)
+
+    return side(wide), side(high)
 
 
 def load_image(path: Path, img_size: int, ratio: float | None) -> Tensor:

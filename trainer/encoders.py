@@ -47,7 +47,8 @@ class TextEncoders:
 
     def _ids(self, tokenizer: Any, caption: str, length: int) -> Tensor:
         batch = tokenizer(caption, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        return batch.input_ids.to(self.device)  # type: ignore[no-any-return]
+        ids: Tensor = batch.input_ids.to(self.device)
+        return ids
 
 
 class ImageCodec:
@@ -69,7 +70,7 @@ class ImageCodec:
         The mode of the posterior, not a draw: FLUX's VAE is so sure of itself that a draw adds next to
         nothing, and the mode makes a cache entry a function of its key.
         """
-        latents = self.vae.encode(image[None].to(self.device, self.dtype)).latent_dist.mode()[0]
+        latents: Tensor = self.vae.encode(image[None].to(self.device, self.dtype)).latent_dist.mode()[0]
         return (latents.float() - self.shift) * self.scale
 
     @torch.no_grad()
@@ -80,7 +81,7 @@ class ImageCodec:
         self.vae.tile_sample_min_size = TILE
         self.vae.tile_latent_min_size = TILE // 2 ** (len(self.vae.config.block_out_channels) - 1)
         latents = latents.to(self.device) / self.scale + self.shift
-        image = self.vae.decode(latents[None].to(self.dtype), return_dict=False)[0][0]
+        image: Tensor = self.vae.decode(latents[None].to(self.dtype), return_dict=False)[0][0]
         return (image.float() / 2 + 0.5).clamp(0, 1).cpu()
 
 

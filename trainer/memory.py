@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from xflux_trainer.config import TrainConfig
-from xflux_trainer.spec import FluxSpec, image_tokens, is_target
+from xflux_trainer.spec import FluxSpec, Linear, image_tokens, is_target
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -116,7 +116,7 @@ def adapter_parameters(config: TrainConfig, spec: FluxSpec) -> int:
     return sum(config.rank * (linear.inputs + linear.outputs) for linear in _adapted(config, spec))
 
 
-def _adapted(config: TrainConfig, spec: FluxSpec) -> list:
+def _adapted(config: TrainConfig, spec: FluxSpec) -> list[Linear]:
     return [
         linear
         for linear in spec.linears()

@@ -39,8 +39,12 @@ def resolve(name: str) -> Path:
 
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    from huggingface_hub.utils import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.utils import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     patterns = [f"{part}/*" for part in PARTS] + ["model_index.json"]
     hint = "Log in with `huggingface-cli login`, or set pretrained_model to a local folder."
@@ -158,12 +162,14 @@ def fingerprint(folder: Path) -> str:
 class Velocity(nn.Module):
     """The transformer as this trainer calls it: tokens in, velocity out, and t untouched on its way."""
 
+    transformer: Any
+
     def __init__(self, transformer: nn.Module, *, guidance: bool) -> None:
         super().__init__()
         self.transformer = transformer
         self.guidance = guidance
         self._t: Tensor | None = None
-        transformer.time_text_embed.register_forward_pre_hook(self._exact_time)
+        self.transformer.time_text_embed.register_forward_pre_hook(self._exact_time)
 
     def forward(
         self, x_t: Tensor, t: Tensor, text: Tensor, pooled: Tensor, ids: Tensor, text_ids: Tensor, guidance: float

@@ -79,9 +79,9 @@ def find_samples(img_dir: str | Path, caption_type: str = "json") -> SampleIndex
             problems.append(SampleProblem(image, "shared-caption", seen, "Rename one of the two images."))
             continue
         owners[caption_path] = image
-        problem = _image_problem(image)
+        image_problem = _image_problem(image)
         caption, caption_problem = _caption(image, caption_path, caption_type)
-        found = [found for found in (problem, caption_problem) if found]
+        found = [found for found in (image_problem, caption_problem) if found]
         problems += found
         if not found:
             samples.append(Sample(image, caption_path, caption))

@@ -29,6 +29,15 @@ class Stop:
         """From here on signals are only noted: the caller looks at `signum` between its steps."""
         self._deferred = True
 
+    def flags(self) -> list[float]:
+        """One number for each signal, to be summed over the ranks."""
+        return [float(self.signum == number) for number in SIGNALS]
+
+    @staticmethod
+    def first(flags: list[float]) -> int:
+        """The signal that the sums name, or 0. A Ctrl-C reaches some ranks as the SIGTERM of their launcher."""
+        return next((int(number) for number, count in zip(SIGNALS, flags) if count), 0)  # noqa: B905 (of one length)
+
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         if self.signum:
             return

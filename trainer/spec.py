@@ -11,6 +11,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 PATCH = 16
 """Pixels on a side of one image token."""
@@ -250,7 +251,7 @@ def count_parameters(folder: Path, prefix: str = "") -> int | None:
     return total
 
 
-def safetensors_header(file: Path) -> dict[str, dict]:
+def safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
     """The header of a safetensors file: tensor name to dtype, shape and offsets. Raises ValueError when broken."""
     with file.open("rb") as stream:
         start = stream.read(8)

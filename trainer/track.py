@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,14 +22,17 @@ class Lines:
     def __init__(self, path: Path, from_step: int) -> None:
         kept = [line for line in _read_lines(path) if line.get("step", 0) <= from_step] if from_step else []
         files.write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self._path = path
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, values: Mapping[str, float]) -> None:
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        with files.sentences(self._path):
+            self._file.write(json.dumps(values) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # a disk that was full when the line was written was reported then
+            self._file.close()
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
@@ -83,7 +87,7 @@ class Tracker:
         self.notes: list[str] = []
         self._board: Any = None
         self._wandb: Any = None
-        folder = Path(config.output_dir) / config.logging_dir
+        self._folder = folder = Path(config.output_dir) / config.logging_dir
         if config.report_to == "none":
             return
         if config.report_to == "wandb" and self._start_wandb(config, folder):
@@ -115,8 +119,9 @@ class Tracker:
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+            with files.sentences(self._folder):
+                for name, value in values.items():
+                    self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
 

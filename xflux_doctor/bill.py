@@ -44,7 +44,9 @@ def spec_of(case: Case) -> spec.FluxSpec:
 def local_model(name: str) -> Path | None:
     """The model's folder when the name is a path on this machine; `None` for a hub id."""
     path = Path(name).expanduser()
-    return path if path.exists() or name.startswith((".", "/", "~")) else None
+    # `output/flux` reads like a hub id; where `output` is a folder here, a path is meant.
+    local = path.exists() or name.startswith((".", "/", "~")) or path.parts[:1] and Path(path.parts[0]).is_dir()
+    return path if local or len(path.parts) > 2 else None
 
 
 @functools.lru_cache(maxsize=4)

@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 def config(folder: Path, **changes: object) -> TrainConfig:
-    return TrainConfig(**settings(folder, **changes))
+    return TrainConfig(**settings(folder, cache_dir=str(folder / "cache"), **changes))
 
 
 def fill(config: TrainConfig, *prompts: str) -> tuple[list[cache.Entry], list[Path]]:

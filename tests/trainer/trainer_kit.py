@@ -9,14 +9,17 @@ import functools
 import hashlib
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
 import tempfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,8 +52,11 @@ def tiny_flux() -> Path:
     """A FLUX pipeline of a few megabytes with random weights; made once for each state of its makers."""
     makers = sorted(DEMO.glob("*.py")) + sorted((DEMO / "photos").glob("*"))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in makers)).hexdigest()[:12]
+    import torch
     import transformers
 
+    # Sums of several threads may come in another order; and models this small are quicker without them.
+    torch.set_num_threads(1)
     folder = Path(tempfile.gettempdir()) / f"xflux-tiny-{os.getuid()}-{digest}-{transformers.__version__}"
     done = subprocess.run(
         [sys.executable, str(DEMO / "make_tiny_flux.py"), str(folder)], capture_output=True, text=True, timeout=300
@@ -79,6 +85,8 @@ def settings(folder: Path, **changes: Any) -> dict[str, Any]:
         "img_dir": str(images),
         "img_size": 64,
         "output_dir": str(folder / "out"),
+        # One for all tests: its entries are named by what they are made of.
+        "cache_dir": str(tiny_flux().with_name(f"{tiny_flux().name}-cache")),
         "max_train_steps": 4,
         "learning_rate": 1e-2,
         "rank": 4,
@@ -122,3 +130,12 @@ def metrics(folder: Path) -> dict[str, Any]:
 def losses(folder: Path) -> list[float]:
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["loss"] for line in lines]
+
+
+@pytest.fixture(autouse=True)
+def keep_signals() -> Iterator[None]:
+    """The command line takes SIGINT and SIGTERM over; pytest gets them back. For modules that import it."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)

@@ -9,6 +9,8 @@ from diffusers import FluxTransformer2DModel
 from xflux_trainer.lora import generator
 from xflux_trainer.spec import FluxSpec
 
+torch.set_num_threads(1)  # sums of several threads may come in another order
+
 TINY = FluxSpec("tiny", 2, 2, heads=2, head_dim=16, text_dim=24, pooled_dim=12)
 
 

@@ -13,7 +13,7 @@ _MEANING = {
     "rendezvous": "the ranks did not meet",
     "init": "the process group was made, and the first reduction did not end",
     "tiny": "a reduction of one element worked, and the larger ones did not",
-    "values": "the values were right, and the ranks did not part cleanly",
+    "values": "this rank's sums were right, and another rank's never came",
 }
 
 

@@ -1,0 +1,77 @@
+"""What a run says of itself: a few lines at its start, and metrics.json."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from xflux_trainer import config as train_config
+from xflux_trainer import files, meter
+from xflux_trainer.run import Run
+
+
+def announce(run: Run) -> None:
+    """Say what will happen, once, with the numbers that are really used."""
+    config, ranks = run.config, run.ranks
+    batch = config.train_batch_size * ranks.world_size * run.accumulation
+    ranks.say(
+        f"{run.spec.name}: {run.trained:,} of {run.spec.transformer_parameters:,} parameters are trained "
+        f"on {len(run.entries)} images; {run.stepper.strategy}, {ranks.world_size} x {meter.device_name(ranks.device)}"
+    )
+    ranks.say(
+        f"batch {batch} = {config.train_batch_size} images x {ranks.world_size} ranks x {run.accumulation} "
+        f"accumulated; {run.total} steps, {run.total * batch / len(run.entries):.1f} passes over the images"
+    )
+    for note in run.notes:
+        ranks.say(f"note: {note}")
+    if ranks.main:
+        files.write_bytes(run.output / "config.yaml", train_config.to_yaml(config).encode())
+        write_metrics(run, "running", together=False)  # what an earlier run left there is not this run's
+
+
+def write_metrics(run: Run, status: str, after: dict[str, Any] | None = None, *, together: bool = True) -> None:
+    """metrics.json by rank 0; with the peaks of all ranks when they come `together`, else with its own."""
+    own = run.meter.peaks()
+    every = run.ranks.gather(own) if together else [own]
+    if not run.ranks.main:
+        return
+    progress, peaks = run.progress, meter.merge_peaks(every)
+    heldout = None
+    if run.heldout:
+        heldout = {
+            "before": (progress.heldout_before or {}).get("mean"),
+            "after": after["mean"] if after else None,
+            "before_by_time": (progress.heldout_before or {}).get("by_time"),
+            "after_by_time": after["by_time"] if after else None,
+            "images": len(run.heldout),
+            "of": run.config.heldout_dir or "the training images",
+        }
+    files.write_json(
+        run.output / "metrics.json",
+        {
+            "status": status,
+            "steps": progress.step,
+            "max_steps": run.total,
+            "world_size": run.ranks.world_size,
+            "strategy": run.stepper.strategy,
+            "device": meter.device_name(run.ranks.device),
+            "train_batch_size": run.config.train_batch_size,
+            "gradient_accumulation_steps": run.accumulation,
+            "images": len(run.entries),
+            "trained_parameters": run.trained,
+            "loss": {
+                "first": progress.first_loss,
+                "last": progress.last_loss,
+                "mean": progress.loss_sum / progress.step if progress.step else None,
+            },
+            "heldout_loss": heldout,
+            "seconds_per_step": run.meter.seconds_per_step(),
+            "seconds_training": progress.seconds,
+            "seconds_total": time.monotonic() - run.meter.started,
+            "peak_device_bytes": peaks["device"],
+            "peak_host_bytes": peaks["host"],
+            "per_rank": every,
+            "versions": meter.versions(),
+            "notes": run.notes,
+        },
+    )

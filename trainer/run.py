@@ -1,0 +1,131 @@
+"""From a config to a run that can take its first step: files found, cache filled, model loaded, checkpoint read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from xflux_trainer import cache, checkpoint, files, lora, model, optim
+from xflux_trainer.cache import Entry
+from xflux_trainer.checkpoint import Progress
+from xflux_trainer.config import TrainConfig
+from xflux_trainer.data import Order, list_samples
+from xflux_trainer.errors import UserError
+from xflux_trainer.meter import Meter
+from xflux_trainer.model import Velocity
+from xflux_trainer.optim import Stepper
+from xflux_trainer.ranks import Ranks
+from xflux_trainer.samples import Sample
+from xflux_trainer.spec import FluxSpec
+
+
+@dataclass
+class Run:
+    """What one run consists of once everything is loaded."""
+
+    config: TrainConfig
+    ranks: Ranks
+    meter: Meter
+    base: Path
+    spec: FluxSpec
+    velocity: Velocity
+    stepper: Stepper
+    entries: list[Entry]
+    heldout: list[Entry]
+    prompts: list[Path]
+    order: Order
+    accumulation: int
+    total: int
+    progress: Progress
+    trained: int
+    notes: list[str]
+
+    @property
+    def output(self) -> Path:
+        return Path(self.config.output_dir)
+
+
+def prepare(config: TrainConfig, notes: tuple[str, ...], ranks: Ranks, gauge: Meter) -> Run:
+    """From files to a run that can take its first step."""
+    said = list(notes)
+    problem: UserError | None = None
+    output = Path(config.output_dir)
+    try:  # what only one rank may find is told to all: the others must not wait for it
+        sets, heldout_dir, ignored = find_sets(config)
+        said += ignored
+        files.make_folder(output)
+        if ranks.main:
+            files.remove_leftovers(output)
+        base = model.resolve(config.base_model)
+        spec = model.read_spec(base)
+        resume = checkpoint.find(config)
+    except UserError as error:
+        problem = error
+    ranks.agree(problem)
+    accumulation, note = ranks.accumulation(config)
+    said += [note] if note else []
+    model.quiet_libraries()
+    model.steady_attention(ranks.device)
+
+    with gauge.phase("cache"):
+        sets_entries, prompts = cache.fill(config, base, ranks, sets, choose_prompts(config, sets))
+    entries = sets_entries[config.img_dir]
+    heldout = sets_entries[heldout_dir][: config.heldout_samples]
+    with gauge.phase("load"):
+        transformer = model.load_transformer(base, model.DTYPES[config.mixed_precision], ranks.device)
+    if config.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()  # type: ignore[operator]
+    adapters = lora.attach(transformer, config)
+    velocity = Velocity(transformer, guidance=spec.guidance_embeds)
+
+    order = Order([entry.shape for entry in entries], config.train_batch_size, ranks.world_size, config.seed)
+    per_step = ranks.world_size * accumulation
+    total = config.max_train_steps or math.ceil((config.num_train_epochs or 1) * order.per_epoch / per_step)
+    with gauge.phase("train"):
+        stepper = optim.prepare(velocity, adapters, config, ranks, accumulation)
+    progress, resumed = _resume(resume, stepper, ranks, output)
+    trained = sum(parameter.numel() for parameter in adapters.values())
+    return Run(
+        config, ranks, gauge, base, spec, velocity, stepper, entries, heldout, prompts, order, accumulation,
+        total, progress, trained, said + resumed,
+    )  # fmt: skip
+
+
+def find_sets(config: TrainConfig) -> tuple[dict[str, list[Sample]], str, list[str]]:
+    """Samples by their folder, the folder of the held-out ones, and notes."""
+    samples, note = list_samples(config.img_dir, config.caption_type)
+    sets, notes = {config.img_dir: samples}, [note]
+    heldout_dir = config.heldout_dir or config.img_dir
+    if heldout_dir not in sets:
+        heldout, note = list_samples(heldout_dir, config.caption_type)
+        sets[heldout_dir] = heldout[: config.heldout_samples]
+        notes.append(note)
+    return sets, heldout_dir, [note for note in notes if note]
+
+
+def choose_prompts(config: TrainConfig, sets: dict[str, list[Sample]]) -> list[str]:
+    if config.disable_sampling:
+        return []
+    return list(config.sample_prompts) or [sets[config.img_dir][0].caption]
+
+
+def _resume(found: Path | None, stepper: Stepper, ranks: Ranks, output: Path) -> tuple[Progress, list[str]]:
+    """Load the checkpoint, or clear the way for a run from the start."""
+    if found is None:
+        place = checkpoint.set_aside(output) if ranks.main else None
+        ranks.barrier()
+        return Progress(), [f"an earlier run's checkpoints were moved to {place}."] if place else []
+    problem: UserError | None = None
+    try:
+        loaded = checkpoint.load(found, ranks)
+        _compare(loaded.state, stepper, found)
+    except UserError as error:
+        problem = error
+    ranks.agree(problem)
+    stepper.load(loaded.state)
+    return loaded.progress, [f"resumed from {found} at step {loaded.progress.step}."]
+
+
+def _compare(state: optim.State, stepper: Stepper, found: Path) -> None:
+    lora.compare(stepper.shapes(), {name: tuple(value.shape) for name, value in state.weights.items()}, found)
