@@ -45,7 +45,7 @@ def local_model(name: str) -> Path | None:
     """The model's folder when the name is a path on this machine; `None` for a hub id."""
     path = Path(name).expanduser()
     # `output/flux` reads like a hub id; where `output` is a folder here, a path is meant.
-    local = path.exists() or name.startswith((".", "/", "~")) or path.parts[:1] and Path(path.parts[0]).is_dir()
+    local = path.exists() or name.startswith((".", "/", "~")) or (path.parts[:1] and Path(path.parts[0]).is_dir())
     return path if local or len(path.parts) > 2 else None
 
 
