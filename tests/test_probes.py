@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -148,3 +149,20 @@ class TestWithTorch:
         work = job(XFLUX_ACCELERATE.replace("num_processes: 8", "num_processes: 2"), cpu=True)
         after = level.probe(here(matrix), work, os.environ, 120)
         assert after.torch and after.allreduce and after.allreduce.ok and after.allreduce.ranks == 2
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_check_says_so_and_leaves_nothing(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    environment = stub(tmp_path, "hangs")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "xflux_doctor.cli", "check", "--cpu"], env=environment, cwd=tmp_path,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "pid").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == code and "Traceback" not in output
+    assert alive(str(tmp_path)) == []

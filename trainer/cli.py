@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 from xflux_trainer.config import load_with_notes
 from xflux_trainer.errors import CheckpointError, Interrupted, UserError
-from xflux_trainer.signals import Stop
+from xflux_trainer.signals import Stop, ignore
 
 CONFIG = click.option(
     "--config", "path", required=True, type=click.Path(path_type=Path), help="The train config, a YAML file."
@@ -95,6 +95,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (KeyboardInterrupt, click.Abort):
         return 130
     except Interrupted as stopped:
+        # While Python takes itself down it lets signals kill it again, and the exit code would be another.
+        ignore()
         if _speaks():
             print(f"stopped by signal {stopped.signum}", file=sys.stderr, flush=True)
         return stopped.code

@@ -44,3 +44,9 @@ class Stop:
         self.signum = signum
         if not self._deferred:
             raise Interrupted(signum)
+
+
+def ignore() -> None:
+    """For a process that has nothing left to do but to end."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

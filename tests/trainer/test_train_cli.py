@@ -154,12 +154,12 @@ def test_a_signal_saves_a_checkpoint(tmp_path: Path, number: int, times: int) ->
 
 
 def test_a_signal_while_loading_ends_at_once(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", "from xflux_trainer.signals import Stop; Stop().install(); print(1, flush=True)\n"
-         "import time, sys\nfrom xflux_trainer.errors import Interrupted\n"
-         "try: time.sleep(60)\nexcept Interrupted as stopped: sys.exit(stopped.code)"],
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    code = (
+        "import sys, time\nfrom xflux_trainer.errors import Interrupted\nfrom xflux_trainer.signals import Stop\n"
+        "try:\n    Stop().install()\n    print(1, flush=True)\n    time.sleep(60)\n"
+        "except Interrupted as stopped:\n    sys.exit(stopped.code)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     process.stdout.readline()
     process.send_signal(signal.SIGTERM)
