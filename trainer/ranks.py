@@ -37,6 +37,8 @@ class Launch:
     deepspeed: bool = False
     accumulation: int | None = None
     """The accelerate config's gradient_accumulation_steps, where it has one."""
+    mixed_precision: str = ""
+    """The accelerate config's, which DeepSpeed and this trainer take from the train config instead."""
     unsupported: str = ""
     """The name of a strategy that was asked for and is not done here."""
 
@@ -58,6 +60,7 @@ class Launch:
             use_cpu=true("ACCELERATE_USE_CPU"),
             deepspeed=true("ACCELERATE_USE_DEEPSPEED"),
             accumulation=int(accumulation) if accumulation.isdigit() and int(accumulation) > 0 else None,
+            mixed_precision=environ.get("ACCELERATE_MIXED_PRECISION", "").lower(),
             unsupported=next((name for variable, name in others.items() if true(variable)), ""),
         )
 
@@ -81,6 +84,7 @@ class Ranks:
         """Meet the other processes."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+            torch.cuda.init()  # the memory's peaks cannot be reset before
         # DeepSpeed wants a process group even of one.
         if (self.world_size > 1 or self.launch.deepspeed) and not dist.is_initialized():
             os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -129,13 +133,19 @@ class Ranks:
                 found.everywhere = True
                 raise found
 
-    def accumulation(self, config: TrainConfig) -> tuple[int, str]:
-        """Forward passes per optimizer step, and where the number comes from when two files name one."""
-        own, other = config.gradient_accumulation_steps, self.launch.accumulation
-        if other is None or other == own:
-            return own, ""
-        note = f"gradient_accumulation_steps is {other}, as the accelerate config says; the train config's {own} is"
-        return other, f"{note} ignored."
+    def accumulation(self, config: TrainConfig) -> tuple[int, list[str]]:
+        """Forward passes per optimizer step, and a note for every key that two files name and disagree about."""
+        notes = []
+        own, other = config.mixed_precision, self.launch.mixed_precision
+        if other not in ("", own):
+            notes.append(
+                f"mixed_precision is {own}, as the train config says; the accelerate config's {other} is ignored."
+            )
+        steps, launched = config.gradient_accumulation_steps, self.launch.accumulation
+        if launched not in (None, steps):
+            name = "gradient_accumulation_steps"
+            notes.append(f"{name} is {launched}, as the accelerate config says; the train config's {steps} is ignored.")
+        return launched or steps, notes
 
 
 def _from_deepspeed_file(name: str) -> str:

@@ -6,15 +6,16 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
 from xflux_trainer import cache, checkpoint, files, lora, model, optim
 from xflux_trainer.cache import Entry
 from xflux_trainer.checkpoint import Progress
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.data import Order, list_samples
-from xflux_trainer.errors import UserError
+from xflux_trainer.errors import Unsupported, UserError
 from xflux_trainer.meter import Meter
 from xflux_trainer.model import Velocity
-from xflux_trainer.optim import Stepper
+from xflux_trainer.optim import PlainStepper, Stepper
 from xflux_trainer.ranks import Ranks
 from xflux_trainer.samples import Sample
 from xflux_trainer.spec import FluxSpec
@@ -60,11 +61,12 @@ def prepare(config: TrainConfig, notes: tuple[str, ...], ranks: Ranks, gauge: Me
         base = model.resolve(config.base_model)
         spec = model.read_spec(base)
         resume = checkpoint.find(config)
+        refuse_slow(spec, ranks)
     except UserError as error:
         problem = error
     ranks.agree(problem)
-    accumulation, note = ranks.accumulation(config)
-    said += [note] if note else []
+    accumulation, differing = ranks.accumulation(config)
+    said += differing
     model.quiet_libraries()
     model.steady_attention(ranks.device)
 
@@ -83,13 +85,33 @@ def prepare(config: TrainConfig, notes: tuple[str, ...], ranks: Ranks, gauge: Me
     per_step = ranks.world_size * accumulation
     total = config.max_train_steps or math.ceil((config.num_train_epochs or 1) * order.per_epoch / per_step)
     with gauge.phase("train"):
-        stepper = optim.prepare(velocity, adapters, config, ranks, accumulation)
+        stepper = _stepper(velocity, adapters, config, ranks, accumulation)
     progress, resumed = _resume(resume, stepper, ranks, output)
     trained = sum(parameter.numel() for parameter in adapters.values())
     return Run(
         config, ranks, gauge, base, spec, velocity, stepper, entries, heldout, prompts, order, accumulation,
         total, progress, trained, said + resumed,
     )  # fmt: skip
+
+
+def _stepper(
+    velocity: Velocity, adapters: dict[str, nn.Parameter], config: TrainConfig, ranks: Ranks, accumulation: int
+) -> Stepper:
+    """The one that the launcher asks for."""
+    if ranks.launch.deepspeed:
+        from xflux_trainer.zero import ZeroStepper  # DeepSpeed is only needed where it is asked for
+
+        return ZeroStepper(velocity, adapters, config, ranks, accumulation)
+    return PlainStepper(velocity, adapters, config, ranks, accumulation)
+
+
+def refuse_slow(spec: FluxSpec, ranks: Ranks) -> None:
+    """A driver that stopped working must not turn a run of an hour into one of years."""
+    if ranks.device.type == "cpu" and not ranks.launch.use_cpu and spec.transformer_parameters > 1_000_000_000:
+        raise Unsupported(
+            f"torch finds no GPU here, and {spec.transformer_parameters:,} parameters are too many for the CPU.",
+            "Run `xflux-doctor check` to see why; set use_cpu: true in the accelerate config to do it all the same.",
+        )
 
 
 def find_sets(config: TrainConfig) -> tuple[dict[str, list[Sample]], str, list[str]]:

@@ -25,9 +25,10 @@ def bill(world_size: int = 1, strategy: str = "single", device: Any = "cuda", **
         ({}, 24.6),
         ({"gradient_checkpointing": False}, 44.0),
         ({"gradient_checkpointing": False, "img_size": 512}, 29.7),
+        ({"lora_targets": "xflux"}, 24.91),  # this trainer, on an H200
     ],
 )
-def test_measured_on_an_h100(changes: dict[str, Any], measured: float) -> None:
+def test_what_was_measured(changes: dict[str, Any], measured: float) -> None:
     """Peaks of `torch.cuda.max_memory_allocated` in GiB, adapters of rank 16 on diffusers' targets, batch 1."""
     forecasted = bill(**changes)
     assert abs(forecasted.gpu_allocated / GIB / measured - 1) < 0.03

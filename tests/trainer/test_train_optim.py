@@ -21,6 +21,7 @@ from xflux_trainer.config import TrainConfig  # noqa: E402
 from xflux_trainer.errors import Unsupported  # noqa: E402
 from xflux_trainer.model import Velocity  # noqa: E402
 from xflux_trainer.ranks import Launch, Ranks  # noqa: E402
+from xflux_trainer.zero import deepspeed_settings  # noqa: E402
 
 CONFIG = TrainConfig(img_dir="x", rank=4, lora_targets="attn", learning_rate=1e-2, mixed_precision="no")
 RANKS = Ranks(Launch(use_cpu=True))
@@ -30,7 +31,7 @@ def make(config: TrainConfig = CONFIG, accumulation: int = 1, dtype: Any = torch
     transformer = tiny_transformer().to(dtype)
     adapters = lora.attach(transformer, config)
     velocity = Velocity(transformer, guidance=True)
-    return optim.prepare(velocity, adapters, config, RANKS, accumulation), adapters
+    return optim.PlainStepper(velocity, adapters, config, RANKS, accumulation), adapters
 
 
 def take(stepper: Any, step: int, config: TrainConfig = CONFIG, accumulation: int = 1) -> tuple[float, float]:
@@ -164,7 +165,7 @@ def test_learning_rates(scheduler: Any, rates: list[float]) -> None:
 
 
 def zero(environ: dict[str, str], **changes: Any) -> tuple[dict[str, Any], list[str]]:
-    return optim.deepspeed_settings(environ, replace(CONFIG, **changes), 2, 4, 5_000_000)
+    return deepspeed_settings(environ, replace(CONFIG, **changes), 2, 4, 5_000_000)
 
 
 def test_deepspeed_settings_from_xfluxs_file() -> None:

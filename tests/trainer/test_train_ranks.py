@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from xflux_trainer import cli, lora  # noqa: E402
 from xflux_trainer.config import TrainConfig  # noqa: E402
 from xflux_trainer.errors import DataError, Unsupported  # noqa: E402
 from xflux_trainer.ranks import Launch, Ranks  # noqa: E402
+from xflux_trainer.run import refuse_slow  # noqa: E402
+from xflux_trainer.spec import FLUX_DEV, FluxSpec  # noqa: E402
 
 __all__ = ["keep_signals"]  # a fixture, used by being here
 
@@ -154,9 +157,29 @@ def test_the_launchers_environment() -> None:
 @pytest.mark.parametrize(("own", "other", "used", "told"), [(2, None, 2, False), (2, 2, 2, False), (4, 2, 2, True)])
 def test_whose_accumulation_counts(own: int, other: int | None, used: int, told: bool) -> None:
     ranks = Ranks(Launch(accumulation=other, use_cpu=True))
-    steps, note = ranks.accumulation(TrainConfig(img_dir="x", gradient_accumulation_steps=own))
+    steps, notes = ranks.accumulation(TrainConfig(img_dir="x", gradient_accumulation_steps=own))
     assert steps == used
-    assert bool(note) is told
+    assert bool(notes) is told
+
+
+def test_whose_precision_counts() -> None:
+    ranks = Ranks(Launch.read({"ACCELERATE_MIXED_PRECISION": "fp16", "ACCELERATE_USE_CPU": "true"}))
+    (note,) = ranks.accumulation(TrainConfig(img_dir="x", mixed_precision="bf16"))[1]
+    assert note.startswith("mixed_precision is bf16, as the train config says")
+    assert ranks.accumulation(TrainConfig(img_dir="x", mixed_precision="fp16"))[1] == []
+
+
+@pytest.mark.parametrize(
+    ("use_cpu", "spec"), [(True, FLUX_DEV), (False, replace(FLUX_DEV, single_blocks=0, double_blocks=1))]
+)
+def test_the_cpu_is_for_small_models_or_for_those_who_insist(use_cpu: bool, spec: FluxSpec) -> None:
+    refuse_slow(spec, Ranks(Launch(use_cpu=use_cpu)))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
+def test_the_full_model_without_a_gpu_is_refused() -> None:
+    with pytest.raises(Unsupported, match="torch finds no GPU"):
+        refuse_slow(FLUX_DEV, Ranks(Launch()))
 
 
 @pytest.mark.parametrize(
