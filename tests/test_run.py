@@ -58,7 +58,8 @@ def write_job(place: Path, model: Path, *, accelerate: str = XFLUX_ACCELERATE, *
 DRAW = """
 import sys, numpy, torch
 from diffusers import FluxPipeline
-pipe = FluxPipeline.from_pretrained(sys.argv[1])
+# Without a dtype transformers 5 keeps the encoders' bf16 and diffusers makes the transformer fp32: they do not meet.
+pipe = FluxPipeline.from_pretrained(sys.argv[1], torch_dtype=torch.float32)
 def draw():
     seed = torch.Generator().manual_seed(0)
     return pipe("a cat", height=64, width=64, num_inference_steps=2, generator=seed, output_type="np",

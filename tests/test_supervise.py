@@ -50,6 +50,38 @@ def test_a_log_without_a_code(tmp_path: Path) -> None:
     assert trainer_code(tmp_path / "log") is None
 
 
+TOGETHER = """\
+E1124 api.py:833] failed (exitcode: {root}) local_rank: 0 (pid: 4871) of binary: python
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+============================================================
+xflux_trainer FAILED
+------------------------------------------------------------
+Failures:
+[1]:
+  rank      : 1 (local_rank: 1)
+  exitcode  : {other} (pid: 4872)
+  traceback : Signal 9 (SIGKILL) received by PID 4872
+------------------------------------------------------------
+Root Cause (first observed failure):
+[0]:
+  rank      : 0 (local_rank: 0)
+  exitcode  : {root} (pid: 4871)
+============================================================
+"""
+
+
+@pytest.mark.parametrize(("root", "other", "code"), [
+    (1, -9, -9),  # rank 0's collective broke because rank 1 was killed; the agent saw both at once
+    (-11, 1, -11),
+    (1, -15, 1),  # SIGTERM is how the agent ends the others
+    (-15, -15, -15),
+    (7, 1, 7),
+])  # fmt: skip
+def test_a_killed_rank_is_the_cause_of_the_others_errors(tmp_path: Path, root: int, other: int, code: int) -> None:
+    (tmp_path / "log").write_text(TOGETHER.format(root=root, other=other))
+    assert trainer_code(tmp_path / "log") == code
+
+
 SAVES = (
     "import signal, sys, time\n"
     "def save(number, frame):\n"

@@ -20,11 +20,15 @@ from xflux_doctor.launch import Launch
 
 _DRAIN = 10.0
 """Seconds to read what the group wrote before its end."""
-# torch.distributed.elastic: `failed (exitcode: -9) local_rank: 1 (pid: 4711)`; accelerate's simple launcher:
-# `returned non-zero exit status 3.` or `died with <Signals.SIGKILL: 9>.`
+# torch.distributed.elastic: `failed (exitcode: -9) local_rank: 1 (pid: 4711)`, and a table of all failed ranks with
+# `exitcode  : -9 (pid: 4711)`; accelerate's simple launcher: `returned non-zero exit status 3.` or
+# `died with <Signals.SIGKILL: 9>.`
 _ELASTIC = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
+_ELASTIC_TABLE = re.compile(r"^\s*(?:\[[^]]*\]:\s*)?exitcode\s*: (-?\d+) \(pid: \d+\)")
 _SIMPLE = re.compile(r"CalledProcessError: Command .* returned non-zero exit status (\d+)\.")
 _SIMPLE_SIGNAL = re.compile(r"CalledProcessError: Command .* died with <Signals\.\w+: (\d+)>")
+_FOLLOWING = frozenset((signal.SIGTERM, signal.SIGABRT))
+"""Signals that come after another rank's end: from the launcher, and from the collectives' own watchdog."""
 
 
 @dataclass(frozen=True)
@@ -137,11 +141,20 @@ def _end(code: int, log: Path, received: list[int], seconds: float) -> End:
 
 
 def trainer_code(log: Path) -> int | None:
-    """The first failing rank's exit code as the launcher printed it; `None` when it named none."""
+    """The exit code of the rank that failed first, as the launcher printed it; `None` when it named none.
+
+    The launcher calls the first failure that it saw the root cause, and it sees a killed rank and the errors of
+    the ranks that were talking to it in one look, in any order: the kill came first.
+    """
+    named: int | None = None
     with log.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
-            if match := _ELASTIC.search(line) or _SIMPLE.search(line):
-                return int(match[1])
-            if match := _SIMPLE_SIGNAL.search(line):
-                return -int(match[1])
-    return None
+            code: int | None = None
+            if match := _ELASTIC.search(line) or _ELASTIC_TABLE.search(line) or _SIMPLE.search(line):
+                code = int(match[1])
+            elif match := _SIMPLE_SIGNAL.search(line):
+                code = -int(match[1])
+            if code is not None and code < 0 and -code not in _FOLLOWING:
+                return code
+            named = code if named is None else named
+    return named
