@@ -276,6 +276,11 @@ def test_explain(tmp_path: Path) -> None:
     assert "invalid-device-ordinal" in done.stdout and "line 2" in done.stdout
     (tmp_path / "y.log").write_text("step 1 loss 0.3\nstep 2 loss 0.2\n")
     doctor("explain", "y.log", cwd=tmp_path, code=0)
+    found = json.loads(doctor("explain", "x.log", "--format", "json", cwd=tmp_path, code=1).stdout)
+    assert found["cause"] == "invalid-device-ordinal" and found["evidence"][0]["line"] == 2
+    assert found["remedy"]["hint"] and found["schema"] == 1
+    healthy = json.loads(doctor("explain", "y.log", "--format", "json", cwd=tmp_path, code=0).stdout)
+    assert healthy["cause"] == "none" and set(healthy) == set(found)
 
 
 def test_a_pipe_that_closes(tmp_path: Path) -> None:

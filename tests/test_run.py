@@ -151,7 +151,7 @@ def test_the_gate_refuses_and_starts_nothing(tmp_path: Path, model: Path) -> Non
     process = start(tmp_path)
     output = finish(process)
     assert process.returncode == 1 and "a.jpg" in output
-    assert result(tmp_path)["phase"] == "gate" and result(tmp_path)["cause"] == {"id": "DA101"}
+    assert result(tmp_path)["phase"] == "gate" and result(tmp_path)["cause"]["cause"] == "DA101"
     assert not (tmp_path / "out" / "logs").exists()
 
 
@@ -202,5 +202,6 @@ def test_a_killed_rank_is_told(tmp_path: Path, model: Path) -> None:
     output = finish(process)
     assert process.returncode == 137, output
     told = result(tmp_path)
-    assert told["trainer_exit_code"] == -9 and told["signal"] == 9 and told["cause"]
+    assert told["trainer_exit_code"] == -9 and told["signal"] == 9
+    assert told["cause"]["cause"] == "host-oom-kill" and told["cause"]["remedy"]["hint"]
     assert ranks_of(tmp_path) == []

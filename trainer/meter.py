@@ -29,7 +29,8 @@ class HostWatch(threading.Thread):
     def __init__(self) -> None:
         super().__init__(name="host-memory", daemon=True)
         self.peaks: dict[str, int] = {}
-        self.phase = "start"
+        self.phase = "between"
+        """What is being done: `cache`, `load`, `train`, `sample`; `between` is all that has no phase of its own."""
         self._done = threading.Event()
 
     def run(self) -> None:

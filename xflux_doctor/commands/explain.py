@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import msgspec
@@ -12,17 +13,32 @@ import msgspec
 from xflux_doctor.errors import DoctorError
 from xflux_doctor.explain.diagnosis import Diagnosis, diagnose
 from xflux_doctor.explain.log import file_lines, stream_lines
+from xflux_doctor.report import jsonreport
 
 
 def run(log: str, *, form: str) -> int:
     """Exit 1 when a cause was found, 0 when the log shows none."""
     diagnosis = diagnose(_lines(log))
     if form == "json":
-        found = msgspec.to_builtins(diagnosis) if diagnosis else None
-        click.echo(msgspec.json.format(msgspec.json.encode({"schema": 1, "cause": found}), indent=2).decode())
+        click.echo(jsonreport.encode({"schema": 1, **as_dict(diagnosis)}), nl=False)
     else:
         click.echo(words(diagnosis))
     return 1 if diagnosis else 0
+
+
+def as_dict(diagnosis: Diagnosis | None) -> dict[str, Any]:
+    """The diagnosis as JSON has it. `cause` is the cause's id, `unknown`, or `none` for a healthy log."""
+    if diagnosis is None:
+        return {"cause": "none", "title": "", "because": "", "evidence": [], "rank": None, "remedy": {}, "others": []}
+    return {
+        "cause": diagnosis.cause,
+        "title": diagnosis.title,
+        "because": diagnosis.because,
+        "evidence": msgspec.to_builtins(diagnosis.evidence),
+        "rank": diagnosis.rank,
+        "remedy": {"hint": diagnosis.hint, "commands": list(diagnosis.commands), "docs": diagnosis.docs},
+        "others": list(diagnosis.others),
+    }
 
 
 def of_file(path: Path) -> Diagnosis | None:

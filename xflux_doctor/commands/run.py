@@ -24,6 +24,7 @@ from xflux_doctor.commands.check import summarize
 from xflux_doctor.commands.fix import confirm, new_accelerate, plan_of
 from xflux_doctor.errors import DoctorError, UsageError
 from xflux_doctor.files import write_atomic
+from xflux_doctor.finding import Finding
 from xflux_doctor.inputs import Inputs, build, probed
 from xflux_doctor.launch import Launch
 from xflux_doctor.launch import build as build_launch
@@ -170,8 +171,21 @@ def _echo(chunk: bytes) -> None:
 def _refused(folder: Path, summary: Summary) -> None:
     """Leave the reason where the next person looks, if the folder is there already."""
     if folder.is_dir() and os.access(folder, os.W_OK):
-        codes = [f.code for v in summary.verdicts for f in v.findings if f.severity == "error"]
-        _result(folder, "gate", summary.exit_code, None, None, {"id": codes[0]} if codes else None)
+        errors = [f for v in summary.verdicts for f in v.findings if f.severity == "error"]
+        _result(folder, "gate", summary.exit_code, None, None, _of_finding(errors[0]) if errors else None)
+
+
+def _of_finding(finding: Finding) -> dict[str, Any]:
+    """What the gate stopped at, in the form of a diagnosis."""
+    return {
+        "cause": finding.code,
+        "title": finding.seen,
+        "because": finding.because,
+        "evidence": [],
+        "rank": None,
+        "remedy": {"hint": finding.hint, "commands": list(finding.commands), "docs": finding.docs},
+        "others": [],
+    }
 
 
 def _finish(folder: Path, log: Path, end: End) -> None:
@@ -179,7 +193,7 @@ def _finish(folder: Path, log: Path, end: End) -> None:
     cause = None
     if end.exit_code != 0 and not end.interrupted:
         diagnosis = explain.of_file(log)
-        cause = msgspec.to_builtins(diagnosis) if diagnosis else None
+        cause = explain.as_dict(diagnosis)
         click.echo(f"\nThe training ended with {end.exit_code} after {end.seconds:.0f} s.")
         click.echo(explain.words(diagnosis))
         click.echo(f"    log: {log}")
