@@ -157,6 +157,8 @@ def test_an_interrupted_check_says_so_and_leaves_nothing(tmp_path: Path, number:
     process = subprocess.Popen(
         [sys.executable, "-m", "xflux_doctor.cli", "check", "--cpu"], env=environment, cwd=tmp_path,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        # a shell's background job, as tests may be, has it ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     deadline = time.monotonic() + 30
     while not (tmp_path / "pid").exists():

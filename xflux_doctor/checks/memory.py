@@ -83,21 +83,22 @@ def host_memory(case: Case) -> Iterator[Finding]:
     """Host memory of all ranks while loading and running, against the container's limit and what is free."""
     assert case.facts.host
     host = case.facts.host
-    bill = need(case)
-    wanted = bill.host_per_rank * case.job.local_processes
+    bill, ranks = need(case), case.job.local_processes
+    words = f"{ranks} ranks need" if ranks > 1 else "1 rank needs"
+    wanted = bill.host_per_rank * ranks
     limit = min(n for n in (host.memory_limit, host.memory_total) if n) if host.memory_total else 0
     if limit and wanted * (1 - bill.error_bar) > limit:
         what = "the container's limit" if host.memory_limit and host.memory_limit <= limit else "the host's memory"
         make = error if host.memory_limit else warning  # MemTotal alone may be small now and grow
         yield make(
-            f"{case.job.local_processes} ranks need about {wanted / GIB:.0f} GiB of host memory; {what} is "
+            f"{words} about {wanted / GIB:.0f} GiB of host memory; {what} is "
             f"{limit / GIB:.0f} GiB.",
             "The kernel kills ranks without a word: exit code -9.",
             "Start fewer ranks, or give the container more memory.",
         )
     elif host.memory_available and wanted > host.memory_available:
         yield warning(
-            f"{case.job.local_processes} ranks need about {wanted / GIB:.0f} GiB of host memory; "
+            f"{words} about {wanted / GIB:.0f} GiB of host memory; "
             f"{host.memory_available / GIB:.0f} GiB are available now.",
             "Other processes hold the rest.",
             "End what you do not need before the start.",
