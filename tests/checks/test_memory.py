@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import msgspec
+import pytest
 from conftest import GIB, XFLUX_ACCELERATE, case, findings, gpus, job, machine, verdict
 
 from xflux_doctor.checks import memory
@@ -77,10 +78,12 @@ def test_container_limit(matrix: Matrix) -> None:
     assert findings(case(matrix, facts, job(ONE)), memory.host_memory) == ()
 
 
-def test_mem_total_alone_never_blocks(matrix: Matrix) -> None:
+@pytest.mark.parametrize("limit", [None, 500 * GIB])  # a container's limit above it does not change that
+def test_mem_total_alone_never_blocks(matrix: Matrix, limit: int | None) -> None:
     facts = machine(matrix)
     assert facts.host
-    small = msgspec.structs.replace(facts, host=msgspec.structs.replace(facts.host, memory_total=1 * GIB))
+    host = msgspec.structs.replace(facts.host, memory_total=1 * GIB, memory_limit=limit)
+    small = msgspec.structs.replace(facts, host=host)
     (finding,) = findings(case(matrix, small, job(ONE)), memory.host_memory)
     assert finding.severity == "warning"
 

@@ -88,11 +88,11 @@ def host_memory(case: Case) -> Iterator[Finding]:
     wanted = bill.host_per_rank * ranks
     limit = min(n for n in (host.memory_limit, host.memory_total) if n) if host.memory_total else 0
     if limit and wanted * (1 - bill.error_bar) > limit:
-        what = "the container's limit" if host.memory_limit and host.memory_limit <= limit else "the host's memory"
-        make = error if host.memory_limit else warning  # MemTotal alone may be small now and grow
+        by_container = host.memory_limit == limit
+        what = "the container's limit" if by_container else "the host's memory"
+        make = error if by_container else warning  # MemTotal alone may be small now and grow
         yield make(
-            f"{words} about {wanted / GIB:.0f} GiB of host memory; {what} is "
-            f"{limit / GIB:.0f} GiB.",
+            f"{words} about {wanted / GIB:.0f} GiB of host memory; {what} is {limit / GIB:.0f} GiB.",
             "The kernel kills ranks without a word: exit code -9.",
             "Start fewer ranks, or give the container more memory.",
         )
