@@ -2,21 +2,14 @@
 # One venv for each stack that a CPU machine can have: install the doctor, let it install the stack, run all tests.
 set -eu
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python3}
-pip="-m pip install --quiet --disable-pip-version-check"
+. tests/stack_venv.sh
 ran=0
 for stack in $1; do
+    made=0
+    stack_venv "$stack" || made=$?
+    [ "$made" = 1 ] && continue # not for this Python
+    [ "$made" = 0 ] || exit 1
     venv=.venvs/$stack
-    if [ ! -e "$venv/ok" ] || [ pyproject.toml -nt "$venv/ok" ] || [ compat_matrix.yaml -nt "$venv/ok" ]; then
-        "$python" -m venv "$venv"
-        "$venv/bin/python" $pip --editable '.[dev]'
-        if ! why=$("$venv/bin/python" tests/stack_fits.py "$stack"); then
-            echo "Stack $stack is not tested: it $why."
-            continue
-        fi
-        "$venv/bin/xflux-doctor" fix --install --yes --cpu --stack "$stack"
-        touch "$venv/ok"
-    fi
     if [ "$ran" = 0 ]; then
         echo "== lint"
         "$venv/bin/ruff" check .

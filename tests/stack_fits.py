@@ -1,4 +1,4 @@
-"""Says why a stack does not fit this machine's CPU and Python; exit 1 then."""
+"""Says why a stack does not fit this machine's CPU and Python; exit 3 then, so that a crash is not taken for it."""
 
 from __future__ import annotations
 
@@ -9,4 +9,4 @@ from xflux_doctor.gather.machine import gather
 
 why = matrix.why_not(matrix.load().stack(sys.argv[1]), gather(), cpu=True)
 print(why)
-sys.exit(1 if why else 0)
+sys.exit(3 if why else 0)
