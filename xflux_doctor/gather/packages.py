@@ -29,6 +29,8 @@ _MODULES = {
     "xflux-doctor": "",
 }
 """Where a distribution's module lies when its name differs; empty: not looked for (editable installs)."""
+# setup.py install, which pip before 23.1 still does, puts the Python behind the version.
+_METADATA = re.compile(r"(.+?)-(\d[^-]*)(?:-py3\.\d+)?\.(?:dist|egg)-info")
 _VERSION = re.compile(r"^__version__(?:\s*:\s*\w+)?\s*=\s*['\"]([^'\"]+)['\"]", re.M)
 _CUDA = re.compile(r"^cuda(?:\s*:\s*[^=]+)?\s*=\s*(?:['\"]([\d.]+)['\"]|None)", re.M)
 
@@ -42,14 +44,18 @@ def site_folders(python: PythonFacts) -> list[Path]:
     """Folders that the interpreter imports from, in its own order, without starting it."""
     if Path(python.executable) == Path(sys.executable):
         return [Path(entry) for entry in dict.fromkeys(sys.path) if entry and Path(entry).is_dir()]
-    return [folder for folder in _site_packages(Path(python.prefix)) if folder.is_dir()]
+    minor = ".".join(python.version.split(".")[:2])
+    return [folder for folder in _site_packages(Path(python.prefix), minor) if folder.is_dir()]
 
 
-def _site_packages(prefix: Path) -> list[Path]:
-    folders = sorted(prefix.glob("lib/python3.*/site-packages")) + sorted(prefix.glob("lib/python3*/dist-packages"))
+def _site_packages(prefix: Path, minor: str) -> list[Path]:
+    """Of a prefix and a Python such as "3.11". Debian's own Python has pip's packages in usr/local."""
+    folders = [prefix / f"lib/python{minor}/site-packages"]
+    folders += [base / f"lib/python{minor}/dist-packages" for base in (prefix / "local", prefix)]
+    folders.append(prefix / "lib/python3/dist-packages")
     config = _pyvenv(prefix)
     if config.get("include-system-site-packages", "").lower() == "true" and config.get("home"):
-        folders += _site_packages(Path(config["home"]).parent)
+        folders += _site_packages(Path(config["home"]).parent, minor)
     return folders
 
 
@@ -75,13 +81,22 @@ def python_facts(executable: str | None = None) -> PythonFacts:
         return python_facts()
     prefix = path.absolute().parent.parent
     version = _pyvenv(prefix).get("version") or _pyvenv(prefix).get("version_info", "")
-    if not version:
-        found = sorted(prefix.glob("lib/python3.*"))
-        version = found[-1].name.removeprefix("python") if found else ""
+    if not version:  # no venv: links lead to the installation, whose executable carries the version
+        real = path.resolve()
+        prefix = real.parent.parent
+        named = re.fullmatch(r"python(3\.\d+)", real.name)
+        version = named[1] if named else _newest(prefix)
     if not version:
         raise UsageError(f"{executable} does not look like a Python installation.", "Name its bin/python.")
     managed = not (prefix / "pyvenv.cfg").exists() and any(prefix.glob("lib/python3*/EXTERNALLY-MANAGED"))
     return PythonFacts(str(path.absolute()), ".".join(version.split(".")[:3]), str(prefix), managed)
+
+
+def _newest(prefix: Path) -> str:
+    """The newest Python that has a library folder below a prefix, such as "3.11"; empty when there is none."""
+    names = (re.fullmatch(r"python3\.(\d+)", folder.name) for folder in prefix.glob("lib/python3.*"))
+    minors = [int(match[1]) for match in names if match]
+    return f"3.{max(minors)}" if minors else ""
 
 
 def packages(python: PythonFacts, names: Iterable[str] = ()) -> dict[str, Package]:
@@ -90,9 +105,7 @@ def packages(python: PythonFacts, names: Iterable[str] = ()) -> dict[str, Packag
     found: dict[str, list[tuple[str, Path]]] = {}
     for folder in site_folders(python):
         for entry in _entries(folder):
-            match = re.fullmatch(r"(.+?)-([^-]+)\.(?:dist|egg)-info", entry) or re.fullmatch(
-                r"(.+?)-([^-]+)-py3\.\d+\.egg-info", entry
-            )
+            match = _METADATA.fullmatch(entry)
             if match and (name := normalize(match[1])) in wanted:
                 found.setdefault(name, []).append((match[2], folder))
     return {name: _package(name, copies) for name, copies in sorted(found.items())}
