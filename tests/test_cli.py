@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -292,3 +293,124 @@ def test_a_pipe_that_closes(tmp_path: Path) -> None:
         text=True,
     )
     assert "Traceback" not in done.stderr
+
+
+def test_own_files_are_never_replaced(place: Path) -> None:
+    """output_dir is where the user's own train.yaml lies."""
+    (place / "train.yaml").write_text(TRAIN + f"output_dir: {place}\n")
+    before = (place / "train.yaml").read_bytes()
+    inputs = job_of(place, "cuda13-8.json", "cuda13")
+    done = doctor("run", "--dry-run", "--yes", *inputs, cwd=place, code=1)
+    assert "Set output_dir to a folder of its own" in done.stderr
+    assert (place / "train.yaml").read_bytes() == before
+
+
+def test_no_gpu_file_for_a_machine_without_one(tmp_path: Path, matrix: Matrix) -> None:
+    record(tmp_path / "none.json", machine(matrix, gpus=()))
+    done = doctor("fix", "--write-config", "--yes", "--facts", "none.json", "--stack", "cuda13", cwd=tmp_path, code=1)
+    assert "Nothing was written" in done.stdout and not (tmp_path / "accelerate_config.yaml").exists()
+
+
+@pytest.mark.parametrize("arguments", [
+    ["check", "--accept", "FOO", "--quick"],
+    ["check", "--accept", "la105", "--quick"],
+    ["check", "--gpu-limit", "nan", "--quick"],
+    ["check", "--gpu-limit", "1e300", "--quick"],
+    ["check", "--timeout", "inf", "--quick"],
+    ["check", "--quick", "--output", "no/such/folder/report"],
+    ["check", "--quick", "--python", "/etc/passwd"],
+    ["check", "--quick", "--accelerate-config", "pipe"],
+    ["check", "--quick", "--config", "pipe"],
+    ["fix", "--install", "--yes", "--facts", "facts.json"],
+])  # fmt: skip
+def test_more_usage(tmp_path: Path, arguments: list[str]) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    done = doctor(*arguments, cwd=tmp_path, code=2)
+    assert done.stderr.strip() and "Traceback" not in done.stderr
+
+
+def test_output_writes_to_a_device_and_through_a_link(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    doctor("check", "--quick", "--cpu", "--output", "pipe", cwd=tmp_path)
+    assert b"xflux-doctor" in os.read(reader, 1 << 16) and stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    (tmp_path / "link").symlink_to("target")
+    doctor("check", "--quick", "--cpu", "--output", "link", cwd=tmp_path)
+    assert (tmp_path / "link").is_symlink() and "xflux-doctor" in (tmp_path / "target").read_text()
+
+
+def test_names_that_are_no_text(place: Path) -> None:
+    images = place / "images"
+    images.mkdir()
+    (images / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"")
+    (place / "train.yaml").write_text(f"data_config: {{img_dir: {images}}}\n")
+    inputs = job_of(place, "cuda13-8.json", "cuda13")
+    report = json.loads(doctor("check", "--format", "json", *inputs, cwd=place, code=1).stdout)
+    assert any("caf" in f["seen"] for r in report["results"] for f in r["findings"])
+    assert "caf" in doctor("check", *inputs, cwd=place, code=1).stdout
+    doctor("check", "--output", "report.txt", *inputs, cwd=place, code=1)
+    assert "caf" in (place / "report.txt").read_text()
+
+
+def test_a_pipe_among_the_images_does_not_wait(place: Path) -> None:
+    images = place / "images"
+    images.mkdir()
+    os.mkfifo(images / "a.jpg")
+    os.mkfifo(images / "a.json")
+    (place / "train.yaml").write_text(f"data_config: {{img_dir: {images}}}\n")
+    assert "a.jpg" in doctor("check", *job_of(place, "cuda13-8.json", "cuda13"), cwd=place, code=1).stdout
+
+
+def test_a_path_too_long_is_a_finding(place: Path) -> None:
+    (place / "train.yaml").write_text(TRAIN + f"pretrained_model: ./{'x' * 300}\n")
+    inputs = job_of(place, "cuda13-8.json", "cuda13")
+    assert "File name too long" in doctor("check", *inputs, cwd=place, code=1).stdout
+    doctor("fix", *inputs, cwd=place, code=1)
+    assert "too long" in doctor("check", "--config", "y" * 300, cwd=place, code=1).stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody who may not enter")
+def test_a_folder_that_may_not_be_entered(place: Path) -> None:
+    closed = place / "closed"
+    closed.mkdir(mode=0o700)
+    (closed / "train.yaml").write_text(TRAIN)
+    code = (
+        "import os, sys; os.setgid(65534); os.setuid(65534)\n"
+        "from xflux_doctor.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    for word in ("--config", "--accelerate-config", "--facts"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, "check", "--quick", "--cpu", word, str(closed / "train.yaml")],
+            capture_output=True, text=True, cwd="/", env={"PATH": os.environ["PATH"]},
+        )  # fmt: skip
+        if "ModuleNotFoundError" in done.stderr or "can't open" in done.stderr:
+            pytest.skip("nobody may read this interpreter's packages")
+        assert done.returncode == 1 and "Permission denied" in done.stderr, done.stderr
+
+
+def test_accept_cannot_conjure_a_file(place: Path) -> None:
+    (place / "train.yaml").write_text("\tx")
+    inputs = job_of(place, "cuda13-8.json", "cuda13")
+    doctor("run", "--dry-run", "--yes", "--accept", "LA102", *inputs, cwd=place, code=1)
+
+
+def test_closed_standard_streams(place: Path) -> None:
+    inputs = " ".join(job_of(place, "cuda13-1.json", "cuda13"))
+    for command, words in ((f"fix --write-config {inputs}", "--yes"), ("explain -", "closed")):
+        done = subprocess.run(
+            f"{sys.executable} -m xflux_doctor.cli {command} <&-", shell=True, cwd=place, capture_output=True, text=True
+        )
+        assert done.returncode == 2 and words in done.stderr, done.stderr
+
+
+def test_logins_in_urls_and_odd_secrets_stay_out(tmp_path: Path) -> None:
+    done = doctor("facts", cwd=tmp_path, code=0, TORCH_HOME="https://u:pw1@host/x", NCCL_AUTH="pw2", DS_DBPASS="pw3")
+    assert "pw" not in done.stdout and json.loads(done.stdout)["environment"]["TORCH_HOME"] == "https://***@host/x"
+
+
+def test_strict_says_what_it_did(place: Path, matrix: Matrix) -> None:
+    text = (place / "accelerate.yaml").read_text() if (place / "accelerate.yaml").exists() else XFLUX_ACCELERATE
+    (place / "accelerate.yaml").write_text(text.replace("num_processes: 8", "num_processes: 4"))
+    inputs = job_of(place, "cuda13-8.json", "cuda13")
+    done = doctor("check", "--strict", *inputs, cwd=place, code=1)
+    assert "--strict" in done.stdout and "Nothing stops this job" not in done.stdout

@@ -52,3 +52,11 @@ def test_no_python_fits(matrix: Matrix) -> None:
     choice = choose(matrix, machine(matrix, card=None, python="3.9.18"))
     assert choice.stack is None
     assert "this is 3.9.18" in choice.because
+
+
+def test_a_driver_out_of_order_is_no_machine_without_gpus(matrix: Matrix) -> None:
+    why = "driver and library versions differ (the driver was upgraded without a reboot)"
+    facts = machine(matrix, card=None, unknown={"gpus": why, "driver": why})
+    choice = choose(matrix, facts)
+    assert choice.stack is None and why in choice.because
+    assert choose(matrix, facts, cpu=True).stack == "cpu"

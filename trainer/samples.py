@@ -112,12 +112,17 @@ def _walk(root: Path, problems: list[SampleProblem]) -> Iterator[Path]:
                 yield Path(folder) / name
 
 
+def _at_once(path: str, flags: int) -> int:
+    """Opened without waiting: a named pipe among the images would otherwise wait for its writer for ever."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 # Captions ------------------------------------------------------------------------------------------------
 
 
 def _caption(image: Path, path: Path, caption_type: str) -> tuple[str, SampleProblem | None]:
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=_at_once) as file:
             raw = file.read(MAX_CAPTION + 1)
     except FileNotFoundError:
         return "", _no_caption(image, path, caption_type)
@@ -167,7 +172,7 @@ def _json_caption(path: Path, text: str) -> tuple[str, SampleProblem | None]:
 
 def _image_problem(path: Path) -> SampleProblem | None:
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=_at_once) as file:
             size = os.fstat(file.fileno()).st_size
             if size == 0:
                 return SampleProblem(path, "zero-byte", "is empty (0 bytes)", "Copy the image again, or remove it.")

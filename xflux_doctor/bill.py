@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 
 from xflux_trainer import memory, samples, spec
@@ -43,7 +44,7 @@ def spec_of(case: Case) -> spec.FluxSpec:
 
 def local_model(name: str) -> Path | None:
     """The model's folder when the name is a path on this machine; `None` for a hub id."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path.expanduser raises for a user that is not there
     # `output/flux` reads like a hub id; where `output` is a folder here, a path is meant.
     local = path.exists() or name.startswith((".", "/", "~")) or (path.parts[:1] and Path(path.parts[0]).is_dir())
     return path if local or len(path.parts) > 2 else None

@@ -14,6 +14,7 @@ import msgspec
 
 from xflux_doctor.facts import Facts
 from xflux_doctor.finding import Finding, Status, Verdict
+from xflux_doctor.finding import error as finding_of_error
 from xflux_doctor.job import Job
 from xflux_doctor.matrix import Matrix, Stack
 
@@ -94,6 +95,9 @@ def _run(case: Case, item: Check) -> Verdict:
         findings = tuple(_accept(case, item.code, finding) for finding in item.body(case))
     except SkipCheck as skip:
         return Verdict(item.code, item.title, "skipped", reason=str(skip), seconds=time.perf_counter() - started)
+    except OSError as error:  # a folder that may not be entered, a name too long: the job's files, not a defect of ours
+        found = _accept(case, item.code, _unreadable(error))
+        return Verdict(item.code, item.title, found.severity, (found,), seconds=time.perf_counter() - started)
     except Exception as error:  # noqa: BLE001 - one broken check must not silence the others
         reason = f"{type(error).__name__}: {error}"
         return Verdict(item.code, item.title, "crashed", reason=reason, seconds=time.perf_counter() - started)
@@ -103,6 +107,16 @@ def _run(case: Case, item: Check) -> Verdict:
     return Verdict(item.code, item.title, status, findings, seconds=time.perf_counter() - started)
 
 
+def _unreadable(error: OSError) -> Finding:
+    seen = f"{error.filename or 'A file of this job'}: {error.strerror or error}."
+    hint = "Give yourself the right to read it, or correct the path."
+    return finding_of_error(seen, "It could not be looked at, and the training will not read it either.", hint)
+
+
+_NEVER_ACCEPTED = frozenset({"LA101", "LA102"})
+"""Without its files there is no job that could go on."""
+
+
 class SkipCheck(Exception):
     """Raised by a check's body when it does not apply; the message is the reason."""
 
@@ -110,7 +124,7 @@ class SkipCheck(Exception):
 def _accept(case: Case, code: str, finding: Finding) -> Finding:
     """Give the finding its check's code; an accepted error becomes a warning that the tool will not repair."""
     named = msgspec.structs.replace(finding, code=code)
-    if code not in case.accepted or finding.severity == "warning":
+    if code not in case.accepted or code in _NEVER_ACCEPTED or finding.severity == "warning":
         return named
     because = f"{finding.because} (accepted by --accept {code})".strip()
     return msgspec.structs.replace(named, severity="warning", because=because, edits=())

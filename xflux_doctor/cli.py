@@ -5,18 +5,21 @@
 
 from __future__ import annotations
 
+import io
+import math
+import os
 import platform
 import signal
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
 import click
 
 from xflux_doctor import __version__
+from xflux_doctor.checks import ALL
 from xflux_doctor.commands import check as check_command
 from xflux_doctor.commands import explain as explain_command
 from xflux_doctor.commands import fix as fix_command
@@ -26,6 +29,8 @@ from xflux_doctor.commands import run as run_command
 from xflux_doctor.errors import DoctorError
 from xflux_doctor.inputs import Inputs
 
+_MOST = 1e6
+"""Seconds or GiB: more is a slip of the finger."""
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -55,6 +60,15 @@ def shared(command: F) -> F:
 
 
 def inputs_of(options: dict[str, Any]) -> Inputs:
+    for name in ("gpu_limit", "timeout"):
+        if options.get(name) is not None and not (math.isfinite(options[name]) and options[name] < _MOST):
+            raise click.BadParameter(
+                f"{options[name]} is no sensible number.", param_hint=f"--{name.replace('_', '-')}"
+            )
+    known = {check.code for check in ALL}
+    for code in options.get("accept", ()):
+        if code not in known:
+            raise click.BadParameter(f"There is no check {code!r}; see -v for the codes.", param_hint="--accept")
     names = Inputs.__dataclass_fields__
     return Inputs(**{name: value for name, value in options.items() if name in names})
 
@@ -170,6 +184,9 @@ def _terminate(_number: int, _frame: FrameType | None) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without ✗, a file name that is no text: shown escaped
+            stream.reconfigure(errors="backslashreplace")
     try:
         return int(cli.main(args=arguments, prog_name="xflux-doctor", standalone_mode=False) or 0)
     except DoctorError as error:
@@ -188,6 +205,12 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()  # the reader left; Python would complain about the same pipe at exit
         return 141
+    except OSError as error:
+        # The file system's own refusal, wherever it came up: a folder that may not be entered, a full disk, no TMPDIR.
+        place = f"{error.filename}: " if error.filename else ""
+        click.echo(f"error: {place}{error.strerror or error}.", err=True)
+        click.echo("→ Correct the path, its permissions or the room on its disk, and try again.", err=True)
+        return 1
     except Exception as error:  # noqa: BLE001 - the one error edge
         click.echo(_bug_report(error), err=True)
         return 3
@@ -196,7 +219,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _bug_report(error: Exception) -> str:
     """A block ready to be pasted into an issue. Paths under the home folder are shortened."""
     trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    trace = trace.replace(str(Path.home()), "~")
+    trace = trace.replace(os.path.expanduser("~"), "~")  # noqa: PTH111 - Path.home() raises for a user without one
     return (
         "xflux-doctor itself failed; this is a defect of ours, not of your job. Please report:\n"
         f"```\nxflux-doctor {__version__}, Python {platform.python_version()}, {platform.platform()}\n{trace}```"

@@ -14,11 +14,17 @@ from xflux_doctor.errors import DoctorError
 
 def write_atomic(path: Path, text: str) -> None:
     """Give a file a text, whole or not at all. Raises DoctorError in the user's words."""
+    data = text.encode("utf-8", "backslashreplace")  # names of files may hold bytes that are no text
     try:
-        replace(path, text.encode("utf-8"))
-    except OSError as error:
+        path = path.resolve()  # a link stays, what it leads to is written
+        if path.exists() and not path.is_file():
+            path.write_bytes(data)  # a device or a pipe is written to, never replaced
+        else:
+            replace(path, data)
+    except (OSError, RuntimeError) as error:
         raise DoctorError(
-            f"{path} could not be written: {error.strerror}.", "Choose a folder with room that you may write to."
+            f"{path} could not be written: {getattr(error, 'strerror', error)}.",
+            "Choose a folder with room that you may write to.",
         ) from error
 
 

@@ -99,11 +99,3 @@ class Verdict(msgspec.Struct, frozen=True):
     findings: tuple[Finding, ...] = ()
     reason: str = ""
     seconds: float = 0.0
-
-
-def worst(verdicts: tuple[Verdict, ...]) -> Status:
-    """The gravest status among the verdicts; `ok` where there are none."""
-    for status in ("crashed", "error", "warning"):
-        if any(verdict.status == status for verdict in verdicts):
-            return status
-    return "ok"

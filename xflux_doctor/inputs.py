@@ -46,7 +46,7 @@ def build(inputs: Inputs, matrix: Matrix) -> Case:
         inputs.config,
         inputs.accelerate_config,
         folder=Path(),
-        default_accelerate=facts.default_accelerate_config,
+        default_accelerate="" if inputs.facts else facts.default_accelerate_config,
         cpu=inputs.cpu,
         gpu_limit=int(inputs.gpu_limit * GIB) if inputs.gpu_limit else None,
         offline=inputs.offline,
@@ -77,7 +77,10 @@ def _recorded(path: str) -> Facts:
     if not file.is_file():
         raise UsageError(f"There is no facts file at {path}.", "Write one with `xflux-doctor facts`.")
     try:
-        facts = from_json(file.read_bytes())
+        raw = file.read_bytes()
+        if "schema" not in msgspec.json.decode(raw, type=dict[str, msgspec.Raw]):
+            raise msgspec.DecodeError("it names no schema")
+        facts = from_json(raw)
     except (msgspec.DecodeError, OSError) as error:
         raise DoctorError(f"{path} does not hold facts: {error}.", "Write it with `xflux-doctor facts`.") from error
     if facts.schema != SCHEMA:

@@ -157,6 +157,8 @@ def _find(named: str | None, usual: tuple[str, ...], folder: Path, what: str, fl
             raise UsageError(f"There is no {what} at {named}.", f"Check the path given to {flag}.")
         if path.is_dir():
             raise UsageError(f"{named} is a folder.", f"Give {flag} a file.")
+        if not path.is_file():
+            raise UsageError(f"{named} is a device or a pipe.", f"Give {flag} a file, which can be read twice.")
         return path
     return next((folder / name for name in usual if (folder / name).is_file()), None)
 

@@ -7,6 +7,7 @@ A stack keeps version and build apart, because the public index's wheel calls it
 from __future__ import annotations
 
 import datetime
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +20,8 @@ from xflux_doctor.errors import DoctorError
 from xflux_doctor.facts import Facts, Gpu
 from xflux_doctor.finding import Severity
 
+NO_DRIVER = "there is no NVIDIA driver"
+"""How the reason begins when there is none at all."""
 Role = Literal["core", "deepspeed", "quant", "log", "install"]
 
 
@@ -124,11 +127,11 @@ def load(path: Path | None = None) -> Matrix:
         raw = yaml.load(path.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506
     except OSError as error:
         raise DoctorError(f"The matrix {path} cannot be read: {error.strerror}.", code=2) from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise DoctorError(f"The matrix {path} is not YAML: {error}.", "Repair the file.") from error
     try:
         matrix = msgspec.convert(_plain(raw), Matrix)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, RecursionError) as error:
         raise DoctorError(f"The matrix {path} does not fit its schema: {error}.", "Repair the file.") from error
     problems = lint(matrix)
     if problems:
@@ -147,8 +150,10 @@ def _plain(value: object) -> object:
 
 def lint(matrix: Matrix) -> list[str]:
     """Faults that a schema cannot see: bad versions and specifiers, double ids, sources that name no place."""
-    problems = []
+    problems = [] if matrix.schema == 1 else [f"schema is {matrix.schema}; this doctor reads 1."]
     for stack in matrix.stacks:
+        bad = [arch for arch in stack.gpu_archs if not re.fullmatch(r"sm_\d{2,3}[a-z]?", arch)]
+        problems += [f"{stack.name}: {arch!r} is no GPU architecture such as sm_90." for arch in bad]
         problems += [f"{stack.name}: {fault}" for fault in _bad_specifiers((stack.python, stack.driver or ""))]
         for name, pin in stack.packages.items():
             problems += [f"{stack.name}.{name}: {fault}" for fault in _bad_specifiers((pin.accepts,))]
@@ -187,6 +192,10 @@ def choose(matrix: Matrix, facts: Facts, *, cpu: bool = False) -> Choice:
     Stacks stand in the matrix in order of age. On a machine with GPUs a CPU stack is chosen only with `cpu`.
     """
     refused: dict[str, str] = {}
+    trouble = "" if cpu else driver_trouble(facts)
+    if trouble:
+        refused = {stack.name: trouble for stack in matrix.stacks}
+        return Choice(None, f"No stack fits while {trouble}: mend the driver, or give --cpu.", refused)
     fitting: list[Stack] = []
     for stack in matrix.stacks:
         why = why_not(stack, facts, cpu=cpu)
@@ -208,6 +217,15 @@ def _rank(stack: Stack, facts: Facts, cpu: bool) -> tuple[int, ...]:
     if cpu or not facts.gpus:
         return (1 if stack.is_cpu else 0,)
     return tuple(int(part) for part in (stack.cuda or "0").split("."))
+
+
+def driver_trouble(facts: Facts) -> str:
+    """Why the GPUs are unknown on a machine that has a driver; empty where they are known or there is none.
+
+    Without this a driver that is out of order would look like a machine without GPUs, and get a CPU torch.
+    """
+    reason = facts.unknown.get("gpus", "")
+    return "" if facts.gpus is not None or not reason or reason.startswith(NO_DRIVER) else reason
 
 
 def why_not(stack: Stack, facts: Facts, *, cpu: bool = False) -> str:

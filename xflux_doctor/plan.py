@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from xflux_trainer.memory import Bill
 
 from xflux_doctor.bill import need
-from xflux_doctor.check import Case
+from xflux_doctor.check import Case, SkipCheck
 from xflux_doctor.finding import Change, Edit, Finding, Remove, Rename, Verdict
 from xflux_doctor.job import Job
 
@@ -48,8 +48,17 @@ def make(case: Case, examine: Examine) -> Plan:
         case = dataclasses.replace(case, job=lay(case.job, new))
         verdicts = examine(case)
     blockers = tuple(f for v in verdicts for f in v.findings if f.severity == "error")
-    bill = need(case) if case.job.train is not None else None
-    return Plan(tuple(_last_of_each(edits)), blockers, case.job, verdicts, bill)
+    return Plan(tuple(_last_of_each(edits)), blockers, case.job, verdicts, _bill(case))
+
+
+def _bill(case: Case) -> Bill | None:
+    """None without a training file, for a strategy that the forecast does not know, or where nothing can be read."""
+    if case.job.train is None:
+        return None
+    try:
+        return need(case)
+    except (SkipCheck, OSError):
+        return None
 
 
 def _edits(verdicts: tuple[Verdict, ...]) -> list[Change]:

@@ -13,11 +13,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
+from xflux_trainer.config import to_dict
 
 from xflux_doctor.check import Case
 from xflux_doctor.errors import DoctorError
 from xflux_doctor.facts import AllReduce, Facts, TorchFacts
 from xflux_doctor.files import write_atomic
+
+_LOADING = ("PATH", "LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "CONDA_PREFIX")
+"""Variables that decide which libraries a rank loads; they enter the key, and no fact."""
 
 
 class Pass(msgspec.Struct, frozen=True):
@@ -43,9 +47,10 @@ def key(case: Case) -> str:
         "python": msgspec.to_builtins(facts.python),
         "kernel": facts.host.kernel if facts.host else "",
         "boot": _boot_id(),
-        "accelerate": case.job.accelerate,
+        "accelerate": repr(case.job.accelerate),  # YAML's keys need not be text, nor its values end
         "cpu": case.job.use_cpu,
-        "environment": facts.environment,
+        "environment": {**facts.environment, **{name: os.environ.get(name, "") for name in _LOADING}},
+        "train": to_dict(case.job.train) if case.job.train is not None else None,
         "stack": case.stack.name if case.stack else None,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 from pathlib import Path
 
@@ -84,6 +85,10 @@ def model(folder: Path) -> Path:
     header = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
     for part in ("transformer", "vae", "text_encoder", "text_encoder_2"):
         (folder / part / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+        (folder / part / "config.json").write_text("{}")
+    (folder / "scheduler" / "scheduler_config.json").write_text("{}")
+    for part in ("tokenizer", "tokenizer_2"):
+        (folder / part / "tokenizer_config.json").write_text("{}")
     return folder
 
 
@@ -110,7 +115,16 @@ def test_model_faults(matrix: Matrix, tmp_path: Path) -> None:
     index.write_text("{")
     assert "cannot be read" in findings(subject, weights.folder_complete)[0].seen
     index.unlink()
-    (folder / "scheduler").rmdir()
+    for text, words in (("{", "is not a JSON object"), ("[]", "is not a JSON object"), (None, "is missing")):
+        (folder / "vae" / "config.json").unlink()
+        if text is not None:
+            (folder / "vae" / "config.json").write_text(text)
+        assert words in findings(subject, weights.folder_complete)[0].seen
+    (folder / "vae" / "config.json").write_text("{}")
+    (folder / "tokenizer" / "tokenizer_config.json").unlink()
+    assert "tokenizer is empty" in findings(subject, weights.folder_complete)[0].seen
+    (folder / "tokenizer" / "tokenizer_config.json").write_text("{}")
+    shutil.rmtree(folder / "scheduler")
     assert "lacks scheduler" in findings(subject, weights.folder_complete)[0].seen
 
 

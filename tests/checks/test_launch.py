@@ -7,10 +7,12 @@ import dataclasses
 import pytest
 from conftest import XFLUX_ACCELERATE, case, findings, gpus, job, machine, packages, verdict
 
-from xflux_doctor.checks import launch
+from xflux_doctor.check import examine
+from xflux_doctor.checks import ALL, launch, words
 from xflux_doctor.finding import Edit, Remove, Rename
 from xflux_doctor.job import Problem
 from xflux_doctor.matrix import Matrix
+from xflux_doctor.plan import make
 
 
 def changed(old: str, new: str) -> str:
@@ -28,17 +30,17 @@ def test_unreadable_files_are_findings(matrix: Matrix) -> None:
     assert findings(case(matrix, machine(matrix), job()), launch.accelerate_readable) == ()
 
 
-@pytest.mark.parametrize(("count", "stack", "words"), [
+@pytest.mark.parametrize(("count", "stack", "text"), [
     (1, "xflux-2024", "rank 1 dies with 'RuntimeError: CUDA error: invalid device ordinal'"),
     (2, "xflux-2024", "rank 2 dies with 'RuntimeError: CUDA error: invalid device ordinal'"),
     (1, "cuda13", "'Duplicate GPU detected : rank 0 and rank 1 both on CUDA device'"),
     (2, "cuda13", "'Duplicate GPU detected : rank 0 and rank 2 both on CUDA device'"),
 ])  # fmt: skip
-def test_eight_processes_on_fewer_devices(matrix: Matrix, count: int, stack: str, words: str) -> None:
+def test_eight_processes_on_fewer_devices(matrix: Matrix, count: int, stack: str, text: str) -> None:
     facts = machine(matrix, count=count, packages=packages(matrix, stack))
     (finding,) = findings(case(matrix, facts, job(), stack), launch.ranks_have_devices)
     assert "num_processes is 8" in finding.seen and "NVIDIA H100 80GB HBM3" in finding.seen
-    assert words in finding.because
+    assert text in finding.because
     assert finding.edits == (Edit("accelerate", ("num_processes",), count, "one rank per visible device"),)
 
 
@@ -89,12 +91,12 @@ def test_unknown_keys(matrix: Matrix) -> None:
     work = job(XFLUX_ACCELERATE + "parallelism_config: {}\nnum_process: 8\n".replace("num_process:", "num_procesess:"))
     work.accelerate.pop("num_processes")  # type: ignore[union-attr]
     old = case(matrix, machine(matrix, packages=packages(matrix, "xflux-2024")), work, "xflux-2024")
-    edits = [f.edits[0] for f in findings(old, launch.keys_known)]
+    edits = [f.edits[0] for f in findings(old, words.keys_known)]
     assert [type(e) for e in edits] == [Remove, Rename]
     assert edits[1].new == "num_processes"  # type: ignore[union-attr]
     new = case(matrix, machine(matrix), work)  # accelerate 1.15 knows parallelism_config
-    assert [f.edits[0].key for f in findings(new, launch.keys_known)] == [("num_procesess",)]
-    assert findings(case(matrix, machine(matrix), job()), launch.keys_known) == ()
+    assert [f.edits[0].key for f in findings(new, words.keys_known)] == [("num_procesess",)]
+    assert findings(case(matrix, machine(matrix), job()), words.keys_known) == ()
 
 
 @pytest.mark.parametrize(("old", "new", "edit"), [
@@ -105,19 +107,27 @@ def test_unknown_keys(matrix: Matrix) -> None:
     ("num_processes: 8", "num_processes: '8'", Edit("accelerate", ("num_processes",), 8)),
     ("num_processes: 8", "gpu_ids: 0\nnum_processes: 1", Edit("accelerate", ("gpu_ids",), "0")),
     ("num_processes: 8\n", "", Edit("accelerate", ("num_processes",), 1)),
-    ("distributed_type: DEEPSPEED\n", "", Edit("accelerate", ("distributed_type",), "NO")),
+    ("distributed_type: DEEPSPEED\n", "", Edit("accelerate", ("distributed_type",), "DEEPSPEED")),
+    ("distributed_type: DEEPSPEED", "distributed_type: deepspeed",
+     Edit("accelerate", ("distributed_type",), "DEEPSPEED")),
+    ("distributed_type: DEEPSPEED", "distributed_type: GPU", Edit("accelerate", ("distributed_type",), "MULTI_GPU")),
+    ("distributed_type: DEEPSPEED", "distributed_type: CPU", Edit("accelerate", ("distributed_type",), "NO")),
+    ("num_processes: 8", "num_processes: 0", Edit("accelerate", ("num_processes",), 1)),
+    ("num_processes: 8", "num_processes: true", Edit("accelerate", ("num_processes",), 1)),
 ])  # fmt: skip
 def test_values(matrix: Matrix, old: str, new: str, edit: Edit) -> None:
-    (finding,) = findings(case(matrix, machine(matrix), job(changed(old, new))), launch.values_known)
+    (finding,) = findings(case(matrix, machine(matrix), job(changed(old, new))), words.values_known)
     assert [(e.file, e.key, e.value) for e in finding.edits] == [(edit.file, edit.key, edit.value)]  # type: ignore[union-attr]
 
 
 def test_values_noop(matrix: Matrix) -> None:
-    assert findings(case(matrix, machine(matrix), job()), launch.values_known) == ()
+    assert findings(case(matrix, machine(matrix), job()), words.values_known) == ()
+    loud = job(changed("mixed_precision: bf16", "mixed_precision: BF16"))  # accelerate lowers its case
+    assert findings(case(matrix, machine(matrix), loud), words.values_known) == ()
     # 0.30.1 reads a bare no as the word no
     old = machine(matrix, packages=packages(matrix, "xflux-2024"))
     bare = job(changed("mixed_precision: bf16", "mixed_precision: no"))
-    assert findings(case(matrix, old, bare, "xflux-2024"), launch.values_known) == ()
+    assert findings(case(matrix, old, bare, "xflux-2024"), words.values_known) == ()
 
 
 @pytest.mark.parametrize(("value", "kept"), [("0,5", 1), ("0,0", None), ("0,1,-1", 2)])
@@ -165,3 +175,73 @@ def test_trainer_installed(matrix: Matrix) -> None:
     (finding,) = findings(case(matrix, bare, job()), launch.trainer_installed)
     assert finding.commands == ("/venv/bin/python -m pip install xflux-doctor",)
     assert findings(case(matrix, machine(matrix), job()), launch.trainer_installed) == ()
+
+
+@pytest.mark.parametrize(("old", "new", "key", "value"), [
+    ("distributed_type:", "distributed_typ:", "distributed_type", "DEEPSPEED"),
+    ("num_processes: 8", "num_proceses: 4", "num_processes", 4),
+])  # fmt: skip
+def test_a_misspelt_key_keeps_its_value(matrix: Matrix, old: str, new: str, key: str, value: object) -> None:
+    subject = case(matrix, machine(matrix, count=8), job(changed(old, new), gradient_accumulation_steps=2))
+    plan = make(subject, lambda mended: examine(mended, ALL))
+    assert plan.job.get(key) == value and [type(edit) for edit in plan.edits] == [Rename]
+
+
+@pytest.mark.parametrize("section", ["deepspeed_config: hello", "deepspeed_config: [1]"])
+def test_a_section_that_is_none(matrix: Matrix, section: str) -> None:
+    text = "distributed_type: DEEPSPEED\nmixed_precision: bf16\nnum_processes: 1\nuse_cpu: false\n" + section
+    (finding,) = findings(case(matrix, machine(matrix), job(text)), words.values_known)
+    assert "deepspeed_config" in finding.seen and not finding.edits
+
+
+@pytest.mark.parametrize("environment", [{"CUDA_VISIBLE_DEVICES": ""}, {"CUDA_VISIBLE_DEVICES": "-1"}])
+def test_no_device_is_found_without_an_accelerate_file(matrix: Matrix, environment: dict[str, str]) -> None:
+    facts = machine(matrix, count=2, environment=environment)
+    (finding,) = findings(case(matrix, facts, job(None)), launch.ranks_have_devices)
+    assert finding.severity == "error" and not finding.edits
+    assert findings(case(matrix, machine(matrix), job(None)), launch.ranks_have_devices) == ()
+
+
+def test_machines_below_one_make_no_ranks_below_one(matrix: Matrix) -> None:
+    work = job(changed("num_machines: 1", "num_machines: -1"))
+    plan = make(case(matrix, machine(matrix, count=2), work), lambda mended: examine(mended, ALL))
+    assert plan.job.num_processes >= 1
+
+
+@pytest.mark.parametrize("value", [0, -3, 1 << 20])
+def test_an_accumulation_that_nobody_can_do(matrix: Matrix, value: int) -> None:
+    work = job(changed("gradient_accumulation_steps: 2", f"gradient_accumulation_steps: {value}"))
+    (finding,) = findings(case(matrix, machine(matrix, count=8), work), launch.accumulation_agrees)
+    assert finding.severity == "error" and [edit.file for edit in finding.edits] == ["accelerate"]
+
+
+def test_a_section_left_over_from_deepspeed_does_not_count(matrix: Matrix) -> None:
+    work = job(changed("distributed_type: DEEPSPEED", "distributed_type: MULTI_GPU"))
+    assert verdict(case(matrix, machine(matrix, count=8), work), launch.accumulation_agrees).status == "skipped"
+
+
+@pytest.mark.parametrize(("old", "new", "mended"), [
+    ("zero_stage: 2", "zero_stage: 3", 2),
+    ("zero_stage: 2", "zero_stage: foo", 2),
+    ("zero_stage: 2", "zero_stage: 0", 2),
+    ("distributed_type: DEEPSPEED", "distributed_type: FSDP", None),
+    ("distributed_type: DEEPSPEED", "distributed_type: XLA", None),
+])  # fmt: skip
+def test_a_strategy_that_the_trainer_does_not_do(matrix: Matrix, old: str, new: str, mended: int | None) -> None:
+    subject = case(matrix, machine(matrix, count=8), job(changed(old, new)))
+    (finding,) = findings(subject, launch.strategy_done)
+    assert [edit.value for edit in finding.edits] == ([mended] if mended else [])  # type: ignore[union-attr]
+    plan = make(subject, lambda mended: examine(mended, ALL))
+    assert [blocker.code for blocker in plan.blockers] == ([] if mended else ["LA111"])
+
+
+def test_strategies_that_it_does(matrix: Matrix) -> None:
+    for stage in (1, 2):
+        work = job(changed("zero_stage: 2", f"zero_stage: {stage}"))
+        assert findings(case(matrix, machine(matrix, count=8), work), launch.strategy_done) == ()
+
+
+def test_multi_cpu_starts_one_rank(matrix: Matrix) -> None:
+    text = "distributed_type: MULTI_CPU\nmixed_precision: bf16\nnum_machines: 1\nnum_processes: 2\nuse_cpu: true\n"
+    (finding,) = findings(case(matrix, machine(matrix, card=None), job(text), "cpu"), launch.cpu_ranks)
+    assert [edit.value for edit in finding.edits] == ["MULTI_GPU"]  # type: ignore[union-attr]

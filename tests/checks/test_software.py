@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 import pytest
 from conftest import XFLUX_ACCELERATE, case, findings, job, machine, packages, verdict
 
 from xflux_doctor.checks import software
+from xflux_doctor.commands import fix
 from xflux_doctor.facts import Package, TorchFacts
+from xflux_doctor.gather.packages import OF_INTEREST
 from xflux_doctor.matrix import Matrix
 
 DDP = XFLUX_ACCELERATE.replace("distributed_type: DEEPSPEED", "distributed_type: MULTI_GPU")
@@ -126,3 +130,37 @@ def test_torch_sees_gpus(matrix: Matrix) -> None:
     assert "torch 2.11.0+cu130 sees none" in findings(case(matrix, blind, job()), software.torch_sees_gpus)[0].seen
     fine = machine(matrix, torch=TorchFacts("2.11.0+cu130", "13.0", ("NVIDIA H100 80GB HBM3",)))
     assert findings(case(matrix, fine, job()), software.torch_sees_gpus) == ()
+
+
+def test_fewer_devices_in_torch_than_the_driver_has(matrix: Matrix) -> None:
+    three = TorchFacts("2.11.0+cu130", "13.0", ("NVIDIA H100 80GB HBM3",) * 3)
+    eight = machine(matrix, count=8, torch=three)
+    assert "8 GPUs should be visible" in findings(case(matrix, eight, job()), software.torch_sees_gpus)[0].seen
+    chosen = machine(matrix, count=8, torch=three, environment={"CUDA_VISIBLE_DEVICES": "0,1,2"})
+    assert findings(case(matrix, chosen, job()), software.torch_sees_gpus) == ()
+
+
+def test_a_cpu_build_is_enough_for_cpu_ranks(matrix: Matrix) -> None:
+    facts = machine(matrix, packages=packages(matrix, "xflux-2024", torch="2.4.0+cpu"))
+    on_gpu = findings(case(matrix, facts, job(), "xflux-2024"), software.pins)
+    on_cpu = findings(case(matrix, facts, job(cpu=True), "xflux-2024"), software.pins)
+    assert [f.severity for f in on_gpu] == ["error"] and [f.severity for f in on_cpu] == ["warning"]
+
+
+def test_rules_speak_only_of_what_is_looked_at(matrix: Matrix) -> None:
+    """A rule about a name that nobody gathers would never fire."""
+    looked_at = OF_INTEREST | {"python", "driver"}
+    for rule in matrix.rules:
+        assert {rule.what, *rule.when} <= looked_at, rule.id
+
+
+def test_pip_is_forced_where_it_would_be_content(matrix: Matrix, tmp_path: Path) -> None:
+    """pip takes 2.4.0+cpu for torch==2.4.0, and metadata without files for an install."""
+    found = packages(matrix, "xflux-2024", torch="2.4.0+cpu")
+    found["peft"] = msgspec.structs.replace(found["peft"], files=False)
+    subject = case(matrix, machine(matrix, packages=found), job(), "xflux-2024")
+    anew = fix.broken(subject)
+    assert anew == {"torch", "peft"}
+    shown = [line for _, line in fix.pip_commands(matrix.stack("xflux-2024"), "python", tmp_path, anew)]
+    assert len(shown) == 3 and all("--force-reinstall" in line and "--no-deps" in line for line in shown[:2])
+    assert "--force-reinstall" not in shown[2]

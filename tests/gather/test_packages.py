@@ -20,6 +20,7 @@ def interpreter(prefix: Path, name: str = "python3.12") -> str:
     (prefix / "lib" / name / "site-packages").mkdir(parents=True)
     executable = prefix / "bin" / name
     executable.write_text("")
+    executable.chmod(0o755)
     return str(executable)
 
 
@@ -115,9 +116,14 @@ def test_no_python(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="There is no Python"):
         python_facts(str(tmp_path / "none"))
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/tool").write_text("")
+    for name, mode in (("tool", 0o755), ("python", 0o644)):
+        (tmp_path / "bin" / name).write_text("")
+        (tmp_path / "bin" / name).chmod(mode)
+        with pytest.raises(UsageError, match="no Python that can be started"):
+            python_facts(str(tmp_path / "bin" / name))
+    (tmp_path / "bin/python").chmod(0o755)
     with pytest.raises(UsageError, match="does not look like"):
-        python_facts(str(tmp_path / "bin/tool"))
+        python_facts(str(tmp_path / "bin/python"))
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(UsageError, match="There is no Python"):
         python_facts(str(tmp_path / "fifo"))

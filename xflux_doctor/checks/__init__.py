@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from xflux_doctor.check import Check
-from xflux_doctor.checks import data, hardware, launch, memory, network, software, weights
+from xflux_doctor.checks import data, hardware, launch, memory, network, software, weights, words
 
 ALL: tuple[Check, ...] = (
     software.stack_fits,
@@ -20,14 +20,15 @@ ALL: tuple[Check, ...] = (
     hardware.compute_mode,
     launch.accelerate_readable,
     launch.train_readable,
-    launch.keys_known,
-    launch.values_known,
+    words.keys_known,
+    words.values_known,
     launch.ranks_have_devices,
     launch.chosen_devices_exist,
     launch.cpu_ranks,
     launch.idle_gpus,
     launch.accumulation_agrees,
     launch.trainer_installed,
+    launch.strategy_done,
     memory.gpu_memory,
     memory.host_memory,
     data.dataset,

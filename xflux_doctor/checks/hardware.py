@@ -70,8 +70,13 @@ def precision_supported(case: Case) -> Iterator[Finding]:
     assert case.facts.gpus is not None
     if case.job.use_cpu:
         raise SkipCheck("the job runs on the CPU")
-    if str(case.job.get("mixed_precision", "no")).lower() != "bf16":
+    # The trainer computes in what the training file says, whatever accelerate's says.
+    train = case.job.train
+    value = train.mixed_precision if train is not None else str(case.job.get("mixed_precision", "no")).lower()
+    if value != "bf16":
         return
+    names = ("train", "accelerate") if train is not None else ("accelerate",)
+    edits = tuple(Edit(name, ("mixed_precision",), "fp16", "bf16 wants capability 8.0") for name in names)
     for gpu in selected(case.facts.gpus, case.facts.environment, case.job.gpu_ids):
         if gpu.capability < (8, 0):
             yield error(
@@ -79,7 +84,7 @@ def precision_supported(case: Case) -> Iterator[Finding]:
                 f"{gpu.capability[0]}.{gpu.capability[1]}.",
                 "Cards before Ampere emulate bf16 many times slower, and torch does not refuse it.",
                 "Use fp16 on this card, or an Ampere or newer one.",
-                edits=(Edit("accelerate", ("mixed_precision",), "fp16", "bf16 wants capability 8.0"),),
+                edits=edits,
                 docs="https://docs.nvidia.com/cuda/cuda-c-programming-guide/#compute-capabilities",
             )
 

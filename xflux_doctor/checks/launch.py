@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 
 from packaging.version import Version
+from xflux_trainer.config import RANGES
 
-from xflux_doctor.accelerate_keys import DISTRIBUTED_TYPES, PRECISIONS, accepted_keys
+from xflux_doctor.accelerate_keys import DISTRIBUTED_TYPES
 from xflux_doctor.check import Case, SkipCheck, check
+from xflux_doctor.checks.words import devices, installed
 from xflux_doctor.facts import Gpu
-from xflux_doctor.finding import Change, Edit, Finding, Remove, Rename, error, warning
+from xflux_doctor.finding import Change, Edit, Finding, Remove, error, warning
 from xflux_doctor.visible import parse, selected
 
 _WRAPS = Version("0.33.0")
 """First accelerate whose ranks take device `rank % device_count` (huggingface/accelerate#2916)."""
+_ACCUMULATION = ("deepspeed_config", "gradient_accumulation_steps")
 
 
 @check("LA101", "accelerate's file can be read")
@@ -37,103 +39,7 @@ def _problem(case: Case, seen: str, hint: str) -> Finding:
     return error(f"{seen.rstrip('.')}.", "The job cannot start from this file.", hint)
 
 
-@check("LA103", "accelerate knows every key of its file", needs=("accelerate",))
-def keys_known(case: Case) -> Iterator[Finding]:
-    """An unknown top-level key stops accelerate 0.23 and newer; most come from a file of another release."""
-    assert case.job.accelerate is not None
-    version = installed(case, "accelerate")
-    if version is None:
-        raise SkipCheck("accelerate is not installed, so its keys are not known")
-    known = accepted_keys(version)
-    for key in case.job.accelerate:
-        if key in known:
-            continue
-        near = difflib.get_close_matches(str(key), sorted(known - set(case.job.accelerate)), n=1, cutoff=0.8)
-        edit: Change = Remove("accelerate", (str(key),), f"unknown to accelerate {version}")
-        hint = "Remove it, or use the accelerate release that wrote this file."
-        if near:
-            edit = Rename("accelerate", (str(key),), near[0], f"unknown to accelerate {version}")
-            hint = f"Did you mean {near[0]}?"
-        yield error(
-            f"accelerate {version} does not know the key {key!r}.",
-            f"It stops with: The config file had unknown keys (['{key}']).",
-            hint,
-            edits=(edit,),
-        )
-
-
-@check("LA104", "accelerate's values are ones that it takes", needs=("accelerate",))
-def values_known(case: Case) -> Iterator[Finding]:
-    """distributed_type, mixed_precision, num_processes, num_machines and gpu_ids have their types and ranges."""
-    job = case.job
-    if "distributed_type" not in (job.accelerate or {}):
-        edit = Edit("accelerate", ("distributed_type",), "NO", "accelerate asks for it")
-        yield error("distributed_type is missing.", "accelerate refuses the file.", "Set it.", edits=(edit,))
-    elif job.distributed_type not in DISTRIBUTED_TYPES:
-        near = difflib.get_close_matches(job.distributed_type, DISTRIBUTED_TYPES, n=1, cutoff=0.6)
-        edits = (Edit("accelerate", ("distributed_type",), near[0], "nearest known value"),) if near else ()
-        seen = f"distributed_type is {job.get('distributed_type')!r}."
-        yield error(seen, "accelerate: not a valid DistributedType.", _one_of(DISTRIBUTED_TYPES), edits=edits)
-    yield from _precision(case)
-    for key, least in (("num_processes", 1), ("num_machines", 1), ("machine_rank", 0)):
-        value = job.get(key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            repaired = _repaired_number(value, least)
-            edits = (Edit("accelerate", (key,), repaired, "a whole number"),) if repaired is not None else ()
-            yield error(f"{key} is {value!r}.", f"It must be a whole number of at least {least}.", edits=edits)
-    if job.get("num_processes") is None and job.distributed_type != "NO":
-        yield error(
-            "num_processes is missing.",
-            "accelerate refuses the file.",
-            "Set it to the number of GPUs.",
-            edits=(Edit("accelerate", ("num_processes",), max(1, len(devices(case) or ())), "one rank per device"),),
-        )
-    if isinstance(job.get("gpu_ids"), int) and not isinstance(job.get("gpu_ids"), bool):
-        edit = Edit("accelerate", ("gpu_ids",), str(job.get("gpu_ids")), "accelerate splits it as text")
-        because = "accelerate dies with: 'int' object has no attribute 'split'."
-        yield error(f"gpu_ids is the number {job.get('gpu_ids')}.", because, "Quote it.", edits=(edit,))
-
-
-def _precision(case: Case) -> Iterator[Finding]:
-    value = case.job.get("mixed_precision")
-    if value is None or value in PRECISIONS:
-        return
-    if value is False:
-        version = installed(case, "accelerate")
-        if version is None or version >= Version("0.34.0"):
-            edit = Edit("accelerate", ("mixed_precision",), "no", "a bare no is read as False")
-            because = "YAML reads a bare no as False, and accelerate dies: 'bool' object has no attribute 'lower'."
-            yield error("mixed_precision is a bare no.", because, "Quote it.", edits=(edit,))
-        return
-    near = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "fp32": "no", "float32": "no", "none": "no"}
-    guess = near.get(str(value).lower())
-    edits = (Edit("accelerate", ("mixed_precision",), guess, "accelerate's own word"),) if guess else ()
-    seen = f"mixed_precision is {value!r}."
-    yield error(seen, "accelerate: Unknown mixed_precision mode.", _one_of(PRECISIONS), edits=edits)
-
-
-def _one_of(words: tuple[str, ...]) -> str:
-    return "Use one of: " + ", ".join(words) + "."
-
-
-def _repaired_number(value: object, least: int) -> int | None:
-    text = str(value).strip()
-    return int(text) if text.isdigit() and int(text) >= least and not isinstance(value, bool) else None
-
-
-def installed(case: Case, name: str) -> Version | None:
-    package = (case.facts.packages or {}).get(name)
-    return Version(package.version) if package else None
-
-
-def devices(case: Case) -> tuple[Gpu, ...] | None:
-    """The GPUs that this job's ranks would share; `None` when the GPUs are unknown."""
-    if case.facts.gpus is None:
-        return None
-    return selected(case.facts.gpus, case.facts.environment, case.job.gpu_ids)
-
-
-@check("LA105", "every rank finds a device", needs=("accelerate",))
+@check("LA105", "every rank finds a device")
 def ranks_have_devices(case: Case) -> Iterator[Finding]:
     """num_processes against the devices that torch would see under this environment and gpu_ids."""
     if case.job.use_cpu:
@@ -141,7 +47,7 @@ def ranks_have_devices(case: Case) -> Iterator[Finding]:
     found = devices(case)
     if found is None:
         raise SkipCheck(case.facts.unknown.get("gpus", "the GPUs are unknown"))
-    if any(gpu.mig for gpu in found):
+    if any(gpu.mig for gpu in case.facts.gpus or ()):
         raise SkipCheck("a GPU is in MIG mode: how many slices a rank sees is not known here")
     ranks = case.job.local_processes
     if not found:
@@ -180,7 +86,7 @@ def _too_many_ranks(case: Case, ranks: int, found: tuple[Gpu, ...]) -> Finding:
             f"accelerate {version} puts rank {first} on GPU 0 again and NCCL stops with "
             f"'Duplicate GPU detected : rank 0 and rank {first} both on CUDA device'"
         )
-    total = len(found) * case.job.num_machines
+    total = len(found) * max(1, case.job.num_machines)
     edits: list[Change] = [Edit("accelerate", ("num_processes",), total, "one rank per visible device")]
     if total == 1 and case.job.distributed_type == "MULTI_GPU":
         edits.append(Edit("accelerate", ("distributed_type",), "NO", "one process needs no process group"))
@@ -237,6 +143,9 @@ def cpu_ranks(case: Case) -> Iterator[Finding]:
     edits: list[Change] = []
     if case.job.get("use_cpu") is not True:
         edits.append(Edit("accelerate", ("use_cpu",), True, "--cpu was given"))
+    if case.job.distributed_type == "MULTI_CPU" and case.job.num_processes > 1:
+        reason = "accelerate starts one process for MULTI_CPU without MPI"
+        edits.append(Edit("accelerate", ("distributed_type",), "MULTI_GPU", reason))
     if case.job.gpu_ids is not None:
         edits.append(Remove("accelerate", ("gpu_ids",), "there are no GPUs in a CPU job"))
     cores = case.facts.host.cpus
@@ -245,7 +154,8 @@ def cpu_ranks(case: Case) -> Iterator[Finding]:
         edits.append(Edit("accelerate", ("num_processes",), cores, f"{cores} cores for {ranks} ranks"))
     if edits:
         yield error(
-            f"The accelerate file asks for {ranks} GPU ranks; --cpu asks for the CPU, which has {cores} cores.",
+            f"The accelerate file asks for {ranks} ranks"
+            f"{'' if case.job.get('use_cpu') is True else ' on GPUs and --cpu for the CPU'}; there are {cores} cores.",
             "Launched as it is, the job would look for GPUs, or crowd the cores.",
             "Write the CPU launch.",
             edits=tuple(edits),
@@ -270,11 +180,23 @@ def idle_gpus(case: Case) -> Iterator[Finding]:
 
 @check("LA109", "gradient accumulation is the same in both files", needs=("accelerate", "train"))
 def accumulation_agrees(case: Case) -> Iterator[Finding]:
-    """Under `accelerate launch` the value of accelerate's file reaches the ranks and wins."""
+    """Under `accelerate launch` with DeepSpeed the value of accelerate's file reaches the ranks and wins."""
     assert case.job.train is not None
-    value = case.job.section("deepspeed_config").get("gradient_accumulation_steps")
+    if not case.job.deepspeed:
+        raise SkipCheck("only DeepSpeed's section of the accelerate file reaches the ranks")
+    value = case.job.section(_ACCUMULATION[0]).get(_ACCUMULATION[1])
     mine = case.job.train.gradient_accumulation_steps
-    if isinstance(value, int) and not isinstance(value, bool) and value != mine:
+    low, high = RANGES["gradient_accumulation_steps"]
+    if not isinstance(value, int) or isinstance(value, bool) or value == mine:
+        return
+    if not low <= value <= high:
+        yield error(
+            f"gradient_accumulation_steps is {value} in accelerate's file.",
+            "Accelerate hands it to DeepSpeed, which cannot step with it.",
+            f"Write the training file's {mine} there.",
+            edits=(Edit("accelerate", _ACCUMULATION, mine, "the training file's value"),),
+        )
+    else:
         yield warning(
             f"gradient_accumulation_steps is {value} in accelerate's file and {mine} in the training file.",
             f"Under accelerate launch {value} is what happens, whatever the training file says.",
@@ -294,4 +216,23 @@ def trainer_installed(case: Case) -> Iterator[Finding]:
             "`-m xflux_trainer` would not be found.",
             "Install xflux-doctor there too.",
             commands=(f"{python} -m pip install xflux-doctor",),
+        )
+
+
+@check("LA111", "the trainer does the job's strategy", needs=("accelerate",))
+def strategy_done(case: Case) -> Iterator[Finding]:
+    """One process, DDP and DeepSpeed ZeRO 1 and 2 are what the bundled trainer does today."""
+    kind, stage = case.job.distributed_type, case.job.section("deepspeed_config").get("zero_stage", 2)
+    if kind == "DEEPSPEED" and stage not in (1, 2):
+        yield error(
+            f"deepspeed_config.zero_stage is {stage!r}; the bundled trainer does ZeRO 1 and 2.",
+            "It stops before its first step. The optimizer's states of a LoRA are small: a higher stage saves nothing.",
+            "Set zero_stage to 2.",
+            edits=(Edit("accelerate", ("deepspeed_config", "zero_stage"), 2, "the trainer does ZeRO 1 and 2"),),
+        )
+    elif kind in DISTRIBUTED_TYPES and kind not in ("NO", "MULTI_GPU", "MULTI_CPU", "DEEPSPEED"):
+        yield error(
+            f"distributed_type is {kind}; the bundled trainer does NO, MULTI_GPU and DEEPSPEED.",
+            "It stops before its first step.",
+            "Set distributed_type to MULTI_GPU, or to DEEPSPEED with zero_stage 2.",
         )

@@ -8,7 +8,7 @@ from xflux_trainer import memory
 
 from xflux_doctor.bill import need
 from xflux_doctor.check import Case, SkipCheck, check
-from xflux_doctor.checks.launch import devices
+from xflux_doctor.checks.words import devices
 from xflux_doctor.facts import Gpu
 from xflux_doctor.finding import Edit, Finding, error, warning
 

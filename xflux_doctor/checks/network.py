@@ -8,10 +8,10 @@ from xflux_doctor.check import Case, check
 from xflux_doctor.finding import Finding, error
 
 _MEANING = {
-    "start": "the rank's process did not start",
-    "import": "torch was not imported",
-    "rendezvous": "the ranks did not meet",
-    "init": "the process group was made, and the first reduction did not end",
+    "start": "the rank did not come as far as to import torch",
+    "import": "torch was imported, and the place to meet was not reached",
+    "rendezvous": "the place to meet was reached, and the ranks did not form a group",
+    "init": "the group was made, and the first reduction did not end",
     "tiny": "a reduction of one element worked, and the larger ones did not",
     "values": "this rank's sums were right, and another rank's never came",
 }

@@ -11,6 +11,7 @@ from xflux_doctor.check import Case, SkipCheck, check
 from xflux_doctor.facts import Package
 from xflux_doctor.finding import Finding, error, warning
 from xflux_doctor.matrix import Pin, Rule
+from xflux_doctor.visible import selected
 
 _INSTALL = "xflux-doctor fix --install"
 
@@ -49,7 +50,8 @@ def pins(case: Case) -> Iterator[Finding]:
         yield error(f"Missing of stack {case.stack.name}: {names}.", "The job cannot start.", f"Run `{_INSTALL}`.")
     for name, pin in judged.items():
         if name in case.facts.packages:
-            finding = judge(name, pin, case.facts.packages[name], role_needed(case, pin))
+            needed = role_needed(case, pin)
+            finding = judge(name, pin, case.facts.packages[name], needed, cpu=case.job.use_cpu)
             if finding is not None:
                 yield finding
 
@@ -58,8 +60,6 @@ def role_needed(case: Case, pin: Pin) -> bool:
     """Whether this job uses the package: DeepSpeed only under DEEPSPEED, quanto only for a quantized base."""
     if pin.role == "deepspeed":
         return case.job.deepspeed
-    if pin.role == "quant":
-        return bool(getattr(case.job.train, "quantize", None))
     return pin.role == "core"
 
 
@@ -68,7 +68,7 @@ def wanted(pin: Pin) -> str:
     return f"{pin.version}+{pin.build}" if pin.build else pin.version
 
 
-def judge(name: str, pin: Pin, package: Package, needed: bool) -> Finding | None:
+def judge(name: str, pin: Pin, package: Package, needed: bool, *, cpu: bool = False) -> Finding | None:
     """Hold one installed package against its pin: an error where this job needs it, else a warning."""
     make = error if needed else warning
     try:
@@ -83,14 +83,14 @@ def judge(name: str, pin: Pin, package: Package, needed: bool) -> Finding | None
         span = f"{wanted(pin)}, or {pin.accepts}" if pin.accepts else wanted(pin)
         because = f"It is too {order}: only {span} was tested in this stack."
         return make(f"{name} is {package.version}; the stack has {wanted(pin)}.", because, f"Run `{_INSTALL}`.")
-    return _judge_build(name, pin, package)
+    return _judge_build(name, pin, package, cpu)
 
 
-def _judge_build(name: str, pin: Pin, package: Package) -> Finding | None:
+def _judge_build(name: str, pin: Pin, package: Package, cpu: bool) -> Finding | None:
     if not pin.build or not package.build or package.build == pin.build:
         return None
     seen = f"{name} {package.version} is the {package.build} build; the stack has {wanted(pin)}."
-    if package.build == "cpu":
+    if package.build == "cpu" and not cpu:
         return error(seen, "A CPU build cannot use a GPU.", f"Run `{_INSTALL}`.")
     if pin.build == "cpu":
         return warning(seen, "It runs on the CPU too, and takes gigabytes more of disk.")
@@ -173,6 +173,13 @@ def torch_sees_gpus(case: Case) -> Iterator[Finding]:
     if not case.facts.torch.cuda:
         raise SkipCheck("torch is a CPU build (see SW103)")
     seen = len(case.facts.torch.devices)
+    visible_here = len(selected(case.facts.gpus, case.facts.environment, case.job.gpu_ids))
+    if 0 < seen < visible_here and not any(gpu.mig for gpu in case.facts.gpus):
+        yield error(
+            f"{visible_here} GPUs should be visible; torch {case.facts.torch.version} sees {seen}.",
+            "A GPU is out of order, or its device node is closed to this process: a rank on it would die.",
+            "Compare `nvidia-smi -L` with `ls -l /dev/nvidia*`, or leave the missing GPU out by CUDA_VISIBLE_DEVICES.",
+        )
     if seen == 0 and case.facts.gpus:
         yield error(
             f"The driver lists {len(case.facts.gpus)} GPUs; torch {case.facts.torch.version} sees none.",

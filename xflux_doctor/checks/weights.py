@@ -37,14 +37,32 @@ def folder_complete(case: Case) -> Iterator[Finding]:
         )
     for part in ("transformer", "vae", "text_encoder", "text_encoder_2"):
         if part not in missing:
+            yield from _config(folder / part / "config.json")
             yield from _weights(folder / part)
+    if "scheduler" not in missing:
+        yield from _config(folder / "scheduler" / "scheduler_config.json")
+    for part in ("tokenizer", "tokenizer_2"):
+        if part not in missing and not any((folder / part).iterdir()):
+            yield error(f"{folder / part} is empty.", "Captions cannot be read.", "Download it again.")
+
+
+def _config(path: Path) -> Iterator[Finding]:
+    try:
+        whole = isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+    except FileNotFoundError:
+        yield error(f"{path} is missing.", "The model cannot be made without it.", "Download it again.")
+        return
+    except (ValueError, RecursionError):
+        whole = False
+    if not whole:
+        yield error(f"{path} is not a JSON object.", "The model cannot be made from it.", "Download it again.")
 
 
 def _weights(part: Path) -> Iterator[Finding]:
     names: set[str] = set()
     for index in part.glob("*.index.json"):
         try:
-            names |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            names |= {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             yield error(f"{index} cannot be read.", "The shards cannot be found.", "Download this file again.")
             return

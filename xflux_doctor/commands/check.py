@@ -10,6 +10,7 @@ from xflux_doctor import facts as facts_module
 from xflux_doctor import matrix as matrices
 from xflux_doctor.check import Case, examine
 from xflux_doctor.checks import ALL
+from xflux_doctor.errors import UsageError
 from xflux_doctor.files import write_atomic
 from xflux_doctor.gather.machine import gather
 from xflux_doctor.inputs import Inputs, build, probed
@@ -28,6 +29,8 @@ def run(inputs: Inputs, *, form: str, output: str | None, strict: bool, verbose:
     if output is None:
         click.echo(report, nl=False)
     else:
+        if not Path(output).absolute().parent.is_dir():
+            raise UsageError(f"There is no folder {Path(output).parent}.", "Check the path given to --output.")
         write_atomic(Path(output), click.unstyle(report))
     return summary.exit_code
 

@@ -54,6 +54,8 @@ def log_of(folder: Path) -> Path | None:
 
 def _lines(log: str) -> Iterator[str]:
     if log == "-":
+        if sys.stdin is None:
+            raise DoctorError("Standard input is closed.", "Name a log, or pipe one in.", code=2)
         yield from stream_lines(sys.stdin.buffer)
         return
     path = Path(log)

@@ -14,9 +14,9 @@ from xflux_doctor import matrix as matrices
 from xflux_doctor import repair, yamltext
 from xflux_doctor.check import Case, examine
 from xflux_doctor.checks import ALL
-from xflux_doctor.checks.launch import devices
+from xflux_doctor.checks.words import devices
 from xflux_doctor.commands.check import summarize
-from xflux_doctor.errors import DoctorError
+from xflux_doctor.errors import DoctorError, UsageError
 from xflux_doctor.files import write_atomic
 from xflux_doctor.finding import Change, Finding
 from xflux_doctor.inputs import Inputs, build
@@ -133,10 +133,15 @@ def _write(item: FileRepair, form: str) -> list[str]:
 
 def _exit_code(plan: Plan, refusal: Finding | None, files: list[FileRepair], written: list[str]) -> int:
     pending = len(files) > len(written)
-    return 1 if refusal or plan.blockers or pending else 0
+    if refusal or plan.blockers or pending:
+        return 1
+    return 3 if any(verdict.status == "crashed" for verdict in plan.verdicts) else 0
 
 
 def _last_words(plan: Plan, refusal: Finding | None, files: list[FileRepair], written: list[str]) -> None:
+    for verdict in plan.verdicts:
+        if verdict.status == "crashed":
+            click.echo(click.style(f"✗ {verdict.check} crashed: {verdict.reason}", fg="magenta"))
     for finding in plan.blockers:
         click.echo(click.style(f"✗ {finding.code} {finding.seen}", fg="red"))
         if finding.hint:
@@ -155,7 +160,7 @@ def confirm(yes: bool, question: str) -> None:
     """Ask a person; without a terminal nothing is asked."""
     if yes:
         return
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():
         raise DoctorError(f"{question} There is no terminal to answer at.", "Give --yes to agree.", code=2)
     click.confirm(question, abort=True)
 
@@ -185,6 +190,8 @@ def undo(inputs: Inputs) -> int:
 
 def install(inputs: Inputs, *, yes: bool) -> int:
     """Install the stack with pip in the chosen interpreter, after showing the exact commands; check again."""
+    if inputs.facts:
+        raise UsageError("Recorded facts are of another machine or another time.", "Install without --facts.")
     case = build(inputs, matrices.load())
     python = case.facts.python
     if case.stack is None or python is None:
@@ -198,7 +205,7 @@ def install(inputs: Inputs, *, yes: bool) -> int:
             "Make a venv (`python3 -m venv venv`) and name its Python by --python.",
         )
     with tempfile.TemporaryDirectory(prefix="xflux-doctor-") as folder:
-        commands = pip_commands(case.stack, python.executable, Path(folder))
+        commands = pip_commands(case.stack, python.executable, Path(folder), broken(case))
         click.echo(f"Stack {case.stack.name} ({case.stack_because}) into {python.prefix}:")
         for _, shown in commands:
             click.echo(f"  $ {shown}")
@@ -216,16 +223,34 @@ def install(inputs: Inputs, *, yes: bool) -> int:
     return 1 if wrong else 0
 
 
-def pip_commands(stack: matrices.Stack, python: str, folder: Path) -> list[tuple[list[str], str]]:
-    """The pip calls: packages whose build lives on another index first, alone, then the rest from the default one.
+def broken(case: Case) -> frozenset[str]:
+    """Packages that pip takes for installed and that are not right: another build, no files, two copies."""
+    assert case.stack is not None
+    found = set()
+    for name, pin in case.stack.packages.items():
+        package = (case.facts.packages or {}).get(name)
+        if package is not None:
+            other_build = bool(pin.build and package.build and package.build != pin.build)
+            if other_build or not package.files or package.copies > 1:
+                found.add(name)
+    return frozenset(found)
+
+
+def pip_commands(
+    stack: matrices.Stack, python: str, folder: Path, anew: frozenset[str] = frozenset()
+) -> list[tuple[list[str], str]]:
+    """The pip calls: first, alone, packages whose build lives on another index and those to be installed `anew`,
+    then the rest from the default index.
 
     Asking the second index only for the packages that need it keeps everything else off it.
     """
     pip = [python, "-m", "pip", "install", "--disable-pip-version-check"]
     commands: list[tuple[list[str], str]] = []
     for name, pin in stack.packages.items():
-        if pin.index and pin.index_required:
-            argv = [*pip, "--no-deps", "--extra-index-url", pin.index, f"{name}=={pin.version}"]
+        elsewhere = ["--extra-index-url", pin.index] if pin.index and pin.index_required else []
+        forced = ["--force-reinstall"] if name in anew else []
+        if elsewhere or forced:
+            argv = [*pip, "--no-deps", *forced, *elsewhere, f"{name}=={pin.version}"]
             commands.append((argv, " ".join(argv)))
     file = folder / f"{stack.name}.txt"
     lines = [line for line in matrices.requirements(stack) if not line.startswith("--")]

@@ -54,6 +54,8 @@ def export(name: str) -> int:
     """The stack as a pip requirements file."""
     stack = matrices.load().stack(name)
     click.echo(f"# Stack {stack.name} of xflux-doctor's compatibility matrix: Python {stack.python}")
+    for index in dict.fromkeys(p.index for p in stack.packages.values() if p.index and not p.index_required):
+        click.echo(f"# torch's build is the public index's own; {index} has it too.")
     for line in matrices.requirements(stack):
         click.echo(line)
     return 0

@@ -12,7 +12,7 @@ from xflux_trainer.config import TrainConfig
 from xflux_doctor import matrix as matrices
 from xflux_doctor.bill import need
 from xflux_doctor.check import Case, SkipCheck
-from xflux_doctor.checks.launch import devices
+from xflux_doctor.checks.words import devices
 from xflux_doctor.errors import DoctorError, UsageError
 from xflux_doctor.inputs import Inputs, build
 
@@ -46,7 +46,8 @@ def _card(case: Case, gpu: str | None) -> tuple[str, int | None]:
         match = re.fullmatch(r"(.+):(\d+(?:\.\d+)?)", gpu)
         if match is None:
             raise UsageError(f"--gpu is {gpu!r}.", "Write NAME:GIB, such as A100:80.")
-        return match[1], int(float(match[2]) * GIB)
+        size = int(float(match[2]) * GIB)
+        return match[1], min(size, case.job.gpu_limit or size)
     found = devices(case) or ()
     if case.job.use_cpu or not found:
         return "", None

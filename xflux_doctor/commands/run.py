@@ -100,6 +100,7 @@ def _launch(
     folder = Path(case.job.train.output_dir).absolute()
     accelerate, train = folder / "accelerate.yaml", folder / "train.yaml"
     launch = build_launch(case.facts.python.executable, case.job, accelerate, train, os.environ, extra)
+    _keep_own_files(case, accelerate, train)
     if dry_run:
         click.echo(f"\n$ {launch.shell}")
         return 0
@@ -116,6 +117,16 @@ def _launch(
     except (DoctorError, OSError) as error:  # the training's own end is what counts
         click.echo(f"The run folder could not be completed: {error}", err=True)
     return end.exit_code
+
+
+def _keep_own_files(case: Case, *written: Path) -> None:
+    """The run folder's copies must not replace the files that they are copies of."""
+    for own in (case.job.accelerate_path, case.job.train_path):
+        if own is not None and any(path.exists() and path.samefile(own) for path in written):
+            raise DoctorError(
+                f"output_dir is the folder of your own {own.name}, which the run would replace.",
+                "Set output_dir to a folder of its own.",
+            )
 
 
 def _report(summary: Summary, plan: Plan, launch: Launch, folder: Path, end: End) -> str:

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
-PREFIXES = ("CUDA_", "NCCL_", "TORCH_", "PYTORCH_", "NVSHMEM_", "GLOO_", "ACCELERATE_", "TORCHELASTIC_", "DS_")
+PREFIXES = (
+    "CUDA_",
+    "NCCL_",
+    "TORCH_",
+    "PYTORCH_",
+    "NVSHMEM_",
+    "GLOO_",
+    "ACCELERATE_",
+    "TORCHELASTIC_",
+    "DS_BUILD_",
+    "DS_SKIP_",
+)
 NAMES = frozenset(
     "NVIDIA_VISIBLE_DEVICES OMP_NUM_THREADS MASTER_ADDR MASTER_PORT RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE "
     "NODE_RANK HF_HOME HF_HUB_CACHE HF_HUB_OFFLINE TRANSFORMERS_CACHE XDG_CACHE_HOME TMPDIR "
     "FLUX_DEV FLUX_SCHNELL FLUX_DEV_FP8 AE SLURM_JOB_ID SLURM_NTASKS SLURM_PROCID SLURM_LOCALID SLURM_NNODES "
     "SLURM_GPUS_ON_NODE SLURM_JOB_NODELIST SLURM_NODEID".split()
 )
-_SECRET = ("TOKEN", "SECRET", "PASSWORD", "KEY", "CREDENTIAL")
+_SECRET = ("TOKEN", "SECRET", "PASS", "AUTH", "KEY", "CREDENTIAL")
+_LOGIN = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+"""User and password in a URL."""
 
 
 def environment_facts(environ: Mapping[str, str]) -> dict[str, str]:
     """The variables of the allow-list; a name that smells of a secret is left out even there."""
     return {
-        name: value
+        name: _LOGIN.sub("***", value.encode("utf-8", "backslashreplace").decode())
         for name, value in sorted(environ.items())
         if (name in NAMES or name.startswith(PREFIXES)) and not any(word in name for word in _SECRET)
     }
@@ -29,17 +44,22 @@ def has_hub_token(environ: Mapping[str, str]) -> bool:
     if environ.get("HF_TOKEN") or environ.get("HUGGING_FACE_HUB_TOKEN"):
         return True
     named = environ.get("HF_TOKEN_PATH")
-    return Path(named).expanduser().exists() if named else (hf_home(environ) / "token").exists()
+    return _expand(named).exists() if named else (hf_home(environ) / "token").exists()
 
 
 def hf_home(environ: Mapping[str, str]) -> Path:
     """The hub library's folder, by its own precedence (huggingface_hub/constants.py)."""
     home = environ.get("HF_HOME")
     if home:
-        return Path(home).expanduser()
+        return _expand(home)
     cache = environ.get("XDG_CACHE_HOME")
-    base = Path(cache).expanduser() if cache else Path(environ.get("HOME", "~")).expanduser() / ".cache"
+    base = _expand(cache) if cache else _expand(environ.get("HOME", "~")) / ".cache"
     return base / "huggingface"
+
+
+def _expand(path: str) -> Path:
+    """With the user's home folder; as it stands for a user who has none, where Path.expanduser would raise."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111
 
 
 def default_accelerate_config(environ: Mapping[str, str]) -> Path | None:

@@ -18,7 +18,6 @@ from xflux_doctor.facts import Driver, Gpu, GpuProcess
 
 T = TypeVar("T")
 _COMPUTE_MODES = {0: "default", 1: "exclusive_thread", 2: "prohibited", 3: "exclusive_process"}
-KERNEL_MODULE = Path("/proc/driver/nvidia/version")
 
 
 class NvmlReading:

@@ -5,6 +5,7 @@ Nothing is imported and no child is started, so a torch that crashes at import i
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import sysconfig
@@ -75,6 +76,8 @@ def python_facts(executable: str | None = None) -> PythonFacts:
         managed = sys.prefix == sys.base_prefix and marker.exists()
         return PythonFacts(sys.executable, sys.version.split()[0], sys.prefix, managed)
     path = Path(executable)
+    if path.is_file() and not (re.match(r"(python|pypy)", path.name) and os.access(path, os.X_OK)):
+        raise UsageError(f"{executable} is no Python that can be started.", "Name its bin/python.")
     if not path.is_file():
         raise UsageError(f"There is no Python at {executable}.", "Name an interpreter, such as venv/bin/python.")
     if path.samefile(sys.executable) and path.parent == Path(sys.executable).parent:

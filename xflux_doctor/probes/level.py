@@ -41,7 +41,7 @@ def probe(facts: Facts, job: Job, environ: Mapping[str, str], seconds: float) ->
         unknown["allreduce"] = "torch could not be imported"
         return msgspec.structs.replace(facts, unknown=unknown)
     facts = msgspec.structs.replace(facts, torch=torch)
-    why_not = _cannot_reduce(job, torch)
+    why_not = _cannot_reduce(job, torch, facts.host.cpus if facts.host else 1)
     if why_not:
         unknown["allreduce"] = why_not
         return msgspec.structs.replace(facts, unknown=unknown)
@@ -65,11 +65,12 @@ def _import_failure(outcome: Outcome) -> str:
     return f"import torch {outcome.how}"
 
 
-def _cannot_reduce(job: Job, torch: TorchFacts) -> str:
+def _cannot_reduce(job: Job, torch: TorchFacts, cores: int) -> str:
     if job.accelerate is None and not job.use_cpu and not torch.devices:
         return "no accelerate file says how many ranks there are, and torch sees no GPU"
     if job.use_cpu:
-        return ""
+        few = job.num_processes <= max(2, cores)
+        return "" if few else f"{job.num_processes} ranks on {cores} cores are not started (see LA107)"
     if not torch.devices:
         return "torch sees no GPU"
     if job.local_processes > len(torch.devices):

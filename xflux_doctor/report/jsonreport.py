@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import msgspec
@@ -45,4 +46,8 @@ def with_fix(
 
 
 def encode(report: dict[str, Any]) -> str:
-    return msgspec.json.format(msgspec.json.encode(report), indent=2).decode() + "\n"
+    try:
+        data = msgspec.json.encode(report)
+    except UnicodeEncodeError:  # a file's name may hold bytes that are no text
+        return json.dumps(report, indent=2, ensure_ascii=False).encode("utf-8", "replace").decode() + "\n"
+    return msgspec.json.format(data, indent=2).decode() + "\n"

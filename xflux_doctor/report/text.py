@@ -83,5 +83,7 @@ def _last_line(summary: Summary, verbose: bool) -> str:
         text = f"{counts['error']} of {len(summary.verdicts)} checks found what stops this job.{pending}"
         return click.style(text, fg="red", bold=True)
     warned = f", {counts['warning']} with warnings" if counts["warning"] else ""
+    if summary.exit_code:
+        return click.style(f"{counts['warning']} checks warn, and --strict takes that for errors.", fg="red", bold=True)
     text = f"Nothing stops this job: {counts['ok']} checks passed{warned}{skipped}."
     return click.style(text, fg="yellow" if counts["warning"] else "green", bold=True)

@@ -1,0 +1,158 @@
+"""LA: the keys and words of accelerate's file, as the installed release takes them; no device is looked at."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+
+from packaging.version import Version
+
+from xflux_doctor.accelerate_keys import DISTRIBUTED_TYPES, PRECISIONS, accepted_keys
+from xflux_doctor.check import Case, SkipCheck, check
+from xflux_doctor.facts import Gpu
+from xflux_doctor.finding import Change, Edit, Finding, Remove, Rename, error
+from xflux_doctor.visible import selected
+
+_ALIASES = {"GPU": "MULTI_GPU", "DDP": "MULTI_GPU", "CPU": "NO", "SINGLE_GPU": "NO", "NONE": "NO"}
+"""Words that people write for a distributed_type."""
+
+
+@check("LA103", "accelerate knows every key of its file", needs=("accelerate",))
+def keys_known(case: Case) -> Iterator[Finding]:
+    """An unknown top-level key stops accelerate 0.23 and newer; most come from a file of another release."""
+    assert case.job.accelerate is not None
+    version = installed(case, "accelerate")
+    if version is None:
+        raise SkipCheck("accelerate is not installed, so its keys are not known")
+    for key, near in unknown_keys(case, version).items():
+        edit: Change = Remove("accelerate", (str(key),), f"unknown to accelerate {version}")
+        hint = "Remove it, or use the accelerate release that wrote this file."
+        if near:
+            edit = Rename("accelerate", (str(key),), near, f"unknown to accelerate {version}")
+            hint = f"Did you mean {near}?"
+        yield error(
+            f"accelerate {version} does not know the key {key!r}.",
+            f"It stops with: The config file had unknown keys (['{key}']).",
+            hint,
+            edits=(edit,),
+        )
+
+
+def unknown_keys(case: Case, version: Version | None) -> dict[str, str]:
+    """{key that this accelerate does not know: the known one that is meant, or nothing}."""
+    if version is None:
+        return {}
+    present = case.job.accelerate or {}
+    known = accepted_keys(version)
+    near = {
+        key: difflib.get_close_matches(str(key), sorted(known - set(present)), n=1, cutoff=0.8)
+        for key in present
+        if key not in known
+    }
+    return {str(key): found[0] if found else "" for key, found in near.items()}
+
+
+@check("LA104", "accelerate's values are ones that it takes", needs=("accelerate",))
+def values_known(case: Case) -> Iterator[Finding]:
+    """distributed_type, mixed_precision, num_processes, num_machines and gpu_ids have their types and ranges."""
+    job = case.job
+    # A misspelt key is renamed first (LA103): it is not missing.
+    coming = set(unknown_keys(case, installed(case, "accelerate")).values())
+    if "distributed_type" not in (job.accelerate or {}):
+        if "distributed_type" not in coming:
+            edit = Edit("accelerate", ("distributed_type",), _meant(case), "what the rest of the file means")
+            yield error("distributed_type is missing.", "accelerate refuses the file.", "Set it.", edits=(edit,))
+    else:
+        yield from _distributed_type(case)
+    section = job.get("deepspeed_config")
+    if job.deepspeed and section is not None and not isinstance(section, dict):
+        yield error(
+            f"deepspeed_config is {type(section).__name__} {section!r}, not keys and values.",
+            f"accelerate dies with: '{type(section).__name__}' object has no attribute 'keys'.",
+            "Indent DeepSpeed's keys below it.",
+        )
+    yield from _precision(case)
+    for key, least in (("num_processes", 1), ("num_machines", 1), ("machine_rank", 0)):
+        value = job.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            repaired = _repaired_number(value, least)
+            if repaired is None and key == "num_processes":
+                repaired = len(devices(case) or ()) or None
+            edits = (Edit("accelerate", (key,), repaired, "a whole number"),) if repaired is not None else ()
+            hint = f"Set {key} to {repaired if repaired is not None else least}."
+            yield error(f"{key} is {value!r}.", f"It must be a whole number of at least {least}.", hint, edits=edits)
+    if job.get("num_processes") is None and job.distributed_type != "NO" and "num_processes" not in coming:
+        yield error(
+            "num_processes is missing.",
+            "accelerate refuses the file.",
+            "Set it to the number of GPUs.",
+            edits=(Edit("accelerate", ("num_processes",), max(1, len(devices(case) or ())), "one rank per device"),),
+        )
+    if isinstance(job.get("gpu_ids"), list):
+        edit = Edit("accelerate", ("gpu_ids",), ",".join(map(str, job.get("gpu_ids"))), "accelerate splits it as text")
+        because = "accelerate dies with: 'list' object has no attribute 'split'."
+        yield error(f"gpu_ids is the list {job.get('gpu_ids')}.", because, "Write it as text.", edits=(edit,))
+    if isinstance(job.get("gpu_ids"), int) and not isinstance(job.get("gpu_ids"), bool):
+        edit = Edit("accelerate", ("gpu_ids",), str(job.get("gpu_ids")), "accelerate splits it as text")
+        because = "accelerate dies with: 'int' object has no attribute 'split'."
+        yield error(f"gpu_ids is the number {job.get('gpu_ids')}.", because, "Quote it.", edits=(edit,))
+
+
+def _meant(case: Case) -> str:
+    if isinstance(case.job.get("deepspeed_config"), dict):
+        return "DEEPSPEED"
+    value = case.job.get("num_processes")
+    return "MULTI_GPU" if isinstance(value, int) and value > 1 else "NO"
+
+
+def _distributed_type(case: Case) -> Iterator[Finding]:
+    """accelerate takes these words in upper case only; a bare no is read as False, which it takes."""
+    value = case.job.get("distributed_type")
+    if value is False or value in DISTRIBUTED_TYPES:
+        return
+    word = str(value).strip().upper().replace("-", "_")
+    usual = ("NO", "MULTI_GPU", "DEEPSPEED", "FSDP")
+    near = [word] if word in DISTRIBUTED_TYPES else [_ALIASES[word]] if word in _ALIASES else []
+    near = near or difflib.get_close_matches(word, usual, n=1, cutoff=0.6)
+    edits = (Edit("accelerate", ("distributed_type",), near[0], "accelerate's own word"),) if near else ()
+    seen = f"distributed_type is {value!r}."
+    yield error(seen, f"accelerate: {value!r} is not a valid DistributedType.", _one_of(usual), edits=edits)
+
+
+def _precision(case: Case) -> Iterator[Finding]:
+    value = case.job.get("mixed_precision")
+    if value is None or (isinstance(value, str) and value.lower() in PRECISIONS):
+        return  # accelerate lowers its case
+    if value is False:
+        version = installed(case, "accelerate")
+        if version is None or version >= Version("0.34.0"):
+            edit = Edit("accelerate", ("mixed_precision",), "no", "a bare no is read as False")
+            because = "YAML reads a bare no as False, and accelerate dies: 'bool' object has no attribute 'lower'."
+            yield error("mixed_precision is a bare no.", because, "Quote it.", edits=(edit,))
+        return
+    near = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "fp32": "no", "float32": "no", "none": "no"}
+    guess = near.get(str(value).lower())
+    edits = (Edit("accelerate", ("mixed_precision",), guess, "accelerate's own word"),) if guess else ()
+    seen = f"mixed_precision is {value!r}."
+    yield error(seen, "accelerate: Unknown mixed_precision mode.", _one_of(PRECISIONS), edits=edits)
+
+
+def _one_of(words: tuple[str, ...]) -> str:
+    return "Use one of: " + ", ".join(words) + "."
+
+
+def _repaired_number(value: object, least: int) -> int | None:
+    text = str(value).strip()
+    return int(text) if text.isdigit() and int(text) >= least and not isinstance(value, bool) else None
+
+
+def installed(case: Case, name: str) -> Version | None:
+    package = (case.facts.packages or {}).get(name)
+    return Version(package.version) if package else None
+
+
+def devices(case: Case) -> tuple[Gpu, ...] | None:
+    """The GPUs that this job's ranks would share; `None` when the GPUs are unknown."""
+    if case.facts.gpus is None:
+        return None
+    return selected(case.facts.gpus, case.facts.environment, case.job.gpu_ids)
