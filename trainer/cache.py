@@ -67,7 +67,8 @@ def fill(
     """
     folder = config.cache_path
     files.make_folder(folder)
-    text_id = model.fingerprint(base / "text_encoder") + model.fingerprint(base / "text_encoder_2")
+    text_parts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    text_id = "".join(model.fingerprint(base / part) for part in text_parts)
     image_id = model.fingerprint(base / "vae")
     captions = {
         text: folder / f"text-{_key(text_id, str(config.max_text_tokens), text)}.safetensors"
@@ -80,7 +81,10 @@ def fill(
     }
     missing_text = sorted(text for text, place in captions.items() if not _whole(place))
     missing_images = [images[path] for path in sorted(images) if not _whole(images[path].place)]
-    ranks.barrier()  # nobody writes before everybody has looked: the shares must be cut from one list
+    # The shares must be cut from one list: the first rank's of this host, since another run may fill the same cache.
+    first = ranks.rank - ranks.launch.local_rank
+    missing_text, wanted = ranks.gather((missing_text, [image.path for image in missing_images]))[first]
+    missing_images = [images[path] for path in wanted]
     if missing_text or missing_images:
         found = len(captions) - len(missing_text), len(images) - len(missing_images)
         ranks.say(

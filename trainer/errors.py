@@ -11,7 +11,7 @@ class UserError(Exception):
 
     code = 1
     everywhere = False
-    """Whether every rank raises this very error, so that one of them saying it is enough."""
+    """Whether every rank raises this very error, so that one of them saying it is enough; `Ranks.agree` sees to it."""
 
     def __init__(self, seen: str, hint: str = "") -> None:
         super().__init__(f"{seen} {hint}".strip())
@@ -49,8 +49,6 @@ class ConfigError(UserError):
 
 class DataError(UserError):
     """The images or captions cannot be trained on."""
-
-    everywhere = True
 
 
 class ModelError(UserError):

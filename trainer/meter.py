@@ -17,6 +17,8 @@ import torch
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "deepspeed", "safetensors", "numpy")
 WARM_UP = 3
 """Steps that do not count for the time of a step: kernels are chosen and memory is first taken there."""
+WINDOW = 1000
+"""The newest steps, of which the median is taken: sorting all of them at each step would cost more and more."""
 STATUS = Path("/proc/self/status")
 
 
@@ -91,7 +93,7 @@ class Meter:
 
     def seconds_per_step(self) -> float | None:
         """The median; one slow step does not move it."""
-        counted = self.step_seconds[WARM_UP:] or self.step_seconds
+        counted = self.step_seconds[WARM_UP:][-WINDOW:] or self.step_seconds
         return median(counted) if counted else None
 
     def peaks(self) -> dict[str, Any]:

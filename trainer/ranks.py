@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -94,6 +94,7 @@ class Ranks:
             self._joined = True
 
     def leave(self) -> None:
+        """Part from the others; every rank must come here."""
         if self._joined and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -132,6 +133,15 @@ class Ranks:
                 found = error if rank == self.rank and error is not None else other
                 found.everywhere = True
                 raise found
+
+    def together(self, work: Callable[[], None]) -> None:
+        """Do what not every rank may be able to do; where one has an error, all raise it."""
+        problem: UserError | None = None
+        try:
+            work()
+        except UserError as error:
+            problem = error
+        self.agree(problem)
 
     def accumulation(self, config: TrainConfig) -> tuple[int, list[str]]:
         """Forward passes per optimizer step, and a note for every key that two files name and disagree about."""

@@ -8,6 +8,7 @@ from typing import Any
 from xflux_trainer import config as train_config
 from xflux_trainer import files, meter
 from xflux_trainer.run import Run
+from xflux_trainer.track import finite
 
 
 def announce(run: Run) -> None:
@@ -24,8 +25,12 @@ def announce(run: Run) -> None:
     )
     for note in run.notes:
         ranks.say(f"note: {note}")
-    if ranks.main:
-        files.write_bytes(run.output / "config.yaml", train_config.to_yaml(config).encode())
+    ranks.together(lambda: _first_files(run))
+
+
+def _first_files(run: Run) -> None:
+    if run.ranks.main:
+        files.write_bytes(run.output / "config.yaml", train_config.to_yaml(run.config).encode())
         write_metrics(run, "running", together=False)  # what an earlier run left there is not this run's
 
 
@@ -60,9 +65,9 @@ def write_metrics(run: Run, status: str, after: dict[str, Any] | None = None, *,
             "images": len(run.entries),
             "trained_parameters": run.trained,
             "loss": {
-                "first": progress.first_loss,
-                "last": progress.last_loss,
-                "mean": progress.loss_sum / progress.step if progress.step else None,
+                "first": finite(progress.first_loss),
+                "last": finite(progress.last_loss),
+                "mean": finite(progress.loss_sum / progress.step) if progress.step else None,
             },
             "heldout_loss": heldout,
             "seconds_per_step": run.meter.seconds_per_step(),

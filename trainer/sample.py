@@ -34,7 +34,12 @@ def draw(
     velocity: Velocity, spec: FluxSpec, config: TrainConfig, base: Path, ranks: Ranks, prompts: list[Prompt]
 ) -> None:
     """Draw the prompts, each rank its share, and write them as PNG."""
-    own = prompts[ranks.rank :: ranks.world_size]
+    ranks.together(lambda: _draw_own(velocity, spec, config, base, ranks, prompts[ranks.rank :: ranks.world_size]))
+
+
+def _draw_own(
+    velocity: Velocity, spec: FluxSpec, config: TrainConfig, base: Path, ranks: Ranks, own: list[Prompt]
+) -> None:
     latents = [denoise(velocity, spec, config, ranks.device, *cache.read_text(p.text), p.number) for p in own]
     if own:
         # The VAE comes when the transformer's own work is done: the two never need their memory at once.
@@ -43,7 +48,6 @@ def draw(
             write_png(prompt.image, codec.decode(z))
         del codec
         free()
-    ranks.barrier()
 
 
 @torch.no_grad()

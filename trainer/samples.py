@@ -164,6 +164,10 @@ def _json_caption(path: Path, text: str) -> tuple[str, SampleProblem | None]:
         return "", SampleProblem(path, "bad-caption", seen, hint)
     if not caption.strip():
         return "", SampleProblem(path, "empty-caption", 'has an empty "caption"', hint)
+    try:
+        caption.encode()
+    except UnicodeEncodeError:
+        return "", SampleProblem(path, "bad-caption", "holds half of a character (a lone surrogate)", "Write it anew.")
     return caption.strip(), None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -27,12 +28,17 @@ class Lines:
 
     def write(self, values: Mapping[str, float]) -> None:
         with files.sentences(self._path):
-            self._file.write(json.dumps(values) + "\n")
+            self._file.write(json.dumps({key: finite(value) for key, value in values.items()}) + "\n")
             self._file.flush()
 
     def close(self) -> None:
         with suppress(OSError):  # a disk that was full when the line was written was reported then
             self._file.close()
+
+
+def finite(value: float | None) -> float | None:
+    """JSON has no NaN and no infinity: null stands for them."""
+    return value if value is None or math.isfinite(value) else None
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

@@ -31,6 +31,7 @@ def train(config: TrainConfig, notes: tuple[str, ...], stop: Stop) -> None:
     gauge.start()
     ranks.join()
     run: Run | None = None
+    alone = False
     try:
         run = prepare(config, notes, ranks, gauge)
         announce(run)
@@ -42,6 +43,7 @@ def train(config: TrainConfig, notes: tuple[str, ...], stop: Stop) -> None:
             write_metrics(run, "interrupted")
             raise Interrupted(signum)
     except BaseException as error:
+        alone = not isinstance(error, Interrupted) and not getattr(error, "everywhere", False)
         if run and ranks.main and not isinstance(error, Interrupted):
             with suppress(UserError):
                 write_metrics(run, "failed", together=False)
@@ -52,7 +54,10 @@ def train(config: TrainConfig, notes: tuple[str, ...], stop: Stop) -> None:
         # DDP goes before the process group that it talks through: the other way round, torch 2.13 waits for ever.
         run = None
         free()
-        ranks.leave()
+        # A rank with an error of its own goes at once, and the launcher ends the others: taking the group down
+        # while they are inside a collective would make both wait for ever under NCCL.
+        if not alone:
+            ranks.leave()
 
 
 def _loop(run: Run, stop: Stop) -> int:
@@ -68,6 +73,7 @@ def _loop(run: Run, stop: Stop) -> int:
         with gauge.phase("train"):
             progress.heldout_before = evaluate.heldout_loss(run.velocity, config, run.heldout, ranks)
     written = time.monotonic()
+    trouble: UserError | None = None
     reader = ThreadPoolExecutor(1)  # one batch is read while the one before it is trained on
     number = progress.batches + ranks.rank
     ahead = reader.submit(_read, run, number)
@@ -84,8 +90,12 @@ def _loop(run: Run, stop: Stop) -> int:
                     with run.stepper.micro(last=k == run.accumulation - 1):
                         loss += _micro_step(run, batch, number - ranks.world_size)
                 norm = run.stepper.step()
-            # One exchange a step: the mean loss, and whether any rank was told to stop.
-            loss_sum, *told = ranks.total([loss / run.accumulation, *stop.flags()])
+            # One exchange a step: the mean loss, whether a rank could not write, and whether one was told to stop.
+            loss_sum, troubled, *told = ranks.total(
+                [loss / run.accumulation, float(trouble is not None), *stop.flags()]
+            )
+            if troubled:
+                ranks.agree(trouble)
             loss, signum = loss_sum / ranks.world_size, stop.first(told)
             gauge.step_seconds.append(time.perf_counter() - started)
             progress.step += 1
@@ -95,8 +105,14 @@ def _loop(run: Run, stop: Stop) -> int:
             values = {"loss": loss, "learning_rate": rate, "grad_norm": norm, "seconds": gauge.step_seconds[-1]}
             if lines and tracker:
                 terminal.step(progress.step, loss, rate, norm, gauge.seconds_per_step() or 0.0)
-                lines.write({"step": progress.step, **values})
-                tracker.log(values, progress.step)
+                try:
+                    lines.write({"step": progress.step, **values})
+                    tracker.log(values, progress.step)
+                    if time.monotonic() - written > 10:
+                        written = time.monotonic()
+                        write_metrics(run, "running", together=False)
+                except UserError as error:  # the others learn of it in the next exchange
+                    trouble = error
             # With fp16 an infinite gradient is part of the method: its step is left out and the scale is lowered.
             if not math.isfinite(loss) or not (math.isfinite(norm) or config.mixed_precision == "fp16"):
                 ranks.agree(_diverged(progress.step, loss))
@@ -110,9 +126,7 @@ def _loop(run: Run, stop: Stop) -> int:
                 return signum
             if config.sample_every and not last and progress.step % config.sample_every == 0:
                 _draw(run, f"step-{progress.step:06d}")
-            if time.monotonic() - written > 10:
-                written = time.monotonic()
-                write_metrics(run, "running", together=False)
+        ranks.agree(trouble)
     finally:
         reader.shutdown(cancel_futures=True)
         if lines and tracker:

@@ -126,7 +126,8 @@ def deepspeed_settings(
     """DeepSpeed's config from what `accelerate launch` leaves in the environment, and notes on what was changed."""
     settings, notes = _deepspeed_file(environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")), []
     zero = dict(settings.pop("zero_optimization", {}))
-    stage = int(zero.get("stage", environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")))
+    stage = zero.get("stage", environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
+    stage = int(stage) if str(stage).isdigit() else stage
     if stage not in (1, 2):
         raise Unsupported(
             f"The accelerate config asks for ZeRO stage {stage}, which this trainer does not do.",

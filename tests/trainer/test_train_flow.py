@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,10 +11,11 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
 from trainer_model import TINY, tiny_transformer  # noqa: E402
-from xflux_trainer import evaluate, flow  # noqa: E402
+from xflux_trainer import evaluate, flow, lora, train  # noqa: E402
 from xflux_trainer.cache import Batch  # noqa: E402
 from xflux_trainer.config import TrainConfig  # noqa: E402
 from xflux_trainer.model import Velocity  # noqa: E402
+from xflux_trainer.ranks import Launch, Ranks  # noqa: E402
 from xflux_trainer.spec import FLUX_DEV, FLUX_SCHNELL, shift_mu  # noqa: E402
 
 CONFIG = TrainConfig(img_dir="x")
@@ -154,3 +156,25 @@ def test_schnell_takes_no_guidance() -> None:
 
 def test_mu_between_the_anchors_is_a_line() -> None:
     assert shift_mu(2176) == pytest.approx((shift_mu(256) + shift_mu(4096)) / 2)
+
+
+def test_noise_and_time_follow_from_the_batch_s_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each batch has its own, whoever trains on it; the shift is that of its own count of tokens."""
+    drawn: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def loss(_model: object, _config: object, _batch: Batch, eps: torch.Tensor, t: torch.Tensor, _: object) -> object:
+        drawn.append((eps, t))
+        return torch.ones(len(t))
+
+    monkeypatch.setattr(evaluate, "velocity_loss", loss)
+    config = TrainConfig(img_dir="x", seed=3, timestep_sampling="logit_normal")
+    stepper, ranks = SimpleNamespace(backward=lambda _: None), Ranks(Launch(use_cpu=True))
+    run = SimpleNamespace(config=config, spec=FLUX_DEV, stepper=stepper, ranks=ranks)
+    for number in (0, 1, 0):
+        train._micro_step(run, batch(2), number)  # type: ignore[arg-type]
+    (eps, t), (other_eps, other_t), again = drawn
+    assert not torch.equal(eps, other_eps) and not torch.equal(t, other_t)
+    assert torch.equal(eps, again[0]) and torch.equal(t, again[1])
+    dice = lora.generator("train", 3, 0)
+    assert torch.equal(t, flow.sample_t(2, shift_mu(4 * 6), "logit_normal", dice))
+    assert not torch.equal(t, flow.sample_t(2, shift_mu(4 * 6), "uniform", lora.generator("train", 3, 0)))

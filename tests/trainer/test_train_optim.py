@@ -218,3 +218,20 @@ def test_a_deepspeed_file(tmp_path: Path) -> None:
 def test_other_zero_stages_are_refused(stage: str) -> None:
     with pytest.raises(Unsupported, match=f"stage {stage}"):
         zero({"ACCELERATE_DEEPSPEED_ZERO_STAGE": stage})
+
+
+def test_the_rate_of_a_step_is_the_one_that_it_is_given() -> None:
+    stepper, adapters = make()
+    before = {name: value.detach().clone() for name, value in adapters.items()}
+    still = replace(CONFIG, adam_weight_decay=0.0, lr_scheduler="constant_with_warmup", lr_warmup_steps=10**9)
+    take(stepper, 0, still)  # a rate of nearly nothing
+    assert all(torch.allclose(value, before[name], atol=1e-9) for name, value in adapters.items())
+    take(stepper, 0)
+    assert any(not torch.allclose(value, before[name], atol=1e-4) for name, value in adapters.items())
+
+
+def test_adamw_is_what_the_config_says() -> None:
+    config = replace(CONFIG, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6, adam_weight_decay=0.3)
+    _, adapters = make()
+    (group,) = optim.adamw(adapters, config, torch.device("cpu")).param_groups
+    assert group["betas"] == (0.8, 0.95) and group["eps"] == 1e-6 and group["weight_decay"] == 0.3

@@ -203,3 +203,48 @@ def test_agreeing_raises_the_error_that_was_told() -> None:
     ranks.agree()
     with pytest.raises(DataError, match="broken"):
         ranks.agree(DataError("broken", "mend it"))
+
+
+# What is done to one rank in its third step, by a program that is the trainer but for this.
+FAULTY = """
+import os, sys
+import xflux_trainer.train as train
+from xflux_trainer import cli, track
+from xflux_trainer.errors import DataError, WriteError
+rank, fault, calls = os.environ["RANK"], sys.argv.pop(1), [0]
+
+def third(error):
+    calls[0] += 1
+    if calls[0] == 3:
+        raise error
+
+def micro(run, batch, number, real=train._micro_step):
+    if rank == "1" and fault in ("crash", "sentence"):
+        third(RuntimeError("a planted crash") if fault == "crash" else DataError("A planted fault.", "Mend it."))
+    return real(run, batch, number)
+
+def write(lines, values, real=track.Lines.write):
+    if fault == "disk":
+        third(WriteError("Cannot write metrics.jsonl: no space left on device.", "Free some space."))
+    return real(lines, values)
+
+train._micro_step, track.Lines.write = micro, write
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(("fault", "words"), [
+    ("crash", "RuntimeError: a planted crash"), ("sentence", "error: A planted fault. Mend it."),
+    ("disk", "error: Cannot write metrics.jsonl: no space left on device."),
+])  # fmt: skip
+def test_a_fault_of_one_rank_ends_all_and_is_told(tmp_path: Path, fault: str, words: str) -> None:
+    config = write_config(tmp_path, max_train_steps=50)
+    program = tmp_path / "faulty.py"
+    program.write_text(FAULTY)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(program),
+               fault, "train", "--config", str(config)]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment())
+    assert done.returncode != 0 and words in done.stdout + done.stderr, done.stderr
+    if fault == "disk":  # found out together: one sentence, and no traceback of the other rank
+        assert done.stderr.count("error: Cannot write") == 1 and "Connection closed" not in done.stderr
+        assert metrics(tmp_path / "out")["status"] == "failed"
