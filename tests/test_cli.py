@@ -414,3 +414,26 @@ def test_strict_says_what_it_did(place: Path, matrix: Matrix) -> None:
     inputs = job_of(place, "cuda13-8.json", "cuda13")
     done = doctor("check", "--strict", *inputs, cwd=place, code=1)
     assert "--strict" in done.stdout and "Nothing stops this job" not in done.stdout
+
+
+@pytest.mark.parametrize(("recorded", "count"), [("h100", 1), ("h100-two", 2)])
+def test_the_readme_s_file_on_recorded_machines(place: Path, recorded: str, count: int) -> None:
+    """X-Flux's own file, eight processes and DeepSpeed: found, repaired, found no more, and not repaired again."""
+    (place / "machine.json").write_bytes((ROOT / "tests/machines" / f"{recorded}.json").read_bytes())
+    model = place / "hf/hub/models--black-forest-labs--FLUX.1-dev/snapshots/1"
+    for part in ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"):
+        (model / part).mkdir(parents=True)
+    recorded_facts = json.loads((place / "machine.json").read_text())
+    recorded_facts["environment"]["HF_HOME"] = str(place / "hf")
+    (place / "machine.json").write_text(json.dumps(recorded_facts))
+    inputs = job_of(place, "machine.json", "cuda13")
+    found = " ".join(doctor("check", *inputs, cwd=place, code=1).stdout.split())
+    assert f"num_processes is 8 (8 on this machine) and {count} device" in found
+    assert "NVIDIA H100 80GB HBM3" in found and "Duplicate GPU detected" in found
+    doctor("fix", "--write-config", "--yes", *inputs, cwd=place, code=0)
+    doctor("check", *inputs, cwd=place, code=0)
+    after = (place / "accelerate.yaml").read_bytes()
+    doctor("fix", "--write-config", "--yes", *inputs, cwd=place, code=0)
+    assert (place / "accelerate.yaml").read_bytes() == after
+    mended = XFLUX_ACCELERATE.replace("num_processes: 8", f"num_processes: {count}")
+    assert after.decode() == "# X-Flux's own\n" + mended
