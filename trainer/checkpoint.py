@@ -68,7 +68,9 @@ def save_checkpoint(
             problem = error
     ranks.agree(problem)
     if ranks.main and config.checkpoints_total_limit is not None:
-        for old in list_checkpoints(output)[: -config.checkpoints_total_limit]:
+        # Never the one just written, even where another run left later ones beside it.
+        others = [path for path in list_checkpoints(output) if path != folder]
+        for old in others[: max(0, len(others) + 1 - config.checkpoints_total_limit)]:
             _remove(old)
     return folder
 
@@ -113,12 +115,15 @@ def _remove(folder: Path) -> None:
 
 def list_checkpoints(output: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
-    found = [
+    return [path for _, path in _numbered(output)]
+
+
+def _numbered(output: Path) -> list[tuple[int, Path]]:
+    return sorted(
         (int(match[1]), path)
         for path in output.glob("checkpoint-*")
         if (match := NAME.fullmatch(path.name)) and (path / MANIFEST).is_file()
-    ]
-    return [path for _, path in sorted(found)]
+    )
 
 
 def find(config: TrainConfig) -> Path | None:
@@ -173,17 +178,22 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
-def set_aside(output: Path) -> Path | None:
-    """Move an earlier run's checkpoints out of the way of a run that starts afresh; nothing is deleted."""
-    old = list_checkpoints(output)
+def set_aside(output: Path, after: int | None = None) -> Path | None:
+    """Move checkpoints out of the way of a run that does not go on from them; nothing is deleted.
+
+    Without `after` they are all of an earlier run, and so is its curve. With it they are those of later steps:
+    a run that resumes before them leaves that branch, and shares the curve up to where it resumes.
+    """
+    old = [path for step, path in _numbered(output) if after is None or step > after]
     if not old:
         return None
     number = 1 + max((int(p.name.split("-")[1]) for p in output.glob("previous-*") if p.name[9:].isdigit()), default=0)
     place = output / f"previous-{number}"
-    place.mkdir()
-    for path in (*old, output / "metrics.jsonl"):
-        if path.exists():
-            path.rename(place / path.name)
+    with files.sentences(place):
+        place.mkdir()
+        for path in (*old, output / "metrics.jsonl") if after is None else old:
+            if path.exists():
+                path.rename(place / path.name)
     return place
 
 

@@ -36,6 +36,17 @@ def list_samples(folder: str, caption_type: str) -> tuple[list[Sample], str]:
     return list(index.samples), note
 
 
+def outside(samples: list[Sample], folder: str | Path) -> list[Sample]:
+    """The samples whose image does not lie below the folder, neither by its path nor behind a link."""
+    root = Path(folder).resolve()
+    return [
+        sample
+        for sample in samples
+        # The parent as well: an image below the folder may itself be a link to elsewhere.
+        if not any(path.is_relative_to(root) for path in (sample.image.resolve(), sample.image.parent.resolve()))
+    ]
+
+
 def choose_ratio(image: Path, root: Path, seed: int, random_ratio: bool) -> float | None:
     """The crop of one image. It follows from its path, because images are encoded once."""
     if not random_ratio:

@@ -70,12 +70,12 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=TEMPORARY, dir=path)
         os.close(handle)
-        Path(name).unlink()
+        Path(name).unlink(missing_ok=True)  # rank 0 may have removed it among the leftovers
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a run that was killed was writing at that moment."""
-    for path in folder.glob(f"{TEMPORARY}*"):
+    """Remove what a run that was killed was writing at that moment. Others may remove some of it meanwhile."""
+    for path in list(folder.glob(f"{TEMPORARY}*")):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

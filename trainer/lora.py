@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.errors import CheckpointError, ConfigError, Problem
 from xflux_trainer.files import write_bytes
-from xflux_trainer.spec import is_target
+from xflux_trainer.spec import count_blocks, is_target, unmatched
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 PREFIX = "transformer."
@@ -49,11 +49,10 @@ class AdapterLinear(peft_layer.Linear):
 
 def attach(transformer: nn.Module, config: TrainConfig) -> dict[str, nn.Parameter]:
     """Put a fresh adapter on every target. Returns the trained parameters by their diffusers names."""
+    linears = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    refuse_unmatched(config, linears)
     names = [
-        name
-        for name, module in transformer.named_modules()
-        if isinstance(module, nn.Linear)
-        and is_target(name, config.lora_targets, config.single_blocks, config.double_blocks)
+        name for name in linears if is_target(name, config.lora_targets, config.single_blocks, config.double_blocks)
     ]
     if not names:
         seen = f"matches no layer of {config.base_model}"
@@ -61,6 +60,23 @@ def attach(transformer: nn.Module, config: TrainConfig) -> dict[str, nn.Paramete
     adapters = attach_to(transformer, names, config.rank, config.alpha)
     seed(adapters, config.seed)
     return adapters
+
+
+def refuse_unmatched(config: TrainConfig, linears: list[str]) -> None:
+    """Raise `ConfigError` for blocks and endings that a model of these layers has not: none is dropped silently."""
+    problems = []
+    for key, count in count_blocks(linears).items():
+        absent = [number for number in getattr(config, key) or () if number >= count]
+        if absent:
+            kind = key.replace("_", " ")
+            seen = f"names {', '.join(map(str, absent))}, which {config.base_model} does not have"
+            hint = f"Its {kind} are 0 to {count - 1}." if count else f"It has no {kind}."
+            problems.append(Problem(key, seen, hint))
+    for ending in unmatched(linears, config.lora_targets):
+        seen = f'"{ending}" matches no layer of {config.base_model}'
+        problems.append(Problem("lora_targets", seen, "Name endings such as attn.to_q."))
+    if problems:
+        raise ConfigError("train config", tuple(problems))
 
 
 def attach_to(transformer: nn.Module, names: list[str], rank: int, alpha: float) -> dict[str, nn.Parameter]:

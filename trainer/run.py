@@ -11,8 +11,8 @@ from xflux_trainer import cache, checkpoint, files, lora, model, optim
 from xflux_trainer.cache import Entry
 from xflux_trainer.checkpoint import Progress
 from xflux_trainer.config import TrainConfig
-from xflux_trainer.data import Order, list_samples
-from xflux_trainer.errors import Unsupported, UserError
+from xflux_trainer.data import Order, list_samples, outside
+from xflux_trainer.errors import CheckpointError, DataError, Unsupported, UserError
 from xflux_trainer.meter import Meter
 from xflux_trainer.model import Velocity
 from xflux_trainer.optim import PlainStepper, Stepper
@@ -60,6 +60,8 @@ def prepare(config: TrainConfig, notes: tuple[str, ...], ranks: Ranks, gauge: Me
             files.remove_leftovers(output)
         base = model.resolve(config.base_model)
         spec = model.read_spec(base)
+        # Asked again of the model itself; but here nothing has been encoded or loaded yet.
+        lora.refuse_unmatched(config, [linear.name for linear in spec.linears()])
         resume = checkpoint.find(config)
         refuse_slow(spec, ranks)
     except UserError as error:
@@ -86,7 +88,7 @@ def prepare(config: TrainConfig, notes: tuple[str, ...], ranks: Ranks, gauge: Me
     total = config.max_train_steps or math.ceil((config.num_train_epochs or 1) * order.per_epoch / per_step)
     with gauge.phase("train"):
         stepper = _stepper(velocity, adapters, config, ranks, accumulation)
-    progress, resumed = _resume(resume, stepper, ranks, output)
+    progress, resumed = _resume(resume, stepper, ranks, output, total)
     trained = sum(parameter.numel() for parameter in adapters.values())
     return Run(
         config, ranks, gauge, base, spec, velocity, stepper, entries, heldout, prompts, order, accumulation,
@@ -123,7 +125,21 @@ def find_sets(config: TrainConfig) -> tuple[dict[str, list[Sample]], str, list[s
         heldout, note = list_samples(heldout_dir, config.caption_type)
         sets[heldout_dir] = heldout[: config.heldout_samples]
         notes.append(note)
+        sets[config.img_dir], note = _leave_out(samples, config.img_dir, heldout_dir)
+        notes.append(note)
     return sets, heldout_dir, [note for note in notes if note]
+
+
+def _leave_out(samples: list[Sample], img_dir: str, heldout_dir: str) -> tuple[list[Sample], str]:
+    """The training set without the held-out images, whose loss would say nothing once they are trained on."""
+    if Path(img_dir).resolve() == Path(heldout_dir).resolve():  # two spellings of one folder
+        return samples, ""
+    kept = outside(samples, heldout_dir)
+    left = len(samples) - len(kept)
+    if not kept:
+        hint = "Set heldout_dir to a folder beside img_dir or inside it."
+        raise DataError(f"All {left} images of {img_dir} lie in heldout_dir {heldout_dir}: none are trained on.", hint)
+    return kept, f"{left} images of img_dir lie in heldout_dir and are not trained on." if left else ""
 
 
 def choose_prompts(config: TrainConfig, sets: dict[str, list[Sample]]) -> list[str]:
@@ -132,21 +148,44 @@ def choose_prompts(config: TrainConfig, sets: dict[str, list[Sample]]) -> list[s
     return list(config.sample_prompts) or [sets[config.img_dir][0].caption]
 
 
-def _resume(found: Path | None, stepper: Stepper, ranks: Ranks, output: Path) -> tuple[Progress, list[str]]:
-    """Load the checkpoint, or clear the way for a run from the start."""
+def _resume(found: Path | None, stepper: Stepper, ranks: Ranks, output: Path, total: int) -> tuple[Progress, list[str]]:
+    """Load the checkpoint, and clear the way for what the run will save."""
     if found is None:
-        place = checkpoint.set_aside(output) if ranks.main else None
-        ranks.barrier()
+        place = _set_aside(output, None, ranks)
         return Progress(), [f"an earlier run's checkpoints were moved to {place}."] if place else []
     problem: UserError | None = None
     try:
         loaded = checkpoint.load(found, ranks)
         _compare(loaded.state, stepper, found)
+        _refuse_overrun(loaded.progress.step, total, found)
     except UserError as error:
         problem = error
     ranks.agree(problem)
     stepper.load(loaded.state)
-    return loaded.progress, [f"resumed from {found} at step {loaded.progress.step}."]
+    step = loaded.progress.step
+    notes = [f"resumed from {found} at step {step}."]
+    place = _set_aside(output, step, ranks)
+    return loaded.progress, [*notes, f"later checkpoints were moved to {place}."] if place else notes
+
+
+def _set_aside(output: Path, after: int | None, ranks: Ranks) -> Path | None:
+    """Rank 0 moves the checkpoints; the others wait for it, and learn when it cannot."""
+    place: Path | None = None
+    problem: UserError | None = None
+    if ranks.main:
+        try:
+            place = checkpoint.set_aside(output, after)
+        except UserError as error:
+            problem = error
+    ranks.agree(problem)
+    return place
+
+
+def _refuse_overrun(step: int, total: int, found: Path) -> None:
+    """A run of no steps would write the adapter of a later one and call it its own."""
+    if step > total:
+        hint = "Raise max_train_steps (or num_train_epochs), or resume from an earlier checkpoint."
+        raise CheckpointError(f"{found} is at step {step}, beyond the {total} steps of this run.", hint)
 
 
 def _compare(state: optim.State, stepper: Stepper, found: Path) -> None:

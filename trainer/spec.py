@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -173,6 +173,27 @@ LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "all-linear": ("*",),
 }
 """Named sets of module name endings. `single:` binds an ending to single blocks; `*` is every linear layer."""
+
+
+BLOCKS = {"single_blocks": "single_transformer_blocks", "double_blocks": "transformer_blocks"}
+"""The train config's block lists, and where in diffusers' transformer those blocks hang."""
+
+
+def count_blocks(names: Iterable[str]) -> dict[str, int]:
+    """How many blocks of either kind a model with linear layers of these names has, by the keys of `BLOCKS`."""
+    found = {tuple(name.split(".")[:2]) for name in names}
+    return {key: sum(head == place[0] for place in found) for key, head in BLOCKS.items()}
+
+
+def unmatched(names: Iterable[str], targets: str | tuple[str, ...]) -> tuple[str, ...]:
+    """Endings of a list that match none of these layers, whatever blocks are chosen.
+
+    A named set has none: it is written for every FLUX.1 model.
+    """
+    if isinstance(targets, str):
+        return ()
+    layers = tuple(names)
+    return tuple(ending for ending in targets if not any(is_target(name, (ending,)) for name in layers))
 
 
 def is_target(

@@ -73,6 +73,15 @@ def test_the_newest_are_kept_by_number_not_by_name(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-100"]
 
 
+@pytest.mark.parametrize(("limit", "left"), [(1, [5]), (2, [5, 12]), (3, [5, 9, 12]), (4, [3, 5, 9, 12])])
+def test_what_was_just_written_is_never_the_oldest(tmp_path: Path, limit: int, left: list[int]) -> None:
+    """Another run in the same folder may be further."""
+    for step in (3, 9, 12):
+        save(tmp_path, step)
+    assert save(tmp_path, 5, checkpoints_total_limit=limit).is_dir()
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in left]
+
+
 def test_the_same_step_again_replaces(tmp_path: Path) -> None:
     save(tmp_path, rank=8)
     save(tmp_path, rank=9)
@@ -132,6 +141,28 @@ def test_a_fresh_start_puts_the_old_run_aside(tmp_path: Path) -> None:
     assert (tmp_path / "previous-1" / "metrics.jsonl").exists()
 
 
+def test_a_resume_puts_what_came_later_aside(tmp_path: Path) -> None:
+    for step in (3, 9, 12):
+        save(tmp_path, step)
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    assert checkpoint.set_aside(tmp_path, after=12) is None
+    assert checkpoint.set_aside(tmp_path, after=3) == tmp_path / "previous-1"
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["checkpoint-3"]
+    assert sorted(path.name for path in (tmp_path / "previous-1").iterdir()) == ["checkpoint-12", "checkpoint-9"]
+    assert (tmp_path / "metrics.jsonl").exists()  # the steps up to the resume belong to this run
+
+
+def test_a_folder_that_cannot_be_written_to_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 9)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(WriteError, match="read-only"):
+        checkpoint.set_aside(tmp_path)
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
 @pytest.mark.parametrize("after", range(5))
 def test_a_disk_that_fills_up_leaves_no_half(
@@ -170,6 +201,28 @@ def test_a_real_full_disk(tmp_path: Path) -> None:
         assert list(place.iterdir()) == []
     finally:
         subprocess.run(["umount", str(place)], check=True)
+
+
+def test_another_rank_may_tidy_up_while_the_folder_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 removes leftovers while the others still try whether they can write there."""
+    real = os.close
+
+    def close(handle: int) -> None:
+        real(handle)
+        files.remove_leftovers(tmp_path)
+
+    monkeypatch.setattr(files.os, "close", close)
+    files.make_folder(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_leftovers_may_vanish_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    gone = tmp_path / f"{files.TEMPORARY}gone"
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter([gone]))
+    if kind == "folder":
+        monkeypatch.setattr(Path, "is_dir", lambda self: True)
+    files.remove_leftovers(tmp_path)
 
 
 def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from xflux_trainer.data import (  # noqa: E402
     epoch_batches,
     list_samples,
     load_image,
+    outside,
     target_size,
 )
 from xflux_trainer.errors import DataError  # noqa: E402
@@ -144,3 +145,21 @@ def test_two_ranks_share_what_one_would_see() -> None:
     one, two = Order(shapes, 1, 1, 0), Order(shapes, 1, 2, 0)
     assert [one[k] for k in range(32)] == [two[k] for k in range(32)]
     assert not {two[k][0] for k in range(0, 8, 2)} & {two[k][0] for k in range(1, 8, 2)}
+
+
+def test_samples_below_a_folder_are_told_apart(tmp_path: Path) -> None:
+    """By where they lie, through links as well."""
+    put(tmp_path / "images", "a.png")
+    put(tmp_path / "images" / "held", "b.png")
+    put(tmp_path / "images" / "held-not", "c.png")
+    put(tmp_path / "store", "d.png")
+    (tmp_path / "images" / "held" / "d.png").symlink_to(tmp_path / "store" / "d.png")
+    (tmp_path / "images" / "held" / "d.json").symlink_to(tmp_path / "store" / "d.json")
+    (tmp_path / "images" / "e.png").symlink_to(tmp_path / "images" / "held" / "b.png")
+    (tmp_path / "images" / "e.json").write_text('{"caption": "b again"}')
+    (tmp_path / "link").symlink_to(tmp_path / "images" / "held")
+    samples, _ = list_samples(str(tmp_path / "images"), "json")
+    for folder in (tmp_path / "images" / "held", tmp_path / "link", tmp_path / "store" / ".." / "link"):
+        kept = outside(samples, folder)
+        assert [sample.image.name for sample in kept] == ["a.png", "c.png"]
+    assert outside(samples, tmp_path / "elsewhere") == samples

@@ -98,6 +98,30 @@ def test_targets_that_match_nothing_are_a_config_error() -> None:
         lora.attach(tiny_transformer(), replace(CONFIG, lora_targets=("attn.to_z",)))
 
 
+def test_every_block_and_ending_that_the_model_has_not_is_named() -> None:
+    """None is dropped silently, though the others would do."""
+    changes = {"lora_targets": ("attn.to_q", "to_z", "*", "x:y"), "single_blocks": (1, 2, 99), "double_blocks": (0, 7)}
+    with pytest.raises(ConfigError) as caught:
+        lora.attach(tiny_transformer(single_blocks=2), replace(CONFIG, **changes))
+    assert [(problem.key, problem.seen.split(" of ")[0], problem.hint) for problem in caught.value.problems] == [
+        ("single_blocks", f"names 2, 99, which {CONFIG.base_model} does not have", "Its single blocks are 0 to 1."),
+        ("double_blocks", f"names 7, which {CONFIG.base_model} does not have", "Its double blocks are 0 to 1."),
+        ("lora_targets", '"to_z" matches no layer', "Name endings such as attn.to_q."),
+        ("lora_targets", '"x:y" matches no layer', "Name endings such as attn.to_q."),
+    ]
+
+
+def test_a_model_without_single_blocks() -> None:
+    with pytest.raises(ConfigError, match="It has no single blocks"):
+        lora.attach(tiny_transformer(single_blocks=0), replace(CONFIG, single_blocks=(0,)))
+    assert lora.attach(tiny_transformer(single_blocks=0), replace(CONFIG, lora_targets="xflux"))
+
+
+def test_an_ending_of_blocks_that_are_not_chosen_is_no_mistake() -> None:
+    config = replace(CONFIG, lora_targets=("attn.to_q", "single:proj_out"), single_blocks=())
+    assert all(name.startswith("transformer_blocks.") for name in lora.attach(tiny_transformer(), config))
+
+
 @pytest.mark.parametrize("alpha", [None, 1.0, 16.0])
 def test_a_file_gives_the_same_outputs_again(tmp_path: Path, alpha: float | None) -> None:
     config = replace(CONFIG, lora_targets="all-linear", lora_alpha=alpha)

@@ -16,9 +16,11 @@ from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from trainer_kit import DEMO, keep_signals, losses, metrics, put, squares, tiny_flux, write_config  # noqa: E402
 from xflux_trainer import checkpoint, cli, lora, sample  # noqa: E402
-from xflux_trainer.config import load  # noqa: E402
+from xflux_trainer.config import TrainConfig, load  # noqa: E402
 from xflux_trainer.encoders import ImageCodec, TextEncoders  # noqa: E402
+from xflux_trainer.errors import DataError  # noqa: E402
 from xflux_trainer.model import Velocity, load_transformer, read_spec  # noqa: E402
+from xflux_trainer.run import find_sets  # noqa: E402
 
 __all__ = ["keep_signals"]  # a fixture, used by being here
 
@@ -118,6 +120,39 @@ def test_a_fresh_run_in_the_same_folder(tmp_path: Path, capsys: pytest.CaptureFi
     assert "moved to" in capsys.readouterr().out
     assert (tmp_path / "out" / "previous-1" / "checkpoint-4").is_dir()
     assert all(torch.equal(first[name], tensor) for name, tensor in weights(tmp_path / "out").items())
+
+
+def names(folder: Path) -> list[str]:
+    return [path.name for path in checkpoint.list_checkpoints(folder)]
+
+
+def test_a_branch_from_an_earlier_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the abandoned branch saved is put aside, so that neither the limit nor `latest` takes it for this run's."""
+    out = tmp_path / "out"
+    run(write_config(tmp_path, max_train_steps=12, checkpointing_steps=3))
+    capsys.readouterr()
+    branch = {"max_train_steps": 8, "checkpointing_steps": 2, "checkpoints_total_limit": 2}
+    run(write_config(tmp_path, resume_from_checkpoint=str(out / "checkpoint-3"), **branch))
+    assert f"note: later checkpoints were moved to {out / 'previous-1'}." in capsys.readouterr().out
+    assert names(out) == ["checkpoint-6", "checkpoint-8"]
+    assert names(out / "previous-1") == ["checkpoint-6", "checkpoint-9", "checkpoint-12"]
+    assert len(losses(out)) == 8
+    run(write_config(tmp_path, resume_from_checkpoint="latest", **branch))
+    said = capsys.readouterr().out
+    assert f"resumed from {out / 'checkpoint-8'} at step 8" in said
+    assert "moved to" not in said
+
+
+def test_a_checkpoint_beyond_the_last_step_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(write_config(tmp_path, max_train_steps=4, checkpointing_steps=2))
+    before = weights(tmp_path / "out")
+    path = write_config(tmp_path, max_train_steps=3, resume_from_checkpoint="latest")
+    assert cli.main(["train", "--config", str(path)]) == 1
+    said = capsys.readouterr().err
+    assert "checkpoint-4 is at step 4, beyond the 3 steps of this run" in said
+    assert "max_train_steps" in said
+    assert names(tmp_path / "out") == ["checkpoint-2", "checkpoint-4"]
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(tmp_path / "out").items())
 
 
 def test_samples_do_not_change_the_training(tmp_path: Path) -> None:
@@ -273,3 +308,43 @@ def test_every_line_of_metrics_has_its_step(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert all(set(line) == {"step", "loss", "learning_rate", "grad_norm", "seconds"} for line in lines)
+
+
+def test_heldout_images_inside_the_training_folder_are_not_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    squares(tmp_path / "images")
+    held = tmp_path / "images" / "held"
+    for number in range(3):
+        put(held, f"{number}.png", "held out")
+    monkeypatch.chdir(tmp_path)
+    run(write_config(tmp_path, heldout_dir="images/held", heldout_samples=2, max_train_steps=None, num_train_epochs=1))
+    assert "note: 3 images of img_dir lie in heldout_dir and are not trained on." in capsys.readouterr().out
+    told = metrics(tmp_path / "out")
+    assert told["steps"] == 4
+    assert told["heldout_loss"]["images"] == 2
+
+
+@pytest.mark.parametrize("name", ["images", "images/", "images/../images"])
+def test_the_training_folder_may_be_the_heldout_one(tmp_path: Path, name: str) -> None:
+    squares(tmp_path / "images")
+    config = TrainConfig(img_dir=str(tmp_path / "images"), heldout_dir=f"{tmp_path}/{name}")
+    sets, heldout_dir, notes = find_sets(config)
+    assert [len(sets[config.img_dir]), len(sets[heldout_dir]), notes] == [4, 4, []]
+
+
+def test_nothing_left_to_train_on(tmp_path: Path) -> None:
+    squares(tmp_path / "images" / "train")
+    config = TrainConfig(img_dir=str(tmp_path / "images" / "train"), heldout_dir=str(tmp_path / "images"))
+    with pytest.raises(DataError, match=r"All 4 images .* lie in heldout_dir"):
+        find_sets(config)
+
+
+def test_a_block_that_the_model_has_not_is_told_before_the_cache_is_filled(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_config(tmp_path, single_blocks="1,99", cache_dir=None)
+    assert cli.main(["train", "--config", str(path)]) == 1
+    said = capsys.readouterr().err
+    assert "single_blocks: names 99, which" in said
+    assert not (tmp_path / "out" / "cache").exists()

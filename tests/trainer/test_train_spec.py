@@ -13,12 +13,14 @@ from xflux_trainer.spec import (
     FLUX_SCHNELL,
     LORA_TARGETS,
     FluxSpec,
+    count_blocks,
     count_parameters,
     image_tokens,
     is_target,
     read_folder,
     safetensors_header,
     shift_mu,
+    unmatched,
 )
 
 TINY = FluxSpec("tiny", 2, 3, heads=2, head_dim=16, text_dim=24, pooled_dim=12)
@@ -132,6 +134,17 @@ def test_block_lists_choose_blocks() -> None:
         if is_target(linear.name, ("attn.to_q",), single_blocks=(1, 37), double_blocks=())
     ]
     assert hit == ["single_transformer_blocks.1", "single_transformer_blocks.37"]
+
+
+def test_what_a_model_has_not() -> None:
+    names = [linear.name for linear in TINY.linears()]
+    assert unmatched(names, ("to_q", "to_z", "single:proj_out", "double:to_q", "*", "proj_out", "")) == (
+        "to_z", "double:to_q", "",
+    )  # fmt: skip
+    assert all(unmatched(names, targets) == () for targets in LORA_TARGETS)
+    assert unmatched([], "attn") == ()
+    assert count_blocks(names) == {"single_blocks": 3, "double_blocks": 2}
+    assert count_blocks(["proj_out"]) == {"single_blocks": 0, "double_blocks": 0}
 
 
 def write_model(folder: Path, name: str, shapes: dict[str, list[int]]) -> Path:
