@@ -26,6 +26,14 @@ USERS = {
 def test_the_environment_reaches_the_ranks_whole() -> None:
     launch = build("python", job(), Path("a.yaml"), Path("t.yaml"), USERS)
     assert launch.env == USERS and launch.added == {}
+    assert build("python", job(None, cpu=True), Path("a"), Path("t"), USERS).added == {}
+
+
+def test_cpu_ranks_under_deepspeed_are_told_so() -> None:
+    """accelerate's DeepSpeed launcher does not hand use_cpu on: beside a GPU the ranks would take it."""
+    launch = build("python", job(cpu=True), Path("a.yaml"), Path("t.yaml"), USERS)
+    assert launch.added == {"ACCELERATE_USE_CPU": "true"} and launch.env == {**USERS, **launch.added}
+    assert launch.shell.startswith("ACCELERATE_USE_CPU=true ")
 
 
 @pytest.mark.parametrize(("work", "devices"), [

@@ -24,6 +24,8 @@ class ZeroStepper:
     def __init__(
         self, module: nn.Module, adapters: dict[str, nn.Parameter], config: TrainConfig, ranks: Ranks, accumulation: int
     ) -> None:
+        if ranks.device.type == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it would take a GPU that is there, asked for or not
         import deepspeed
 
         trained = sum(parameter.numel() for parameter in adapters.values())

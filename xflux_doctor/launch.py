@@ -30,8 +30,11 @@ def build(
 ) -> Launch:
     """`accelerate launch --config_file … -m xflux_trainer train --config …` in the given interpreter.
 
-    Nothing is removed from the environment, and nothing added: a variable would have to be proved needed.
+    Nothing is removed from the environment. Added is only what the file says and accelerate's launcher for DeepSpeed
+    drops: on a machine with GPUs its ranks would not learn of `use_cpu` (accelerate 0.30.1 and 1.15.0,
+    utils/launch.py: `prepare_deepspeed_cmd_env` does not set it, `prepare_simple_launcher_cmd_env` does).
     """
+    added = {"ACCELERATE_USE_CPU": "true"} if job.use_cpu and job.deepspeed else {}
     argv = (
         python,
         "-m",
@@ -45,4 +48,4 @@ def build(
         str(train),
         *extra,
     )
-    return Launch(argv, dict(environ), {})
+    return Launch(argv, {**environ, **added}, added)
