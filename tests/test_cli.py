@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -371,21 +373,28 @@ def test_a_path_too_long_is_a_finding(place: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody who may not enter")
 def test_a_folder_that_may_not_be_entered(place: Path) -> None:
-    closed = place / "closed"
+    entered = Path(tempfile.mkdtemp())  # pytest's own folders are root's alone
+    entered.chmod(0o755)
+    (entered / "machine.json").write_bytes((place / "cuda13-8.json").read_bytes())
+    closed = entered / "closed"
     closed.mkdir(mode=0o700)
     (closed / "train.yaml").write_text(TRAIN)
+    # All is imported before: nobody may not read root's packages.
     code = (
-        "import os, sys; os.setgid(65534); os.setuid(65534)\n"
-        "from xflux_doctor.cli import main; sys.exit(main(sys.argv[1:]))"
+        "import os, sys; from xflux_doctor.cli import main; "
+        "os.setgid(65534); os.setuid(65534); sys.exit(main(sys.argv[1:]))"
     )
-    for word in ("--config", "--accelerate-config", "--facts"):
-        done = subprocess.run(
-            [sys.executable, "-c", code, "check", "--quick", "--cpu", word, str(closed / "train.yaml")],
-            capture_output=True, text=True, cwd="/", env={"PATH": os.environ["PATH"]},
-        )  # fmt: skip
-        if "ModuleNotFoundError" in done.stderr or "can't open" in done.stderr:
-            pytest.skip("nobody may read this interpreter's packages")
-        assert done.returncode == 1 and "Permission denied" in done.stderr, done.stderr
+    try:
+        for word in ("--config", "--accelerate-config", "--facts"):
+            facts = [] if word == "--facts" else ["--facts", str(entered / "machine.json")]
+            done = subprocess.run(
+                [sys.executable, "-c", code, "check", "--quick", *facts, word, str(closed / "train.yaml")],
+                capture_output=True, text=True, cwd=entered, env={"PATH": os.environ["PATH"]},
+            )  # fmt: skip
+            assert done.returncode == 1 and "Permission denied" in done.stderr, done.stderr
+            assert "Traceback" not in done.stderr
+    finally:
+        shutil.rmtree(entered)
 
 
 def test_accept_cannot_conjure_a_file(place: Path) -> None:

@@ -1,4 +1,4 @@
-"""LA: the keys and words of accelerate's file, as the installed release takes them; no device is looked at."""
+"""LA: the keys and words of accelerate's file, as the installed release takes them."""
 
 from __future__ import annotations
 
