@@ -22,6 +22,48 @@ class GpuProcess(msgspec.Struct, frozen=True):
     """Age of the process."""
 
 
+class GpuHealth(msgspec.Struct, frozen=True):
+    """What NVML says of a card's condition. None or empty: the driver or the card does not tell; never a pass."""
+
+    ecc: bool | None = None
+    ecc_pending: bool | None = None
+    """The ECC mode that the next reboot brings."""
+    ecc_uncorrected: int | None = None
+    """Uncorrected memory errors since the driver was loaded."""
+    remap_pending: bool | None = None
+    remap_failed: bool | None = None
+    retirement_pending: bool | None = None
+    """Page retirement, which cards before Ampere have in place of row remapping."""
+    recovery_action: str = ""
+    """What the driver asks for: none, gpu_reset, node_reboot, drain_p2p, drain_and_reset …"""
+    throttle: tuple[str, ...] = ()
+    """Why clocks are held down at this moment: hw_slowdown, hw_thermal, hw_power_brake, sw_thermal, sw_power_cap …"""
+    persistence: bool | None = None
+    fabric: str = ""
+    """State of the NVSwitch fabric: not_supported, not_started, in_progress, completed."""
+    pcie_width: int | None = None
+    pcie_width_max: int | None = None
+    temperature: int | None = None
+    """Degrees Celsius."""
+
+
+class MigSlice(msgspec.Struct, frozen=True):
+    """One MIG device of a card: what CUDA_VISIBLE_DEVICES can name instead of the card."""
+
+    uuid: str
+    name: str
+    memory_total: int
+    memory_free: int
+
+
+class LostGpu(msgspec.Struct, frozen=True):
+    """A GPU that the driver counts and cannot open."""
+
+    index: int
+    reason: str
+    pci: str = ""
+
+
 class Gpu(msgspec.Struct, frozen=True):
     """One GPU as NVML sees it, whatever CUDA_VISIBLE_DEVICES says."""
 
@@ -36,6 +78,10 @@ class Gpu(msgspec.Struct, frozen=True):
     mig: bool | None = None
     compute_mode: str = ""
     processes: tuple[GpuProcess, ...] = ()
+    health: GpuHealth = GpuHealth()
+    slices: tuple[MigSlice, ...] = ()
+    nvlinks: int | None = None
+    """NVLinks that are up."""
 
     @property
     def memory_used(self) -> int:
@@ -47,6 +93,20 @@ class Driver(msgspec.Struct, frozen=True):
 
     version: str
     cuda: str = ""
+    module: str = ""
+    """The version of the loaded kernel module, by /proc/driver/nvidia/version."""
+    library: str = ""
+    """The version in the file name behind libnvidia-ml.so.1 or libcuda.so.1."""
+
+
+class Xid(msgspec.Struct, frozen=True):
+    """One of the driver's error reports in the kernel log."""
+
+    number: int
+    pci: str
+    seconds: float
+    """Age of the line."""
+    text: str = ""
 
 
 class Package(msgspec.Struct, frozen=True):
@@ -62,6 +122,17 @@ class Package(msgspec.Struct, frozen=True):
     """How many dist-info folders of this name are on the path; more than one is a shadowed install."""
     files: bool = True
     """Whether the top-level module that the metadata promises is there."""
+    requires: tuple[str, ...] = ()
+    """Its Requires-Dist lines without those of extras, as the metadata has them."""
+    editable: bool = False
+    origin: str = "site"
+    """Where it lies: site (the interpreter's own), user (~/.local), path (PYTHONPATH), system (below a venv)."""
+    installer: str = ""
+    """Who installed it, by the INSTALLER file: pip, uv, conda …"""
+    damaged: tuple[str, ...] = ()
+    """Files of its RECORD that are missing or have another size; only libraries and the first modules are looked at."""
+    archs: tuple[str, ...] = ()
+    """For torch: the GPU architectures that its library names, for example sm_90."""
 
 
 class PythonFacts(msgspec.Struct, frozen=True):
@@ -71,6 +142,75 @@ class PythonFacts(msgspec.Struct, frozen=True):
     version: str
     prefix: str
     externally_managed: bool = False
+    conda: bool = False
+    """Whether the prefix is a conda environment."""
+    free_threaded: bool = False
+
+
+class Toolchain(msgspec.Struct, frozen=True):
+    """What compiling a CUDA operator would find, read from files; nothing is started."""
+
+    cuda_home: str = ""
+    """By torch's order: CUDA_HOME, CUDA_PATH, the nvcc on PATH, /usr/local/cuda; empty: none of them."""
+    cuda_home_from: str = ""
+    nvcc: str = ""
+    """Path of nvcc below cuda_home; empty: not there."""
+    cuda_version: str = ""
+    """The toolkit's release, for example 12.1, from its version.json or headers."""
+    cxx: str = ""
+    """The C++ compiler that torch would take: CXX, or c++ on PATH; empty: none."""
+    gcc_version: str = ""
+    ninja: str = ""
+    python_headers: bool = False
+    """Whether Python.h of the interpreter is there."""
+    libaio: bool = False
+    """Whether libaio.h and a libaio.so to link are there."""
+    stale_locks: dict[str, float] = {}
+    """Lock files of torch's extension builds, with their age in seconds."""
+
+
+class Folder(msgspec.Struct, frozen=True):
+    """A place that the job reads or writes, and the mount under it. Sizes in bytes."""
+
+    path: str
+    """As the job names it, made absolute."""
+    existing: str
+    """The nearest parent that exists."""
+    mount: str = ""
+    kind: str = ""
+    """File system type, for example ext4, overlay, tmpfs, nfs4."""
+    read_only: bool = False
+    writable: bool = False
+    total: int = 0
+    free: int = 0
+    inodes_free: int | None = None
+    """None where the file system has no fixed number."""
+    device: str = ""
+    """The mount's device number: folders with one number share their free room."""
+    error: str = ""
+    """Why it could not be looked at, for example a mount that does not answer."""
+
+
+class Listener(msgspec.Struct, frozen=True):
+    """A TCP port on which some process of this network namespace listens."""
+
+    port: int
+    address: str = ""
+    pid: int | None = None
+    """None where the process is another user's, or outside this container."""
+    name: str = ""
+    seconds: float | None = None
+
+
+class HubAccess(msgspec.Struct, frozen=True):
+    """What the model hub answered when it was asked for one small file of the job's repository."""
+
+    repository: str
+    endpoint: str
+    status: int | None = None
+    """HTTP status; None: no answer."""
+    detail: str = ""
+    seconds: float = 0.0
 
 
 class Host(msgspec.Struct, frozen=True):
@@ -89,6 +229,24 @@ class Host(msgspec.Struct, frozen=True):
     shm_total: int | None = None
     shm_free: int | None = None
     container: str = ""
+    wsl: bool = False
+    swap_total: int = 0
+    swap_free: int = 0
+    cgroup: int | None = None
+    """1 or 2."""
+    cpu_quota: float | None = None
+    """Cores that the cgroup grants; None: no quota."""
+    pids_limit: int | None = None
+    limits: dict[str, int | None] = {}
+    """Soft limits of this process: memlock, stack (bytes), nofile, nproc; None: unlimited."""
+    device_nodes: dict[str, str] = {}
+    """/dev/nvidia* and /dev/dxg: ok, or denied."""
+    interfaces: dict[str, str] = {}
+    """Network interfaces and their operational state."""
+    infiniband: tuple[str, ...] = ()
+    """Devices under /sys/class/infiniband."""
+    named: bool | None = None
+    """Whether /etc/hosts knows this host's own name."""
 
 
 class TorchFacts(msgspec.Struct, frozen=True):
@@ -128,12 +286,19 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     host: Host | None = None
     driver: Driver | None = None
     gpus: tuple[Gpu, ...] | None = None
+    lost_gpus: tuple[LostGpu, ...] = ()
+    xids: tuple[Xid, ...] | None = None
     packages: dict[str, Package] | None = None
     environment: dict[str, str] = {}
     """Variables that change how a job runs, by an allow-list; never tokens."""
     hub_token: bool = False
     """Whether a hub token is set; its value is never read into a fact."""
     default_accelerate_config: str = ""
+    toolchain: Toolchain | None = None
+    folders: dict[str, Folder] | None = None
+    """By purpose: output, cache, images, model, hub, temporary, torch_extensions, triton, inductor, home."""
+    listeners: tuple[Listener, ...] | None = None
+    hub: HubAccess | None = None
     torch: TorchFacts | None = None
     allreduce: AllReduce | None = None
     unknown: dict[str, str] = {}
