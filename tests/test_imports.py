@@ -14,7 +14,8 @@ from conftest import ROOT
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "files", "facts", "finding", "matrix", "accelerate_keys", "visible", "job"),
     (
-        "gather.environment", "gather.host", "gather.packages", "gather.gpus", "gather.machine",
+        "gather.environment", "gather.host", "gather.metadata", "gather.interpreter", "gather.packages",
+        "gather.gpus", "gather.toolchain", "gather.ports", "gather.machine",
         "probes.torch_import", "probes.allreduce", "probes.runner", "probes.level", "check", "bill",
     ),
     ("checks.hardware", "checks.software", "checks.words", "checks.launch", "checks.memory", "checks.data",

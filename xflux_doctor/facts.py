@@ -129,6 +129,8 @@ class Package(msgspec.Struct, frozen=True):
     """Where it lies: site (the interpreter's own), user (~/.local), path (PYTHONPATH), system (below a venv)."""
     installer: str = ""
     """Who installed it, by the INSTALLER file: pip, uv, conda …"""
+    conda: str = ""
+    """The version that conda's own records name, in a conda environment."""
     damaged: tuple[str, ...] = ()
     """Files of its RECORD that are missing or have another size; only libraries and the first modules are looked at."""
     archs: tuple[str, ...] = ()

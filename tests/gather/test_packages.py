@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from xflux_doctor.errors import UsageError
-from xflux_doctor.gather.packages import packages, python_facts
+from xflux_doctor.gather.interpreter import python_facts
+from xflux_doctor.gather.packages import packages
 
 
 def interpreter(prefix: Path, name: str = "python3.12") -> str:

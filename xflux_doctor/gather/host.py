@@ -1,33 +1,48 @@
-"""The host as this process may use it: cores, memory under the cgroup's limit, /dev/shm, container."""
+"""The host as this process may use it: cores, memory and limits of its cgroup, device nodes, interfaces."""
 
 from __future__ import annotations
 
 import os
 import platform
+import resource
 from pathlib import Path
 
 from xflux_doctor.facts import Host
 
 _NO_LIMIT = 1 << 60
 """cgroup v1 writes a number near 2**63 where there is no limit."""
+_LIMITS = {"memlock": "RLIMIT_MEMLOCK", "stack": "RLIMIT_STACK", "nofile": "RLIMIT_NOFILE", "nproc": "RLIMIT_NPROC"}
 
 
 def host_facts(root: Path = Path("/")) -> Host:
     """Read the host below `root` (another root is for recorded trees)."""
     memory = _meminfo(root)
     shm = _statvfs(root / "dev/shm")
+    groups = _cgroup_folders(root)
+    quota = _cpu_quota(groups)
     return Host(
         system=platform.system(),
         machine=platform.machine(),
         kernel=platform.release(),
         glibc=_glibc(),
-        cpus=_cpus(root),
+        cpus=_cpus(quota),
         memory_total=memory.get("MemTotal", 0),
         memory_available=memory.get("MemAvailable", 0),
-        memory_limit=_memory_limit(root),
+        memory_limit=_least(groups, ("memory.max", "memory.limit_in_bytes")),
         shm_total=shm[0] if shm else None,
         shm_free=shm[1] if shm else None,
         container=_container(root),
+        wsl="microsoft" in _read(root / "proc/version").lower(),
+        swap_total=memory.get("SwapTotal", 0),
+        swap_free=memory.get("SwapFree", 0),
+        cgroup=_cgroup_version(root),
+        cpu_quota=quota,
+        pids_limit=_least(groups, ("pids.max",)),
+        limits={name: _limit(getattr(resource, number)) for name, number in _LIMITS.items()},
+        device_nodes=_device_nodes(root),
+        interfaces={name: _read(root / f"sys/class/net/{name}/operstate").strip() for name in _names(root, "net")},
+        infiniband=tuple(_names(root, "infiniband")),
+        named=_is_named(root),
     )
 
 
@@ -37,20 +52,53 @@ def _meminfo(root: Path) -> dict[str, int]:
     return {p[0].rstrip(":"): int(p[1]) * 1024 for p in pairs if len(p) >= 2 and p[1].isdigit()}
 
 
-def _memory_limit(root: Path) -> int | None:
-    for name in ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        text = _read(root / name).strip()
-        if text.isdigit() and int(text) < _NO_LIMIT:
-            return int(text)
-    return None
+def _cgroup_version(root: Path) -> int | None:
+    base = root / "sys/fs/cgroup"
+    if (base / "cgroup.controllers").exists():
+        return 2
+    return 1 if (base / "memory").is_dir() or (base / "cpu").is_dir() else None
 
 
-def _cpus(root: Path) -> int:
+def _cgroup_folders(root: Path) -> list[Path]:
+    """The folders of this process's groups and of all their parents: a limit may stand at any of them.
+
+    Under Slurm and systemd the limit is on an inner folder; in a container the root folder is the container's own.
+    """
+    base = root / "sys/fs/cgroup"
+    folders: dict[Path, None] = {}
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        inner = Path(path.lstrip("/"))
+        for controller in controllers.split(",") if controllers else [""]:
+            for part in (inner, *inner.parents):
+                folders[base / controller / part] = None
+    for controller in ("", "memory", "cpu", "pids"):
+        folders[base / controller] = None
+    return [folder for folder in folders if folder.is_dir()]
+
+
+def _least(folders: list[Path], names: tuple[str, ...]) -> int | None:
+    """The smallest number that any of the groups sets; None: no limit."""
+    texts = [_read(folder / name).strip() for folder in folders for name in names]
+    return min((int(text) for text in texts if text.isdigit() and int(text) < _NO_LIMIT), default=None)
+
+
+def _cpu_quota(folders: list[Path]) -> float | None:
+    """Cores that the tightest group grants: cpu.max of cgroup 2, cpu.cfs_* of cgroup 1."""
+    found = []
+    for folder in folders:
+        quota, _, period = _read(folder / "cpu.max").strip().partition(" ")
+        if not quota:
+            quota, period = (_read(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period"))
+        if quota.isdigit() and period.isdigit() and int(period):
+            found.append(int(quota) / int(period))
+    return min(found, default=None)
+
+
+def _cpus(quota: float | None) -> int:
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota, _, period = _read(root / "sys/fs/cgroup/cpu.max").strip().partition(" ")
-    if quota.isdigit() and period.isdigit() and int(period):
-        return max(1, min(affinity, -(-int(quota) // int(period))))
-    return affinity
+    return affinity if quota is None else max(1, min(affinity, -int(-quota // 1)))
 
 
 def _container(root: Path) -> str:
@@ -58,11 +106,40 @@ def _container(root: Path) -> str:
         return "docker"
     if (root / "run/.containerenv").exists():
         return "podman"
-    if "kubepods" in _read(root / "proc/1/cgroup"):
+    if "kubepods" in _read(root / "proc/1/cgroup") or (root / "var/run/secrets/kubernetes.io").is_dir():
         return "kubernetes"
-    if "microsoft" in _read(root / "proc/version").lower():
-        return "wsl"
-    return ""
+    if (root / ".singularity.d").is_dir():
+        return "apptainer"
+    return "lxc" if "container=lxc" in _read(root / "proc/1/environ") else ""
+
+
+def _limit(number: int) -> int | None:
+    soft = resource.getrlimit(number)[0]
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
+def _device_nodes(root: Path) -> dict[str, str]:
+    """The driver's device nodes, and whether this user may open them for reading and writing."""
+    try:
+        found = [entry.name for entry in (root / "dev").iterdir()]
+    except OSError:
+        return {}
+    names = [name for name in found if name == "dxg" or (name.startswith("nvidia") and name != "nvidia-caps")]
+    return {n: "ok" if os.access(root / "dev" / n, os.R_OK | os.W_OK) else "denied" for n in sorted(names)}
+
+
+def _names(root: Path, kind: str) -> list[str]:
+    try:
+        return sorted(entry.name for entry in (root / "sys/class" / kind).iterdir())
+    except OSError:
+        return []
+
+
+def _is_named(root: Path) -> bool | None:
+    lines = _read(root / "etc/hosts").splitlines()
+    if not lines:
+        return None
+    return any(platform.node() in line.partition("#")[0].split()[1:] for line in lines)
 
 
 def _glibc() -> str:

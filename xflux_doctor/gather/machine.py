@@ -5,20 +5,26 @@ from __future__ import annotations
 import datetime
 import os
 import time
+from collections.abc import Container
 
 from xflux_doctor import __version__
 from xflux_doctor.facts import Facts
-from xflux_doctor.gather import environment, gpus, host, packages
+from xflux_doctor.gather import environment, gpus, host, interpreter, packages, toolchain
 
 
-def gather(python: str | None = None, package_names: tuple[str, ...] = ()) -> Facts:
-    """Look at the machine. `python` names the interpreter whose packages count."""
+def gather(
+    python: str | None = None, package_names: tuple[str, ...] = (), known_torch: Container[tuple[str, str]] = ()
+) -> Facts:
+    """Look at the machine. `python` names the interpreter whose packages count.
+
+    `known_torch`: pairs (version, build) whose GPU architectures the matrix knows.
+    """
     timings: dict[str, float] = {}
     unknown: dict[str, str] = {}
-    interpreter = packages.python_facts(python)
+    chosen = interpreter.python_facts(python)
 
     started = time.perf_counter()
-    installed = packages.packages(interpreter, package_names)
+    installed = packages.packages(chosen, package_names, os.environ, known_torch)
     timings["packages"] = time.perf_counter() - started
 
     started = time.perf_counter()
@@ -34,7 +40,7 @@ def gather(python: str | None = None, package_names: tuple[str, ...] = ()) -> Fa
     return Facts(
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         version=__version__,
-        python=interpreter,
+        python=chosen,
         host=host.host_facts(),
         driver=nvml.driver,
         gpus=nvml.gpus,
@@ -42,6 +48,7 @@ def gather(python: str | None = None, package_names: tuple[str, ...] = ()) -> Fa
         environment=environment.environment_facts(os.environ),
         hub_token=environment.has_hub_token(os.environ),
         default_accelerate_config=str(default_config) if default_config else "",
+        toolchain=toolchain.toolchain_facts(os.environ, chosen),
         unknown=unknown,
         timings=timings,
     )
