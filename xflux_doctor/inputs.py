@@ -15,6 +15,7 @@ from xflux_doctor.check import Case
 from xflux_doctor.errors import DoctorError, UsageError
 from xflux_doctor.facts import SCHEMA, Facts, from_json
 from xflux_doctor.gather.machine import gather
+from xflux_doctor.gather.ports import listeners
 from xflux_doctor.matrix import Matrix
 from xflux_doctor.probes.level import probe
 
@@ -41,7 +42,7 @@ class Inputs:
 def build(inputs: Inputs, matrix: Matrix) -> Case:
     """The case before any probe: everything here is quick and starts no child."""
     names = tuple(dict.fromkeys(name for stack in matrix.stacks for name in stack.packages))
-    facts = _recorded(inputs.facts) if inputs.facts else gather(inputs.python, names)
+    facts = _recorded(inputs.facts) if inputs.facts else gather(inputs.python, names, _torch_builds(matrix))
     job = job_files.read(
         inputs.config,
         inputs.accelerate_config,
@@ -51,8 +52,16 @@ def build(inputs: Inputs, matrix: Matrix) -> Case:
         gpu_limit=int(inputs.gpu_limit * GIB) if inputs.gpu_limit else None,
         offline=inputs.offline,
     )
+    if not inputs.facts:
+        facts = msgspec.structs.replace(facts, listeners=listeners({job.main_process_port}))
     chosen, because = _stack(inputs, matrix, facts, job.use_cpu)
     return Case(facts, job, matrix, chosen, because, frozenset(inputs.accept))
+
+
+def _torch_builds(matrix: Matrix) -> frozenset[tuple[str, str]]:
+    """The torch wheels whose GPU architectures the matrix knows."""
+    pins = [stack.packages["torch"] for stack in matrix.stacks if stack.gpu_archs and "torch" in stack.packages]
+    return frozenset((pin.version, pin.build) for pin in pins)
 
 
 def _stack(inputs: Inputs, matrix: Matrix, facts: Facts, cpu: bool) -> tuple[matrices.Stack | None, str]:

@@ -89,6 +89,26 @@ class Job:
         return None if value is None else str(value).strip()
 
     @property
+    def main_process_port(self) -> int:
+        """Where the ranks meet; 0 lets the launcher choose. Source: accelerate's `--main_process_port`."""
+        return _whole(self.get("main_process_port"), 29500)
+
+    @property
+    def compiled_ops(self) -> tuple[str, ...]:
+        """Operators that DeepSpeed compiles on first use for this job.
+
+        accelerate takes DeepSpeedCPUAdam where the optimizer is offloaded (0.30.1 and 1.15.0, accelerator.py,
+        `_prepare_deepspeed`); NVMe offload needs async_io as well.
+        """
+        if not self.deepspeed:
+            return ()
+        section = self.section("deepspeed_config")
+        devices = {str(section.get(f"offload_{what}_device", "none")).lower() for what in ("optimizer", "param")}
+        optimizer = str(section.get("offload_optimizer_device", "none")).lower()
+        adam = ("cpu_adam",) if optimizer in ("cpu", "nvme") else ()
+        return (*adam, "async_io") if "nvme" in devices else adam
+
+    @property
     def deepspeed(self) -> bool:
         return self.distributed_type == "DEEPSPEED"
 
