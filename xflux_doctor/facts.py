@@ -117,6 +117,8 @@ class Package(msgspec.Struct, frozen=True):
     """As the metadata calls it: the public index's torch says `2.4.0`."""
     build: str = ""
     """For torch and torchvision: the build that `version.py` names, for example `cu121` or `cpu`."""
+    module_version: str = ""
+    """For torch and torchvision: the version that `version.py` names, without the build."""
     location: str = ""
     copies: int = 1
     """How many dist-info folders of this name are on the path; more than one is a shadowed install."""

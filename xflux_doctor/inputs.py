@@ -53,7 +53,8 @@ def build(inputs: Inputs, matrix: Matrix) -> Case:
         offline=inputs.offline,
     )
     if not inputs.facts:
-        facts = msgspec.structs.replace(facts, listeners=listeners({job.main_process_port}))
+        ports = range(job.main_process_port, job.main_process_port + 16)
+        facts = msgspec.structs.replace(facts, listeners=listeners(ports))
     chosen, because = _stack(inputs, matrix, facts, job.use_cpu)
     return Case(facts, job, matrix, chosen, because, frozenset(inputs.accept))
 

@@ -16,6 +16,8 @@ from xflux_doctor.visible import parse, selected
 
 _WRAPS = Version("0.33.0")
 """First accelerate whose ranks take device `rank % device_count` (huggingface/accelerate#2916)."""
+_STANDALONE = Version("1.8.0")
+"""First accelerate that looks for a free port by itself, on one machine."""
 _ACCUMULATION = ("deepspeed_config", "gradient_accumulation_steps")
 
 
@@ -236,3 +238,33 @@ def strategy_done(case: Case) -> Iterator[Finding]:
             "It stops before its first step.",
             "Set distributed_type to MULTI_GPU, or to DEEPSPEED with zero_stage 2.",
         )
+
+
+@check("LA112", "the port where the ranks meet is free", needs=("listeners", "accelerate"))
+def port_free(case: Case) -> Iterator[Finding]:
+    """accelerate before 1.8 stops when its port is taken; often by a left-over rank of the run before.
+
+    Source: huggingface/accelerate@33967d47:src/accelerate/utils/launch.py (#3576).
+    """
+    assert case.facts.listeners is not None
+    if case.job.num_processes <= 1:
+        raise SkipCheck("one process needs no meeting place")
+    port = case.job.main_process_port
+    holder = next((item for item in case.facts.listeners if item.port == port), None)
+    version = installed(case, "accelerate")
+    if holder is None or port == 0 or (version is not None and version >= _STANDALONE and case.job.num_machines <= 1):
+        return
+    taken = {item.port for item in case.facts.listeners}
+    free = next(number for number in range(port + 1, port + 16) if number not in taken)
+    who, commands = "another user's process or one outside this container", tuple[str, ...]()
+    if holder.pid is not None:
+        age = f", {holder.seconds / 3600:.1f} h old" if holder.seconds is not None else ""
+        who, commands = f"process {holder.pid} ({holder.name}{age})", (f"ps -fp {holder.pid}", f"kill {holder.pid}")
+    yield error(
+        f"Port {port} is in use by {who}.",
+        f"'ConnectionError: Tried to launch distributed communication on port `{port}`, but another process is "
+        "utilizing it'.",
+        "If it is left over from a run of yours, end it (the doctor never does); or take another port.",
+        edits=(Edit("accelerate", ("main_process_port",), free, f"port {port} is taken"),),
+        commands=commands,
+    )

@@ -91,13 +91,15 @@ def _package(name: str, copies: list[_Copy], conda: Mapping[str, str], known: Co
     version, folder, info, origin = copies[0]
     module = _MODULES.get(name, name.replace("-", "_"))
     there = not module or (folder / module).exists() or (folder / f"{module}.py").exists()
-    build = _build(folder / name / "version.py") if name in ("torch", "torchvision", "torchaudio") else ""
+    of_torch = name in ("torch", "torchvision", "torchaudio")
+    says, build = _version_file(folder / name / "version.py") if of_torch else ("", "")
     looked_for = name == "torch" and build not in ("", "cpu") and (version.partition("+")[0], build) not in known
     linked = metadata.editable(folder, info, name)
     return Package(
         name=name,
         version=version,
         build=build,
+        module_version=says,
         location=str(folder),
         copies=len({(copy.version, copy.folder) for copy in copies}),
         files=there or name not in _CHECKED or linked,
@@ -111,16 +113,16 @@ def _package(name: str, copies: list[_Copy], conda: Mapping[str, str], known: Co
     )
 
 
-def _build(path: Path) -> str:
-    """`cu121` or `cpu`, from the text of torch/version.py; empty when it does not say."""
+def _version_file(path: Path) -> tuple[str, str]:
+    """Version and build (`cu121`, `cpu`) from the text of torch/version.py; empty where it does not say."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return ""
-    version = _VERSION.search(text)
-    if version and "+" in version[1]:
-        return version[1].split("+", 1)[1]
-    cuda = _CUDA.search(text)
-    if cuda is None:
-        return ""
-    return f"cu{cuda[1].replace('.', '')}" if cuda[1] else "cpu"
+        return "", ""
+    match = _VERSION.search(text)
+    version, _, build = match[1].partition("+") if match else ("", "", "")
+    if not build:
+        cuda = _CUDA.search(text)
+        if cuda is not None:
+            build = f"cu{cuda[1].replace('.', '')}" if cuda[1] else "cpu"
+    return version, build

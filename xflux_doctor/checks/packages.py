@@ -1,0 +1,201 @@
+"""SW108 to SW115: whether the installed packages are whole, in their place, and what they say of each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion, Version
+
+from xflux_doctor.check import Case, SkipCheck, check
+from xflux_doctor.checks.software import broken, role_needed, versions
+from xflux_doctor.facts import Package
+from xflux_doctor.finding import Finding, error, warning
+
+_INSTALL = "xflux-doctor fix --install"
+_LINKED = ("nvidia-", "triton")
+"""Names of the wheels that torch's own libraries are linked to."""
+
+
+def _declared(case: Case, package: Package) -> Iterator[Requirement]:
+    """The requirements of a package that hold in the interpreter under test; odd lines are left out."""
+    environment: dict[str, str] = {"extra": ""}
+    if case.facts.python:
+        version = case.facts.python.version
+        environment |= {"python_version": ".".join(version.split(".")[:2]), "python_full_version": version}
+    for line in package.requires:
+        try:
+            requirement = Requirement(line)
+        except InvalidRequirement:
+            continue
+        if requirement.marker is None or requirement.marker.evaluate(environment):
+            yield requirement
+
+
+def _outside(requirement: Requirement, package: Package) -> bool:
+    try:
+        return not requirement.specifier.contains(Version(package.version).public, prereleases=True)
+    except InvalidVersion:
+        return False  # SW103 speaks of such versions
+
+
+def _needed(case: Case, name: str) -> bool:
+    """Whether this job imports the package."""
+    pin = case.stack.packages.get(name) if case.stack else None
+    return pin is not None and role_needed(case, pin)
+
+
+@check("SW108", "the libraries beside torch are those it was built with", needs=("packages",))
+def linked_wheels(case: Case) -> Iterator[Finding]:
+    """torch's wheel names the nvidia-* and triton wheels that it is linked to, each by its exact version (METADATA)."""
+    packages = case.facts.packages or {}
+    torch = packages.get("torch")
+    if torch is None or not torch.requires:
+        raise SkipCheck("torch is not installed, or declares nothing")
+    for wanted in _declared(case, torch):
+        name = canonicalize_name(wanted.name)
+        if not name.startswith(_LINKED):
+            continue
+        found = packages.get(name)
+        if found is None:
+            yield error(
+                f"torch {torch.version} is linked to {wanted.name} {wanted.specifier}, which is not installed.",
+                "`import torch` fails: '… cannot open shared object file', unless the system has the same library.",
+                f"Run `{_INSTALL}`.",
+            )
+        elif _outside(wanted, found):
+            yield _other_wheel(torch, wanted, found)
+
+
+def _other_wheel(torch: Package, wanted: Requirement, found: Package) -> Finding:
+    """An older NCCL lacks functions, another major release has another file name; the rest is only untested."""
+    pin = Version(next(iter(wanted.specifier)).version.removesuffix(".*"))
+    have = Version(found.version)
+    seen = f"{found.name} is {found.version}; torch {torch.version} was built with {wanted.specifier}."
+    if have.major != pin.major:
+        because = "`import torch` does not find the library: its file name carries the major release."
+        return error(seen, because, f"Run `{_INSTALL}`.")
+    if "nccl" in found.name and have < pin:
+        because = "`import torch` fails where the older NCCL lacks a function: 'undefined symbol: nccl…'."
+        return error(seen, because, f"Run `{_INSTALL}`.")
+    return warning(seen, "The pair was never tested by torch's releases.", f"Run `{_INSTALL}`.")
+
+
+@check("SW109", "what the packages declare holds", needs=("packages",))
+def declared(case: Case) -> Iterator[Finding]:
+    """Every Requires-Dist of the installed packages, as `pip check` reads them; known breakages are SW105's."""
+    packages = case.facts.packages or {}
+    told = {rule.what for rule in case.matrix.rules if broken(rule, versions(case))}
+    for package in packages.values():
+        make = error if _needed(case, package.name) else warning
+        for wanted in _declared(case, package):
+            name = canonicalize_name(wanted.name)
+            found = packages.get(name)
+            if package.name == "torch" and name.startswith(_LINKED):
+                continue  # SW108
+            if found is None and package.location:
+                yield make(
+                    f"{package.name} {package.version} requires {wanted.name}, which is not installed.",
+                    "Its import fails: 'No module named …'.",
+                    f"Run `{_INSTALL}`.",
+                )
+            elif found is not None and name not in told and _outside(wanted, found):
+                yield warning(
+                    f"{package.name} {package.version} declares {wanted.name}{wanted.specifier}; {found.version} is "
+                    "installed.",
+                    "It may fail where it uses what changed, and the next `pip install` may move either of them.",
+                    f"Run `{_INSTALL}`.",
+                )
+
+
+@check("SW110", "no package has lost files", needs=("packages",))
+def whole(case: Case) -> Iterator[Finding]:
+    """Libraries and first modules against RECORD: a broken download, a full disk, two packages in one folder."""
+    for package in (case.facts.packages or {}).values():
+        if package.damaged and package.files:
+            make = error if _needed(case, package.name) or package.name.startswith(_LINKED) else warning
+            more = f" and {len(package.damaged) - 1} more" if len(package.damaged) > 1 else ""
+            yield make(
+                f"{package.damaged[0]}{more} of {package.name} {package.version} is missing or has another size than "
+                "its RECORD says.",
+                "An install that broke off, or another package that wrote over it: the import fails or crashes.",
+                "Install it again over what is there.",
+                commands=(f"pip install --force-reinstall --no-deps {package.name}=={package.version}",),
+            )
+
+
+@check("SW111", "the packages come from the interpreter's own folder", needs=("packages", "python"))
+def own_folder(case: Case) -> Iterator[Finding]:
+    """PYTHONPATH and ~/.local come before the interpreter's own packages (CPython, Lib/site.py)."""
+    assert case.facts.python
+    places = {"path": "PYTHONPATH", "user": "the user's folder"}
+    for origin, place in places.items():
+        names = [p.name for p in (case.facts.packages or {}).values() if p.origin == origin and _needed(case, p.name)]
+        if names:
+            folder = next(p.location for p in (case.facts.packages or {}).values() if p.name == names[0])
+            yield warning(
+                f"{', '.join(names[:6])}{' …' if len(names) > 6 else ''} of {case.facts.python.executable} come from "
+                f"{place} ({folder}).",
+                "Other interpreters of this user or shell import them too, and pip upgrades another copy.",
+                "Unset PYTHONPATH for the run." if origin == "path" else "Use a venv, or set PYTHONNOUSERSITE=1.",
+            )
+
+
+@check("SW112", "pip and conda agree on what is installed", needs=("packages", "python"))
+def conda(case: Case) -> Iterator[Finding]:
+    """pip over a package of conda: conda's next change breaks it (docs.conda.io, Using pip in a conda environment)."""
+    assert case.facts.python
+    if not case.facts.python.conda:
+        raise SkipCheck("this is no conda environment")
+    for package in (case.facts.packages or {}).values():
+        if package.conda and (package.installer != "conda" or package.conda != package.version.partition("+")[0]):
+            yield warning(
+                f"conda installed {package.name} {package.conda}; {package.installer or 'pip'} put {package.version} "
+                "over it.",
+                "Files of both lie in one folder, and conda's next change brings its own back.",
+                "Remove both and install one, in a fresh environment if you can.",
+                commands=(f"pip uninstall -y {package.name}", f"conda remove --force {package.name}"),
+            )
+
+
+@check("SW113", "no package of the stack is a link to sources", needs=("packages", "stack"))
+def no_editable(case: Case) -> Iterator[Finding]:
+    """The version of an editable install says when it was linked, not what its folder holds now (PEP 660)."""
+    assert case.stack
+    for name in case.stack.packages:
+        package = (case.facts.packages or {}).get(name)
+        if package is not None and package.editable:
+            yield warning(
+                f"{name} {package.version} is an editable install.",
+                "What it holds may be any version: the pin does not vouch for it.",
+                f"For a tested pair run `{_INSTALL}`.",
+            )
+
+
+@check("SW114", "Python has the lock that the wheels are built for", needs=("python",))
+def with_gil(case: Case) -> Iterator[Finding]:
+    """Free-threaded builds take wheels tagged cp313t or cp314t, which most of the stack does not have (PEP 703)."""
+    assert case.facts.python
+    if case.facts.python.free_threaded:
+        yield error(
+            f"{case.facts.python.executable} is a free-threaded build of Python {case.facts.python.version}.",
+            "deepspeed, sentencepiece and others have no wheel for it.",
+            "Make a venv with the usual build of Python.",
+        )
+
+
+@check("SW115", "torch's files are of the version that its metadata names", needs=("packages",))
+def one_version(case: Case) -> Iterator[Finding]:
+    """torch/version.py against the dist-info folder: an upgrade that broke off leaves a mixture."""
+    for name in ("torch", "torchvision"):
+        package = (case.facts.packages or {}).get(name)
+        if package is None or not package.module_version:
+            continue
+        if package.module_version != package.version.partition("+")[0]:
+            yield error(
+                f"{name}'s metadata says {package.version} and its version.py {package.module_version}.",
+                "Files of two releases lie in one folder: the import crashes or finds wrong symbols.",
+                "Install it again over what is there.",
+                commands=(f"pip install --force-reinstall --no-deps {name}=={package.version}",),
+            )
