@@ -117,8 +117,6 @@ class Package(msgspec.Struct, frozen=True):
     """As the metadata calls it: the public index's torch says `2.4.0`."""
     build: str = ""
     """For torch and torchvision: the build that `version.py` names, for example `cu121` or `cpu`."""
-    module_version: str = ""
-    """For torch and torchvision: the version that `version.py` names, without the build."""
     location: str = ""
     copies: int = 1
     """How many dist-info folders of this name are on the path; more than one is a shadowed install."""
@@ -135,6 +133,8 @@ class Package(msgspec.Struct, frozen=True):
     """The version that conda's own records name, in a conda environment."""
     damaged: tuple[str, ...] = ()
     """Files of its RECORD that are missing or have another size; only libraries and the first modules are looked at."""
+    module_version: str = ""
+    """For torch and torchvision: the version that `version.py` names, without the build."""
     archs: tuple[str, ...] = ()
     """For torch: the GPU architectures that its library names, for example sm_90."""
 
