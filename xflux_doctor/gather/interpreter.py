@@ -81,8 +81,11 @@ def site_folders(python: PythonFacts, environ: Mapping[str, str]) -> list[tuple[
         folders += own + user + below
     else:
         folders += own
-    found = [(f, o) for folder, origin in folders for f, o in [(folder, origin), *_linked(folder, origin)]]
-    return [(folder, origin) for folder, origin in dict(found).items() if folder.is_dir()]
+    found: dict[Path, str] = {}
+    for folder, origin in folders:
+        for place in (folder, *_linked(folder, origin)):
+            found.setdefault(place, origin)
+    return [(folder, origin) for folder, origin in found.items() if folder.is_dir()]
 
 
 def _origin(entry: Path, python: PythonFacts, named: list[Path]) -> str:
@@ -101,17 +104,17 @@ def _site_packages(prefix: Path, minor: str) -> list[Path]:
     return [*folders, prefix / "lib/python3/dist-packages"]
 
 
-def _linked(folder: Path, origin: str) -> list[tuple[Path, str]]:
+def _linked(folder: Path, origin: str) -> list[Path]:
     """Folders that a .pth file of a site folder adds; its lines of code are not looked at."""
     if origin == "path":
         return []  # site.py reads no .pth there
-    found = []
+    found: list[Path] = []
     for file in sorted(folder.glob("*.pth")):
         try:
             lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
         except OSError:
             continue
-        found += [(folder / line.strip(), origin) for line in lines if line.strip().startswith("/")]
+        found += [Path(line.strip()) for line in lines if line.strip().startswith("/")]
     return found
 
 
