@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import XFLUX_ACCELERATE, job, machine
 
+from xflux_doctor.checks import ALL
 from xflux_doctor.facts import Facts, PythonFacts
 from xflux_doctor.matrix import Matrix
 from xflux_doctor.probes import level
@@ -75,6 +77,24 @@ def test_broken_torch_is_a_fact(matrix: Matrix, tmp_path: Path, kind: str, words
     assert time.monotonic() - started < 6
     assert after.torch is None and words in after.unknown["torch"]
     assert after.unknown["allreduce"] == "torch could not be imported"
+    assert_gone(str(tmp_path))
+
+
+@pytest.mark.parametrize(("kind", "words"), [
+    ("raises", "ImportError: libcudnn.so.9"), ("segfaults", "SIGSEGV"), ("hangs", "did not end within"),
+])  # fmt: skip
+def test_check_with_a_broken_torch_reports_everything_else(tmp_path: Path, kind: str, words: str) -> None:
+    """Through the command line: SW106 names it, all other checks have their verdict, the deadline holds."""
+    argv = [sys.executable, "-m", "xflux_doctor.cli", "check", "--cpu", "--timeout", "5", "--format", "json"]
+    started = time.monotonic()
+    done = subprocess.run(argv, env=stub(tmp_path, kind), cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert time.monotonic() - started < 5 + 3
+    assert done.returncode == 1, done.stderr
+    results = {item["check"]: item for item in json.loads(done.stdout)["results"]}
+    assert set(results) == {item.code for item in ALL}
+    assert words in results["SW106"]["findings"][0]["seen"]
+    assert [code for code, item in results.items() if item["status"] == "crashed"] == []
+    assert sum(item["status"] == "ok" for item in results.values()) > 10
     assert_gone(str(tmp_path))
 
 

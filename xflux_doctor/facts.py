@@ -149,6 +149,7 @@ class PythonFacts(msgspec.Struct, frozen=True):
     conda: bool = False
     """Whether the prefix is a conda environment."""
     free_threaded: bool = False
+    venv: bool = False
 
 
 class Toolchain(msgspec.Struct, frozen=True):

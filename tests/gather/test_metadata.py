@@ -107,6 +107,9 @@ def test_a_venv_sees_the_system_only_when_it_is_told_to(tmp_path: Path) -> None:
     assert packages(python_facts(python), (), {}) == {}
     (tmp_path / "venv/pyvenv.cfg").write_text(config + "true\n")
     assert packages(python_facts(python), (), {})["torch"].origin == "system"
+    wheel(tmp_path / "venv/lib/python3.12/site-packages", "torch", "2.5.0")
+    torch = packages(python_facts(python), (), {})["torch"]
+    assert (torch.origin, torch.version, torch.copies) == ("site", "2.5.0", 1)
 
 
 def test_conda(tmp_path: Path) -> None:

@@ -204,6 +204,12 @@ def install(inputs: Inputs, *, yes: bool) -> int:
             f"{python.executable} is managed by the operating system (EXTERNALLY-MANAGED).",
             "Make a venv (`python3 -m venv venv`) and name its Python by --python.",
         )
+    if "pip" not in (case.facts.packages or {}):
+        raise DoctorError(
+            f"{python.executable} has no pip.", f"Run `{python.executable} -m ensurepip`, then try again."
+        )
+    if not python.venv and not python.conda:
+        click.echo(f"! {python.executable} is no venv: other programs of {python.prefix} will use these packages too.")
     with tempfile.TemporaryDirectory(prefix="xflux-doctor-") as folder:
         commands = pip_commands(case.stack, python.executable, Path(folder), broken(case))
         click.echo(f"Stack {case.stack.name} ({case.stack_because}) into {python.prefix}:")

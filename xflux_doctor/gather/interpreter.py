@@ -20,9 +20,8 @@ def python_facts(executable: str | None = None) -> PythonFacts:
         marker = Path(sysconfig.get_path("stdlib")) / "EXTERNALLY-MANAGED"
         managed = sys.prefix == sys.base_prefix and marker.exists()
         threaded = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
-        return PythonFacts(
-            sys.executable, sys.version.split()[0], sys.prefix, managed, _is_conda(Path(sys.prefix)), threaded
-        )
+        number, inside = sys.version.split()[0], sys.prefix != sys.base_prefix
+        return PythonFacts(sys.executable, number, sys.prefix, managed, _is_conda(Path(sys.prefix)), threaded, inside)
     path = Path(executable)
     if path.is_file() and not (re.match(r"(python|pypy)", path.name) and os.access(path, os.X_OK)):
         raise UsageError(f"{executable} is no Python that can be started.", "Name its bin/python.")
@@ -42,7 +41,9 @@ def python_facts(executable: str | None = None) -> PythonFacts:
     managed = not (prefix / "pyvenv.cfg").exists() and any(prefix.glob("lib/python3*/EXTERNALLY-MANAGED"))
     threaded = re.search(r"python3\.\d+t$", str(path.resolve())) is not None
     number = ".".join(version.split(".")[:3])
-    return PythonFacts(str(path.absolute()), number, str(prefix), managed, _is_conda(prefix), threaded)
+    return PythonFacts(
+        str(path.absolute()), number, str(prefix), managed, _is_conda(prefix), threaded, bool(_pyvenv(prefix))
+    )
 
 
 def _is_conda(prefix: Path) -> bool:

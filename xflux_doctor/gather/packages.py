@@ -18,7 +18,7 @@ from xflux_doctor.gather.interpreter import site_folders
 OF_INTEREST = frozenset(
     "torch torchvision torchaudio triton deepspeed accelerate transformers tokenizers huggingface-hub diffusers "
     "peft optimum-quanto safetensors numpy pydantic setuptools sentencepiece protobuf pillow tensorboard wandb "
-    "bitsandbytes torchao xformers flash-attn flash-attn-4 ninja nvidia-ml-py pynvml xflux-doctor "
+    "bitsandbytes torchao xformers flash-attn flash-attn-4 ninja nvidia-ml-py pynvml pip xflux-doctor "
     "nvidia-nccl-cu12 nvidia-nccl-cu13 nvidia-cudnn-cu12 nvidia-cudnn-cu13".split()
 )
 _MODULES = {
@@ -101,7 +101,8 @@ def _package(name: str, copies: list[_Copy], conda: Mapping[str, str], known: Co
         build=build,
         module_version=says,
         location=str(folder),
-        copies=len({(copy.version, copy.folder) for copy in copies}),
+        # a venv's own copy over the system's is what such venvs are made for
+        copies=len({(c.version, c.folder) for c in copies if c.origin == origin or c.origin != "system"}),
         files=there or name not in _CHECKED or linked,
         requires=metadata.requires(info),
         editable=linked,
