@@ -62,7 +62,7 @@ def test_checks_are_well_formed() -> None:
     codes = [item.code for item in ALL]
     assert len(codes) == len(set(codes))
     for item in ALL:
-        assert re.fullmatch(r"(HW|SW|LA|ME|DA|WE|NE)\d{3}", item.code)
+        assert re.fullmatch(r"(SW|TC|HO|HW|EN|LA|ME|DA|ST|WE|XF|NE)\d{3}", item.code)
         assert item.help and item.help.endswith(".") and item.title == item.title.strip()
         known = (*Facts.__struct_fields__, "train", "accelerate", "stack")
         assert all(need in known for need in item.needs)

@@ -12,7 +12,7 @@ from conftest import ROOT
 
 # Floors from the ground up; inside a floor, a module may import those listed before it.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "files", "facts", "finding", "matrix", "accelerate_keys", "visible", "job"),
+    ("errors", "files", "facts", "finding", "matrix", "pins", "accelerate_keys", "visible", "job"),
     (
         "gather.environment", "gather.host", "gather.metadata", "gather.interpreter", "gather.packages",
         "gather.gpus", "gather.toolchain", "gather.ports", "gather.machine",

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
+from xflux_doctor import pins as pins_of
 from xflux_doctor.check import Case, SkipCheck, check
 from xflux_doctor.facts import Package
 from xflux_doctor.finding import Finding, error, warning
@@ -46,7 +47,7 @@ def pins(case: Case) -> Iterator[Finding]:
     judged = {name: pin for name, pin in case.stack.packages.items() if not pin.install_only}
     missing = [n for n, pin in judged.items() if n not in case.facts.packages and role_needed(case, pin)]
     if missing:
-        names = ", ".join(f"{name} {wanted(judged[name])}" for name in missing)
+        names = ", ".join(f"{name} {pins_of.wanted(judged[name])}" for name in missing)
         yield error(f"Missing of stack {case.stack.name}: {names}.", "The job cannot start.", f"Run `{_INSTALL}`.")
     for name, pin in judged.items():
         if name in case.facts.packages:
@@ -63,33 +64,24 @@ def role_needed(case: Case, pin: Pin) -> bool:
     return pin.role == "core"
 
 
-def wanted(pin: Pin) -> str:
-    """The pin as torch/version.py would put it: version and build."""
-    return f"{pin.version}+{pin.build}" if pin.build else pin.version
-
-
 def judge(name: str, pin: Pin, package: Package, needed: bool, *, cpu: bool = False) -> Finding | None:
     """Hold one installed package against its pin: an error where this job needs it, else a warning."""
     make = error if needed else warning
-    try:
-        version = Version(package.version)
-    except InvalidVersion:
+    word = pins_of.judge(pin, package)
+    if word == "unreadable":
         return make(f"{name} calls its version {package.version!r}.", "It cannot be judged.", f"Run `{_INSTALL}`.")
     if not package.files:
         seen = f"{name} {package.version} has metadata in {package.location} and no module beside it."
         return make(seen, "A half-removed install: its import fails.", f"Run `{_INSTALL}`.")
-    if not pin.allows(version):
-        order = "old" if Version(version.public) < Version(pin.version) else "new"
-        span = f"{wanted(pin)}, or {pin.accepts}" if pin.accepts else wanted(pin)
-        because = f"It is too {order}: only {span} was tested in this stack."
-        return make(f"{name} is {package.version}; the stack has {wanted(pin)}.", because, f"Run `{_INSTALL}`.")
-    return _judge_build(name, pin, package, cpu)
+    if word in ("too old", "too new"):
+        span = f"{pins_of.wanted(pin)}, or {pin.accepts}" if pin.accepts else pins_of.wanted(pin)
+        because = f"It is {word}: only {span} was tested in this stack."
+        return make(f"{name} is {package.version}; the stack has {pins_of.wanted(pin)}.", because, f"Run `{_INSTALL}`.")
+    return _wrong_build(name, pin, package, cpu) if word == "wrong build" else None
 
 
-def _judge_build(name: str, pin: Pin, package: Package, cpu: bool) -> Finding | None:
-    if not pin.build or not package.build or package.build == pin.build:
-        return None
-    seen = f"{name} {package.version} is the {package.build} build; the stack has {wanted(pin)}."
+def _wrong_build(name: str, pin: Pin, package: Package, cpu: bool) -> Finding:
+    seen = f"{name} {package.version} is the {package.build} build; the stack has {pins_of.wanted(pin)}."
     if package.build == "cpu" and not cpu:
         return error(seen, "A CPU build cannot use a GPU.", f"Run `{_INSTALL}`.")
     if pin.build == "cpu":

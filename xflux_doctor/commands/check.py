@@ -14,6 +14,7 @@ from xflux_doctor.errors import UsageError
 from xflux_doctor.files import write_atomic
 from xflux_doctor.gather.machine import gather
 from xflux_doctor.inputs import Inputs, build, probed
+from xflux_doctor.pins import table
 from xflux_doctor.report import jsonreport, text
 from xflux_doctor.report.summary import Summary
 
@@ -38,7 +39,8 @@ def run(inputs: Inputs, *, form: str, output: str | None, strict: bool, verbose:
 def summarize(case: Case, *, strict: bool = False) -> Summary:
     """Run every check on the case."""
     stack = case.stack.name if case.stack else None
-    return Summary(examine(case, ALL), case.facts, stack, case.stack_because, strict)
+    rows = table(case.stack, case.facts.packages)
+    return Summary(examine(case, ALL), case.facts, stack, case.stack_because, strict, packages=rows)
 
 
 def show_facts(python: str | None) -> int:

@@ -31,6 +31,10 @@ def document(summary: Summary) -> dict[str, Any]:
         "version": summary.version,
         "exit_code": summary.exit_code,
         "stack": summary.stack,
+        "packages": [
+            {"name": name, "installed": installed, "wanted": wanted, "verdict": word}
+            for name, installed, wanted, word in summary.packages
+        ],
         "summary": summary.counts,
         "results": results,
         "facts": msgspec.to_builtins(summary.facts),

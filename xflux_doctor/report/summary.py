@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from xflux_doctor import __version__
 from xflux_doctor.facts import Facts
 from xflux_doctor.finding import Verdict
+from xflux_doctor.pins import Word
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,8 @@ class Summary:
     because: str = ""
     strict: bool = False
     version: str = __version__
+    packages: tuple[tuple[str, str, str, Word], ...] = ()
+    """Rows (name, installed, wanted, word) of the stack's packages."""
 
     @property
     def counts(self) -> dict[str, int]:

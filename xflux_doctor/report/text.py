@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import click
 
 from xflux_doctor.finding import Change, Edit, Finding, Remove, Status, Verdict
+from xflux_doctor.pins import GOOD
 from xflux_doctor.report.summary import Summary
 
 _MARKS: dict[Status, tuple[str, str]] = {
@@ -23,7 +24,11 @@ _WIDTH = 100
 def render(summary: Summary, *, verbose: bool = False) -> str:
     """All findings; with `verbose` also what passed, what was skipped and why, with times."""
     shown = [v for v in summary.verdicts if verbose or v.status not in ("ok", "skipped")]
-    blocks = [[_stack_line(summary)], [line for v in shown for line in _verdict(v, verbose)]]
+    blocks = [
+        [_stack_line(summary)],
+        _packages(summary) if verbose else [],
+        [line for v in shown for line in _verdict(v, verbose)],
+    ]
     blocks.append([_last_line(summary, verbose)])
     return "\n\n".join("\n".join(block) for block in blocks if block) + "\n"
 
@@ -32,6 +37,15 @@ def _stack_line(summary: Summary) -> str:
     if summary.stack:
         return f"xflux-doctor {summary.version}: stack {summary.stack} ({summary.because})"
     return f"xflux-doctor {summary.version}"
+
+
+def _packages(summary: Summary) -> list[str]:
+    """The stack's packages, one a line: name, installed, verdict, and the pin where it differs."""
+    lines = []
+    for name, installed, wanted, word in summary.packages:
+        pin = "" if word == "exact" else f", the stack has {wanted}"
+        lines.append(click.style(f"  {name:<16} {installed or '-':<16} {word}{pin}", dim=word in GOOD))
+    return lines
 
 
 def _verdict(verdict: Verdict, verbose: bool) -> Iterator[str]:
