@@ -29,6 +29,8 @@ def all_reduce(case: Case) -> Iterator[Finding]:
     hint = "Run again with NCCL_DEBUG=INFO for NCCL's own account."
     if result.backend == "gloo":
         hint = "Check that this host's name resolves, and that GLOO_SOCKET_IFNAME, if set, names a live interface."
+        if case.facts.host is not None and case.facts.host.named is False:
+            hint = f"This host's own name is not in /etc/hosts, which gloo looks up: add it there. {hint}"
     elif silent:
         hint += " If ranks hang, NCCL_P2P_DISABLE=1 tells whether the link between the cards is the cause."
     yield error(
