@@ -9,7 +9,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
 from xflux_doctor.check import Case, SkipCheck, check
-from xflux_doctor.checks.software import broken, role_needed, versions
+from xflux_doctor.checks.rules import broken, versions
+from xflux_doctor.checks.software import role_needed
 from xflux_doctor.facts import Package
 from xflux_doctor.finding import Finding, error, warning
 
