@@ -120,7 +120,19 @@ def test_pip_is_forced_where_it_would_be_content(matrix: Matrix, tmp_path: Path)
     found["peft"] = msgspec.structs.replace(found["peft"], files=False)
     subject = case(matrix, machine(matrix, packages=found), job(), "xflux-2024")
     anew = fix.broken(subject)
-    assert anew == {"torch", "peft"}
+    assert anew == {"torch": "2.4.0", "peft": "0.13.2"}
     shown = [line for _, line in fix.pip_commands(matrix.stack("xflux-2024"), "python", tmp_path, anew)]
     assert len(shown) == 3 and all("--force-reinstall" in line and "--no-deps" in line for line in shown[:2])
     assert "--force-reinstall" not in shown[2]
+
+
+def test_torn_files_are_installed_again(matrix: Matrix, tmp_path: Path) -> None:
+    """pip is content with metadata; a library that the stack does not name comes back at its own version."""
+    found = packages(matrix, "xflux-2024", nvidia_nccl_cu12="2.20.5")
+    found["nvidia-nccl-cu12"] = msgspec.structs.replace(found["nvidia-nccl-cu12"], damaged=("nvidia/nccl/lib/x.so.2",))
+    found["torch"] = msgspec.structs.replace(found["torch"], module_version="2.3.1")
+    subject = case(matrix, machine(matrix, packages=found), job(), "xflux-2024")
+    anew = fix.broken(subject)
+    assert anew == {"torch": "2.4.0", "nvidia-nccl-cu12": "2.20.5"}
+    shown = [line for _, line in fix.pip_commands(matrix.stack("xflux-2024"), "python", tmp_path, anew)]
+    assert any(line.endswith("--no-deps --force-reinstall nvidia-nccl-cu12==2.20.5") for line in shown)

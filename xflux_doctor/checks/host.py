@@ -102,7 +102,7 @@ def open_files(case: Case) -> Iterator[Finding]:
     assert host
     limit = host.limits.get("nofile")
     workers = case.job.train.num_workers if case.job.train else 0
-    wanted = 256 + 64 * case.job.num_processes + 64 * workers
+    wanted = 256 + 32 * case.job.num_processes + 32 * workers
     if "nofile" in host.limits and limit is not None and limit < wanted:
         yield warning(
             f"A process may open {limit} files; {case.job.num_processes} ranks with {workers} loader workers each want "

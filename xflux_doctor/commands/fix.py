@@ -5,13 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import click
 
 from xflux_doctor import matrix as matrices
-from xflux_doctor import repair, yamltext
+from xflux_doctor import pins, repair, yamltext
 from xflux_doctor.check import Case, examine
 from xflux_doctor.checks import ALL
 from xflux_doctor.checks.words import devices
@@ -229,21 +231,25 @@ def install(inputs: Inputs, *, yes: bool) -> int:
     return 1 if wrong else 0
 
 
-def broken(case: Case) -> frozenset[str]:
-    """Packages that pip takes for installed and that are not right: another build, no files, two copies."""
+def broken(case: Case) -> dict[str, str]:
+    """Packages that pip takes for installed and that are not right, each with the version that is to come.
+
+    Another build, no files, torn files, two copies, files of another release: pip would say "already satisfied".
+    """
     assert case.stack is not None
-    found = set()
-    for name, pin in case.stack.packages.items():
-        package = (case.facts.packages or {}).get(name)
-        if package is not None:
-            other_build = bool(pin.build and package.build and package.build != pin.build)
-            if other_build or not package.files or package.copies > 1:
-                found.add(name)
-    return frozenset(found)
+    found = {}
+    for name, package in (case.facts.packages or {}).items():
+        pin = case.stack.packages.get(name)
+        mixed = bool(package.module_version) and package.module_version != package.version.partition("+")[0]
+        if pin is not None and (mixed or pins.judge(pin, package) in ("broken", "wrong build", "shadowed")):
+            found[name] = pin.version
+        elif pin is None and package.damaged:
+            found[name] = package.version
+    return found
 
 
 def pip_commands(
-    stack: matrices.Stack, python: str, folder: Path, anew: frozenset[str] = frozenset()
+    stack: matrices.Stack, python: str, folder: Path, anew: Mapping[str, str] = MappingProxyType({})
 ) -> list[tuple[list[str], str]]:
     """The pip calls: first, alone, packages whose build lives on another index and those to be installed `anew`,
     then the rest from the default index.
@@ -252,11 +258,12 @@ def pip_commands(
     """
     pip = [python, "-m", "pip", "install", "--disable-pip-version-check"]
     commands: list[tuple[list[str], str]] = []
-    for name, pin in stack.packages.items():
-        elsewhere = ["--extra-index-url", pin.index] if pin.index and pin.index_required else []
+    for name in dict.fromkeys((*stack.packages, *anew)):
+        pin = stack.packages.get(name)
+        elsewhere = ["--extra-index-url", pin.index] if pin and pin.index and pin.index_required else []
         forced = ["--force-reinstall"] if name in anew else []
         if elsewhere or forced:
-            argv = [*pip, "--no-deps", *forced, *elsewhere, f"{name}=={pin.version}"]
+            argv = [*pip, "--no-deps", *forced, *elsewhere, f"{name}=={pin.version if pin else anew[name]}"]
             commands.append((argv, " ".join(argv)))
     file = folder / f"{stack.name}.txt"
     lines = [line for line in matrices.requirements(stack) if not line.startswith("--")]
