@@ -13,7 +13,10 @@ MODULE = [sys.executable, "-m", "xflux_doctor.cli", "fix", "--install", "--cpu"]
 
 def install(folder: Path, python: Path, *options: str) -> subprocess.CompletedProcess[str]:
     argv = [*MODULE, "--python", str(python), *options]
-    return subprocess.run(argv, cwd=folder, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
+    return subprocess.run(
+        argv, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL
+    )
 
 
 def test_an_interpreter_that_the_system_manages(tmp_path: Path) -> None:
@@ -44,3 +47,16 @@ def test_the_commands_are_shown_and_nothing_runs_without_an_answer(tmp_path: Pat
     assert done.returncode == 2 and "Give --yes to agree" in done.stderr
     assert f"{tmp_path}/venv/bin/python -m pip install" in done.stdout and "torch==" in done.stdout
     assert "is no venv" not in done.stdout and sorted(os.listdir(site)) == before
+
+
+def test_offline_fetches_nothing(tmp_path: Path) -> None:
+    """A folder of wheels is the only place that pip may look at."""
+    venv.create(tmp_path / "venv", with_pip=True, symlinks=True)
+    stack = "cpu" if sys.version_info >= (3, 11) else "xflux-2024"
+    refused = install(tmp_path, tmp_path / "venv/bin/python", "--stack", stack, "--offline", "--yes")
+    assert refused.returncode == 2 and "PIP_FIND_LINKS" in refused.stderr
+    argv = [*MODULE, "--python", str(tmp_path / "venv/bin/python"), "--stack", stack, "--offline", "--yes"]
+    environment = {**os.environ, "PIP_FIND_LINKS": str(tmp_path), "http_proxy": "http://127.0.0.1:9"}
+    done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "--no-index" in done.stdout and "--extra-index-url" not in done.stdout
+    assert "pip ended with 1" in done.stderr

@@ -36,6 +36,11 @@ def test_cpu_ranks_under_deepspeed_are_told_so() -> None:
     assert launch.shell.startswith("ACCELERATE_USE_CPU=true ")
 
 
+def test_offline_reaches_the_ranks() -> None:
+    work = dataclasses.replace(job(), offline=True)
+    assert build("python", work, Path("a.yaml"), Path("t.yaml"), USERS).added == {"HF_HUB_OFFLINE": "1"}
+
+
 @pytest.mark.parametrize(("work", "devices"), [
     (job(), "0,1"), (job(cpu=True), ""), (job("distributed_type: NO\ngpu_ids: '1'\n"), "1"),
 ])  # fmt: skip

@@ -30,11 +30,14 @@ def build(
 ) -> Launch:
     """`accelerate launch --config_file … -m xflux_trainer train --config …` in the given interpreter.
 
-    Nothing is removed from the environment. Added is only what the file says and accelerate's launcher for DeepSpeed
-    drops: on a machine with GPUs its ranks would not learn of `use_cpu` (accelerate 0.30.1 and 1.15.0,
-    utils/launch.py: `prepare_deepspeed_cmd_env` does not set it, `prepare_simple_launcher_cmd_env` does).
+    Nothing is removed from the environment. Added is what --offline asks for, and what the file says and
+    accelerate's launcher for DeepSpeed drops: on a machine with GPUs its ranks would not learn of `use_cpu`
+    (accelerate 0.30.1 and 1.15.0, utils/launch.py: `prepare_deepspeed_cmd_env` does not set it,
+    `prepare_simple_launcher_cmd_env` does).
     """
     added = {"ACCELERATE_USE_CPU": "true"} if job.use_cpu and job.deepspeed else {}
+    if job.offline:  # the hub library's own switch: what is not in its cache is an error at once, not after retries
+        added["HF_HUB_OFFLINE"] = "1"
     argv = (
         python,
         "-m",

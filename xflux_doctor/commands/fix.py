@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -206,6 +207,10 @@ def install(inputs: Inputs, *, yes: bool) -> int:
             f"{python.executable} is managed by the operating system (EXTERNALLY-MANAGED).",
             "Make a venv (`python3 -m venv venv`) and name its Python by --python.",
         )
+    if inputs.offline and not os.environ.get("PIP_FIND_LINKS"):
+        raise DoctorError(
+            "--offline was given, and pip fetches packages.", "Name a folder of wheels by PIP_FIND_LINKS.", code=2
+        )
     if "pip" not in (case.facts.packages or {}):
         raise DoctorError(
             f"{python.executable} has no pip.", f"Run `{python.executable} -m ensurepip`, then try again."
@@ -213,7 +218,7 @@ def install(inputs: Inputs, *, yes: bool) -> int:
     if not python.venv and not python.conda:
         click.echo(f"! {python.executable} is no venv: other programs of {python.prefix} will use these packages too.")
     with tempfile.TemporaryDirectory(prefix="xflux-doctor-") as folder:
-        commands = pip_commands(case.stack, python.executable, Path(folder), broken(case))
+        commands = pip_commands(case.stack, python.executable, Path(folder), broken(case), offline=inputs.offline)
         click.echo(f"Stack {case.stack.name} ({case.stack_because}) into {python.prefix}:")
         for _, shown in commands:
             click.echo(f"  $ {shown}")
@@ -249,18 +254,23 @@ def broken(case: Case) -> dict[str, str]:
 
 
 def pip_commands(
-    stack: matrices.Stack, python: str, folder: Path, anew: Mapping[str, str] = MappingProxyType({})
+    stack: matrices.Stack,
+    python: str,
+    folder: Path,
+    anew: Mapping[str, str] = MappingProxyType({}),
+    *,
+    offline: bool = False,
 ) -> list[tuple[list[str], str]]:
     """The pip calls: first, alone, packages whose build lives on another index and those to be installed `anew`,
     then the rest from the default index.
 
     Asking the second index only for the packages that need it keeps everything else off it.
     """
-    pip = [python, "-m", "pip", "install", "--disable-pip-version-check"]
+    pip = [python, "-m", "pip", "install", "--disable-pip-version-check", *(["--no-index"] if offline else [])]
     commands: list[tuple[list[str], str]] = []
     for name in dict.fromkeys((*stack.packages, *anew)):
         pin = stack.packages.get(name)
-        elsewhere = ["--extra-index-url", pin.index] if pin and pin.index and pin.index_required else []
+        elsewhere = ["--extra-index-url", pin.index] if not offline and pin and pin.index and pin.index_required else []
         forced = ["--force-reinstall"] if name in anew else []
         if elsewhere or forced:
             argv = [*pip, "--no-deps", *forced, *elsewhere, f"{name}=={pin.version if pin else anew[name]}"]
