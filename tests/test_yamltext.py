@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xflux_doctor.finding import Change, Edit, Remove, Rename
-from xflux_doctor.yamltext import CannotEdit, apply, scalar
+from xflux_doctor.yamlnodes import CannotEdit
+from xflux_doctor.yamlscalar import scalar
+from xflux_doctor.yamltext import apply
 
 
 def put(path: str, value: Any) -> Edit:

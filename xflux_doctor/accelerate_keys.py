@@ -36,3 +36,25 @@ def accepted_keys(version: Version) -> frozenset[str]:
     until = {key for key, end in _UNTIL.items() if version < Version(end) and (key not in _SINCE or key in since)}
     gone = {key for key in since if key in _UNTIL and key not in until}
     return _BASE | (since - gone) | until
+
+
+SECTION_KEYS: dict[str, frozenset[str]] = {
+    "deepspeed_config": frozenset(
+        "deepspeed_config_file zero_stage offload_optimizer_device offload_param_device offload_optimizer_nvme_path "
+        "offload_param_nvme_path gradient_accumulation_steps gradient_clipping zero3_init_flag zero3_save_16bit_model "
+        "deepspeed_hostfile deepspeed_exclusion_filter deepspeed_inclusion_filter deepspeed_multinode_launcher "
+        "deepspeed_moe_layer_cls_names".split()
+    ),
+    "fsdp_config": frozenset(
+        "min_num_params sharding_strategy offload_params transformer_layer_cls_to_wrap activation_checkpointing".split()
+    ),
+}
+"""Keys of a section that do not begin with its name. Source: accelerate, commands/launch.py, 0.30.1 and 1.15.0."""
+_PREFIXES = {"fsdp_config": "fsdp_", "dynamo_config": "dynamo_", "megatron_lm_config": "megatron_lm_",
+             "parallelism_config": "parallelism_config_", "mpirun_config": "mpirun_"}  # fmt: skip
+
+
+def in_section(section: str, key: str) -> bool:
+    """Whether accelerate has this key in that section of its file."""
+    prefix = _PREFIXES.get(section)
+    return key in SECTION_KEYS.get(section, ()) or (prefix is not None and key.startswith(prefix) and key != section)

@@ -44,7 +44,18 @@ class Remove(msgspec.Struct, frozen=True, tag="remove"):
     reason: str = ""
 
 
-Change = Edit | Rename | Remove
+class Nest(msgspec.Struct, frozen=True, tag="nest"):
+    """Keys that follow a section's empty key move into it: indentation that was lost comes back."""
+
+    file: str
+    key: tuple[str, ...]
+    """The section, at the top of the file."""
+    members: tuple[str, ...]
+    """Its keys, in the order of the file."""
+    reason: str = ""
+
+
+Change = Edit | Rename | Remove | Nest
 
 
 class Finding(msgspec.Struct, frozen=True):

@@ -15,7 +15,7 @@ from xflux_trainer.memory import Bill
 
 from xflux_doctor.bill import need
 from xflux_doctor.check import Case, SkipCheck
-from xflux_doctor.finding import Change, Edit, Finding, Remove, Rename, Verdict
+from xflux_doctor.finding import Change, Edit, Finding, Nest, Remove, Rename, Verdict
 from xflux_doctor.job import Job
 
 Examine = Callable[[Case], tuple[Verdict, ...]]
@@ -86,6 +86,9 @@ def lay(job: Job, edits: list[Change]) -> Job:
 
 
 def _lay_mapping(mapping: dict[str, object], edit: Change) -> None:
+    if isinstance(edit, Nest):
+        mapping[edit.key[0]] = {member: mapping.pop(member) for member in edit.members if member in mapping}
+        return
     *parents, last = edit.key
     for name in parents:
         inner = mapping.setdefault(name, {})

@@ -13,40 +13,29 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from xflux_doctor.finding import Change, Edit, Remove, Rename
+from xflux_doctor.finding import Change, Edit, Nest, Remove, Rename
+from xflux_doctor.yamlnodes import (
+    BREAKS,
+    Alias,
+    after_colon,
+    compose,
+    end_of,
+    end_of_line,
+    index_of,
+    is_null,
+    newline_of,
+    parent_key,
+    past_break,
+    read,
+    start_of_line,
+    step_of,
+)
+from xflux_doctor.yamlnodes import (
+    CannotEdit as CannotEdit,
+)
+from xflux_doctor.yamlscalar import scalar
 
-_BREAKS = "\r\n\x85\u2028\u2029"
-_END_OF_LINE = re.compile(rf"[{_BREAKS}]|\Z")
-_COLON = re.compile(r"[ \t]*:")
 _STR = "tag:yaml.org,2002:str"
-_NULL = "tag:yaml.org,2002:null"
-
-# What is text to YAML 1.1 may be a number or a bool to YAML 1.2 and to OmegaConf: that is written in quotes.
-_PLAIN = re.compile(r"[A-Za-z0-9_./][A-Za-z0-9_./@%+=~ -]*(?<! )")
-_NUMBER = re.compile(r"[-+]?(\.\d+|\d[\d_]*(\.[\d_]*)?)(e[-+]?\d+)?|0[ox][\da-f]+|[-+]?\.(inf|nan)", re.IGNORECASE)
-_WORDS = frozenset(("y", "n", "yes", "no", "on", "off", "true", "false", "null", "none", "~", ""))
-
-
-class CannotEdit(Exception):
-    """A change that cannot be made without guessing; the text was left as it was."""
-
-    def __init__(self, key: Sequence[str], seen: str, hint: str = "Make this change by hand.") -> None:
-        super().__init__(f"{'.'.join(key) or 'the file'}: {seen}. {hint}")
-        self.key = tuple(key)
-        self.seen = seen
-        self.hint = hint
-
-
-class _Alias(yaml.ScalarNode):
-    """A `*name` where it is written; plain composing would give the node it points to, far away."""
-
-
-class _Loader(yaml.SafeLoader):
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            event = self.get_event()  # type: ignore[no-untyped-call]
-            return _Alias("*", event.anchor, event.start_mark, event.end_mark)
-        return super().compose_node(parent, index)
 
 
 class _Place(NamedTuple):
@@ -63,15 +52,6 @@ def apply(text: str, edits: Sequence[Change]) -> str:
     for edit in edits:
         text = _apply_one(text, edit)
     return text
-
-
-def read(text: str) -> Any:
-    """The value of the text's one document; `CannotEdit` where it is not YAML or holds several."""
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        seen = f"not readable as YAML ({_first_line(error)})"
-        raise CannotEdit((), seen, "Mend the file by hand first.") from error
 
 
 def _apply_one(text: str, edit: Change) -> str:
@@ -101,9 +81,11 @@ class _Unchanged(Exception):
 def _expected(data: Any, edit: Change, rest: tuple[str, ...]) -> Any:
     """The data after the edit. Only the mappings on the path are copied, so that aliased data stay cheap."""
     if isinstance(data, list) and len(rest) > 1:
-        at = _index(data, rest[0])
+        at = index_of(data, rest[0])
         if at is not None:
             return [*data[:at], _expected(data[at], edit, rest[1:]), *data[at + 1 :]]
+    if isinstance(edit, Nest):
+        return _nested(data, edit)
     if data is None and isinstance(edit, Edit):
         data = {}
     if not isinstance(data, dict):
@@ -127,6 +109,17 @@ def _expected(data: Any, edit: Change, rest: tuple[str, ...]) -> Any:
     if edit.new in data:
         raise CannotEdit(edit.key, f"both {key!r} and {edit.new!r} are set", "Remove the wrong one.")
     return {edit.new if name == key else name: value for name, value in data.items()}
+
+
+def _nested(data: Any, edit: Nest) -> Any:
+    """The data with the members moved into their section."""
+    name = edit.key[0]
+    if not isinstance(data, dict) or name not in data or not all(member in data for member in edit.members):
+        raise _Unchanged
+    if data[name] is not None:
+        raise CannotEdit(edit.key, "it has a value already")
+    kept = {key: value for key, value in data.items() if key not in edit.members}
+    return {**kept, name: {member: data[member] for member in edit.members}}
 
 
 def _difference(
@@ -154,9 +147,11 @@ def _difference(
 
 def _splice(text: str, edit: Change) -> tuple[int, int, str]:
     """The one span that the edit replaces, and by what."""
-    root = _compose(text)
-    if root is None or _is_null(root):
+    root = compose(text)
+    if root is None or is_null(root):
         return _append_to_empty(text, root, edit)
+    if isinstance(edit, Nest):
+        return _indent(text, root, edit)
     place = _find(root, edit.key)
     if place.entry is None:
         if not isinstance(edit, Edit):
@@ -172,25 +167,17 @@ def _splice(text: str, edit: Change) -> tuple[int, int, str]:
     return _set(text, place.mapping, key, value, edit)
 
 
-def _compose(text: str) -> yaml.Node | None:
-    loader = _Loader(text)
-    try:
-        return loader.get_single_node()
-    finally:
-        loader.dispose()
-
-
 def _find(root: yaml.Node, keys: tuple[str, ...]) -> _Place:
     """Walk down to the mapping that holds, or should hold, the last key that can be reached."""
     node, place = root, None
     for depth, key in enumerate(keys):
-        if isinstance(node, yaml.SequenceNode) and (at := _index(node.value, key)) is not None:
+        if isinstance(node, yaml.SequenceNode) and (at := index_of(node.value, key)) is not None:
             node = node.value[at]
             continue
-        if isinstance(node, _Alias):
+        if isinstance(node, Alias):
             raise CannotEdit(keys, f"{'.'.join(keys[:depth])} is an alias (*{node.value}) of another part")
         if not isinstance(node, yaml.MappingNode):
-            if place is not None and _is_null(node):
+            if place is not None and is_null(node):
                 return place
             raise CannotEdit(keys, f"{'.'.join(keys[:depth]) or 'the file'} is not a mapping")
         entry = _entry(node, key, keys)
@@ -218,7 +205,7 @@ def _entry(mapping: yaml.MappingNode, name: str, keys: tuple[str, ...]) -> int |
 
 
 def _set(text: str, mapping: yaml.MappingNode, key: yaml.Node, value: yaml.Node, edit: Edit) -> tuple[int, int, str]:
-    style = value.style if isinstance(value, yaml.ScalarNode) and not isinstance(value, _Alias) else None
+    style = value.style if isinstance(value, yaml.ScalarNode) and not isinstance(value, Alias) else None
     was = text[value.start_mark.index : value.end_mark.index] if isinstance(value, yaml.ScalarNode) else ""
     new = _write(edit.value, edit, style or _json_quote(mapping, key), was)
     return _replace_value(text, key, value, new, edit.key)
@@ -228,7 +215,7 @@ def _replace_value(
     text: str, key: yaml.Node | None, value: yaml.Node, new: str, keys: tuple[str, ...]
 ) -> tuple[int, int, str]:
     """Put `new` where the value stands; a block collection moves up to the line of its key."""
-    start, end = value.start_mark.index, _end(text, value)
+    start, end = value.start_mark.index, end_of(text, value)
     anchor = re.match(r"&\S+\s+", text[start:end])
     if anchor and isinstance(value, yaml.ScalarNode):
         return start + anchor.end(), end, new  # the anchor stays; reading back shows whether anybody uses it
@@ -237,12 +224,12 @@ def _replace_value(
     block = isinstance(value, yaml.CollectionNode) and not value.flow_style
     if key is None or (not block and start < end):
         return start, end, new
-    colon = _after_colon(text, key, keys)
+    colon = after_colon(text, key, keys)
     if not block:
         return colon, colon, " " + new
-    line_end = _line_end(text, colon)
+    line_end = end_of_line(text, colon)
     head = text[colon:line_end] if line_end < start else ""  # a comment on the line of the key
-    return colon, _line_end(text, end), f" {new}{head}"
+    return colon, end_of_line(text, end), f" {new}{head}"
 
 
 def _rename(text: str, key: yaml.ScalarNode, edit: Rename) -> tuple[int, int, str]:
@@ -256,7 +243,7 @@ def _remove(text: str, mapping: yaml.MappingNode, at: int, edit: Remove) -> tupl
     key, value = mapping.value[at]
     if len(mapping.value) == 1:
         return _empty(text, mapping, edit)
-    start, end = key.start_mark.index, max(_end(text, value), _after_colon(text, key, edit.key))
+    start, end = key.start_mark.index, max(end_of(text, value), after_colon(text, key, edit.key))
     following = mapping.value[at + 1][0].start_mark.index if at + 1 < len(mapping.value) else None
     if mapping.flow_style:
         if at == 0:
@@ -265,18 +252,18 @@ def _remove(text: str, mapping: yaml.MappingNode, at: int, edit: Remove) -> tupl
             span = (start, following)
         else:
             before_key, before = mapping.value[at - 1]
-            last = max(_end(text, before), before_key.end_mark.index)
+            last = max(end_of(text, before), before_key.end_mark.index)
             gap = text[last:start]
             span = (last, end)
         if "#" in gap:
             raise CannotEdit(edit.key, "comments stand between the items of its { } mapping")
         return (*span, "")
-    line_start = _line_start(text, start)
+    line_start = start_of_line(text, start)
     if not text[line_start:start].strip(" \ufeff"):
         line_start += text.startswith("\ufeff", line_start)  # a byte order mark stays
-        return line_start, _past_break(text, end), ""
+        return line_start, past_break(text, end), ""
     # The first key of a list item (`- key: value`): the next key takes its place.
-    if following is None or text[_line_end(text, end) : following].strip():
+    if following is None or text[end_of_line(text, end) : following].strip():
         raise CannotEdit(edit.key, "comments stand between it and the next key of its list item")
     return start, following, ""
 
@@ -286,18 +273,33 @@ def _empty(text: str, mapping: yaml.MappingNode, edit: Remove) -> tuple[int, int
     if mapping.flow_style:
         start, end = mapping.start_mark.index, mapping.end_mark.index
         key, value = mapping.value[0]
-        gaps = text[start : key.start_mark.index] + text[max(_end(text, value), key.end_mark.index) : end]
+        gaps = text[start : key.start_mark.index] + text[max(end_of(text, value), key.end_mark.index) : end]
         if "#" in gaps or not gaps.startswith("{"):
             raise CannotEdit(edit.key, "its { } mapping holds comments, a tag or an anchor")
         return start, end, "{}"
-    root = _compose(text)
+    root = compose(text)
     assert root is not None
-    parent = _parent_key(root, mapping)
+    parent = parent_key(root, mapping)
     if parent is not None:
         return _replace_value(text, parent, mapping, "{}", edit.key)
     key, value = mapping.value[0]
-    end = max(_end(text, value), _after_colon(text, key, edit.key))
-    return key.start_mark.index, _line_end(text, end), "{}"
+    end = max(end_of(text, value), after_colon(text, key, edit.key))
+    return key.start_mark.index, end_of_line(text, end), "{}"
+
+
+def _indent(text: str, root: yaml.Node, edit: Nest) -> tuple[int, int, str]:
+    """The lines of the members, which follow their section's key, one step deeper, with the comments between them."""
+    place = _find(root, edit.key)
+    assert place.entry is not None and len(edit.key) == 1
+    at = place.entry + 1
+    members = place.mapping.value[at : at + len(edit.members)]
+    if place.mapping.flow_style or tuple(str(key.value) for key, _ in members) != edit.members:
+        raise CannotEdit(edit.key, "its keys do not follow it line by line")
+    start = start_of_line(text, members[0][0].start_mark.index)
+    last_key, last = members[-1]
+    end = end_of_line(text, max(end_of(text, last), after_colon(text, last_key, edit.key)))
+    lines = text[start:end].splitlines(keepends=True)
+    return start, end, "".join(" " * step_of(root) + line if line.strip() else line for line in lines)
 
 
 def _fill_null(text: str, root: yaml.Node, place: _Place, edit: Edit) -> tuple[int, int, str]:
@@ -307,42 +309,42 @@ def _fill_null(text: str, root: yaml.Node, place: _Place, edit: Edit) -> tuple[i
     rest = edit.key[place.depth + 1 :]
     if text[value.start_mark.index : value.end_mark.index][:1] in ("&", "!"):
         raise CannotEdit(edit.key, "its value carries a tag or an anchor")
-    colon = _after_colon(text, key, edit.key)
+    colon = after_colon(text, key, edit.key)
     end = max(colon, value.end_mark.index)
     if place.mapping.flow_style:
         start = value.start_mark.index if value.start_mark.index < value.end_mark.index else end
         lead = "" if start < end else " "
         return start, end, lead + _flow(rest, edit, _json_quote(place.mapping, key))
-    line_end = _line_end(text, end)
+    line_end = end_of_line(text, end)
     column = place.mapping.value[0][0].start_mark.column
-    lines = _block(rest, edit, column + _step(root), _step(root), _newline(text))
-    return colon, line_end, text[end:line_end].rstrip(" \t") + _newline(text) + _newline(text).join(lines)
+    lines = _block(rest, edit, column + step_of(root), step_of(root), newline_of(text))
+    return colon, line_end, text[end:line_end].rstrip(" \t") + newline_of(text) + newline_of(text).join(lines)
 
 
 def _add(
     text: str, root: yaml.Node, mapping: yaml.MappingNode, rest: tuple[str, ...], edit: Edit
 ) -> tuple[int, int, str]:
     """A key that is not there yet: at the end of its mapping, with the parents that are missing."""
-    newline = _newline(text)
+    newline = newline_of(text)
     if not mapping.flow_style:
         key, value = mapping.value[-1]
-        end = max(_end(text, value), _after_colon(text, key, edit.key))
+        end = max(end_of(text, value), after_colon(text, key, edit.key))
         column = mapping.value[0][0].start_mark.column
-        lines = _block(rest, edit, column, _step(root), newline)
-        at = _past_break(text, end)
-        lead = "" if at and text[at - 1] in _BREAKS else newline
+        lines = _block(rest, edit, column, step_of(root), newline)
+        at = past_break(text, end)
+        lead = "" if at and text[at - 1] in BREAKS else newline
         tail = newline if at < len(text) or not lead else ""
         return at, at, lead + newline.join(lines) + tail
     if not mapping.value:
         inside = text.index("{", mapping.start_mark.index, mapping.end_mark.index) + 1
         return inside, inside, _flow_pair(rest, edit, '"' if _is_json(text) else None)
     key, value = mapping.value[-1]
-    end = max(_end(text, value), key.end_mark.index)
+    end = max(end_of(text, value), key.end_mark.index)
     pair = _flow_pair(rest, edit, _json_quote(mapping, key))
-    lead = text[_line_start(text, key.start_mark.index) : key.start_mark.index]
+    lead = text[start_of_line(text, key.start_mark.index) : key.start_mark.index]
     if lead.strip():
         return end, end, f", {pair}"
-    line_end = min(_line_end(text, end), mapping.end_mark.index)
+    line_end = min(end_of_line(text, end), mapping.end_mark.index)
     tail = text[end:line_end]
     comma = "" if tail.lstrip().startswith(",") else ","
     if not tail.rstrip().endswith("}") and (not tail.strip(" \t,") or tail.strip(" \t,").startswith("#")):
@@ -356,59 +358,12 @@ def _append_to_empty(text: str, root: yaml.Node | None, edit: Change) -> tuple[i
     if root is not None and root.start_mark.index < root.end_mark.index:
         only = text[root.start_mark.index : root.end_mark.index]
         raise CannotEdit(edit.key, f"the file holds only {only!r}")
-    newline = _newline(text)
-    lead = newline if text and text[-1] not in _BREAKS + "\ufeff" else ""
+    newline = newline_of(text)
+    lead = newline if text and text[-1] not in BREAKS + "\ufeff" else ""
     return len(text), len(text), lead + newline.join(_block(edit.key, edit, 0, 2, newline)) + newline
 
 
 # --- writing ------------------------------------------------------------------------------------------------
-
-
-def scalar(value: object, style: str | None = None, was: str = "") -> str:
-    """The value as YAML that reads back as exactly this value; the old style is kept where it can be."""
-    if value is None:
-        return "~" if was == "~" else "null"
-    if isinstance(value, bool):
-        word = "true" if value else "false"
-        return word.title() if was in ("True", "False") else word
-    if isinstance(value, int):
-        return str(value)
-    if isinstance(value, float):
-        if value != value or value in (float("inf"), float("-inf")):
-            return f".{value}" if value != float("-inf") else "-.inf"
-        mantissa, mark, exponent = repr(value).partition("e")
-        point = "" if "." in mantissa else ".0"  # without it YAML 1.1 reads 1e-5 as text
-        return mantissa + point + mark + exponent
-    if isinstance(value, str):
-        return _string(value, style)
-    raise TypeError(f"a {type(value).__name__} is not a value of one key")
-
-
-def _string(value: str, style: str | None) -> str:
-    if style == '"' or not (value.isprintable() and "\ufeff" not in value):
-        return '"' + "".join(map(_escape, value)) + '"'
-    if style != "'" and _reads_as_text(value):
-        return value
-    return "'" + value.replace("'", "''") + "'"
-
-
-def _reads_as_text(value: str) -> bool:
-    if not _PLAIN.fullmatch(value) or _NUMBER.fullmatch(value) or value.lower() in _WORDS:
-        return False
-    try:
-        return isinstance(yaml.safe_load(value), str)
-    except (yaml.YAMLError, ValueError):  # 2024-99-99 looks like a date and is none
-        return False
-
-
-def _escape(char: str) -> str:
-    short = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}.get(char)
-    if short is not None:
-        return short
-    if char.isprintable() and char != "\ufeff":
-        return char
-    code = ord(char)
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def _write(value: object, edit: Change, style: str | None, was: str) -> str:
@@ -439,100 +394,4 @@ def _json_quote(mapping: yaml.MappingNode, key: yaml.Node) -> str | None:
 
 
 def _is_json(text: str) -> bool:
-    return text.lstrip(" \t\ufeff" + _BREAKS).startswith("{")
-
-
-# --- positions ----------------------------------------------------------------------------------------------
-
-
-def _end(text: str, node: yaml.Node) -> int:
-    """Where the node's own text ends. PyYAML lets block collections reach down to the next token."""
-    if isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
-        last = node.value[-1]
-        if isinstance(node, yaml.MappingNode):
-            key, value = last
-            colon = _COLON.match(text, key.end_mark.index)
-            return max(_end(text, value), colon.end() if colon else key.end_mark.index)
-        return _end(text, last)
-    start, end = node.start_mark.index, node.end_mark.index
-    if isinstance(node, yaml.ScalarNode) and node.style in ("|", ">"):
-        written = text[start:end]
-        if "+" not in written[: _line_end(written, 0)]:  # "|+" keeps its last empty lines as part of the value
-            return start + len(written.rstrip(" \t" + _BREAKS))
-    return int(end)
-
-
-def _after_colon(text: str, key: yaml.Node, keys: tuple[str, ...]) -> int:
-    colon = _COLON.match(text, key.end_mark.index)
-    if colon is None:
-        raise CannotEdit(keys, "the key is not followed by a colon on its line")
-    return colon.end()
-
-
-def _line_start(text: str, at: int) -> int:
-    while at > 0 and text[at - 1] not in _BREAKS:
-        at -= 1
-    return at
-
-
-def _line_end(text: str, at: int) -> int:
-    found = _END_OF_LINE.search(text, at)
-    return found.start() if found else len(text)
-
-
-def _past_break(text: str, at: int) -> int:
-    if at > 0 and text[at - 1] in _BREAKS:
-        return at  # a kept block scalar (|+) ends after its last line break
-    end = _line_end(text, at)
-    return end + 2 if text[end : end + 2] == "\r\n" else min(end + 1, len(text))
-
-
-def _newline(text: str) -> str:
-    found = re.search(r"\r\n|\n|\r", text)
-    return found.group() if found else "\n"
-
-
-def _step(root: yaml.Node) -> int:
-    """The indentation that the file already uses, from the first nested block mapping."""
-    stack = [root]
-    while stack:
-        node = stack.pop(0)
-        if not isinstance(node, yaml.MappingNode) or node.flow_style:
-            continue
-        for key, value in node.value:
-            if isinstance(value, yaml.MappingNode) and not value.flow_style and value.value:
-                return int(value.value[0][0].start_mark.column - key.start_mark.column)
-            stack.append(value)
-    return 2
-
-
-def _parent_key(node: yaml.Node, child: yaml.Node) -> yaml.Node | None:
-    """The key whose value starts where `child` does; None for the root and for items of lists."""
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        if isinstance(current, yaml.MappingNode):
-            for key, value in current.value:
-                if isinstance(value, yaml.MappingNode) and value.start_mark.index == child.start_mark.index:
-                    return key  # type: ignore[no-any-return]
-                stack.append(value)
-        elif isinstance(current, yaml.SequenceNode):
-            stack.extend(current.value)
-    return None
-
-
-# --- small questions ----------------------------------------------------------------------------------------
-
-
-def _index(items: Sequence[Any], key: str) -> int | None:
-    return int(key) if key.isdecimal() and int(key) < len(items) else None
-
-
-def _is_null(node: yaml.Node) -> bool:
-    return isinstance(node, yaml.ScalarNode) and node.tag == _NULL
-
-
-def _first_line(error: BaseException) -> str:
-    mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-    return f"{problem}, line {mark.line + 1}" if mark is not None else str(problem)
+    return text.lstrip(" \t\ufeff" + BREAKS).startswith("{")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import itertools
 from collections.abc import Iterator
 
 from packaging.version import Version
 
-from xflux_doctor.accelerate_keys import DISTRIBUTED_TYPES, PRECISIONS, accepted_keys
+from xflux_doctor.accelerate_keys import DISTRIBUTED_TYPES, PRECISIONS, accepted_keys, in_section
 from xflux_doctor.check import Case, SkipCheck, check
 from xflux_doctor.facts import Gpu
-from xflux_doctor.finding import Change, Edit, Finding, Remove, Rename, error
+from xflux_doctor.finding import Change, Edit, Finding, Nest, Remove, Rename, error
 from xflux_doctor.visible import selected
 
 _ALIASES = {"GPU": "MULTI_GPU", "DDP": "MULTI_GPU", "CPU": "NO", "SINGLE_GPU": "NO", "NONE": "NO"}
@@ -42,7 +44,8 @@ def unknown_keys(case: Case, version: Version | None) -> dict[str, str]:
     """{key that this accelerate does not know: the known one that is meant, or nothing}."""
     if version is None:
         return {}
-    present = case.job.accelerate or {}
+    lost = {member for members in flattened(case).values() for member in members}  # LA113 moves them back
+    present = {key: value for key, value in (case.job.accelerate or {}).items() if key not in lost}
     known = accepted_keys(version)
     near = {
         key: difflib.get_close_matches(str(key), sorted(known - set(present)), n=1, cutoff=0.8)
@@ -50,6 +53,29 @@ def unknown_keys(case: Case, version: Version | None) -> dict[str, str]:
         if key not in known
     }
     return {str(key): found[0] if found else "" for key, found in near.items()}
+
+
+def flattened(case: Case) -> dict[str, tuple[str, ...]]:
+    """{section without a value: the keys right below it that belong into it}, as after a copy that lost the spaces."""
+    names = [str(key) for key in case.job.accelerate or {}]
+    found = {}
+    for at, name in enumerate(names):
+        if case.job.get(name) is not None or not any(in_section(name, key) for key in names[at + 1 : at + 2]):
+            continue
+        found[name] = tuple(itertools.takewhile(functools.partial(in_section, name), names[at + 1 :]))
+    return found
+
+
+@check("LA113", "the sections of accelerate's file are indented", needs=("accelerate",))
+def sections_indented(case: Case) -> Iterator[Finding]:
+    """A file copied from a web page loses its indentation: a section's keys stand at the top, unknown there."""
+    for section, members in flattened(case).items():
+        yield error(
+            f"{section} has no value, and {', '.join(members)} stand below it without indentation.",
+            f"accelerate stops with: The config file had unknown keys ({list(members)}), or runs without them.",
+            f"Indent them below {section}.",
+            edits=(Nest("accelerate", (section,), members, f"they are {section}'s keys"),),
+        )
 
 
 @check("LA104", "accelerate's values are ones that it takes", needs=("accelerate",))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import click
 
-from xflux_doctor.finding import Change, Edit, Finding, Remove, Status, Verdict
+from xflux_doctor.finding import Change, Edit, Finding, Nest, Remove, Status, Verdict
 from xflux_doctor.pins import GOOD
 from xflux_doctor.report.summary import Summary
 
@@ -82,6 +82,8 @@ def describe(edit: Change) -> str:
         text = f"{key}: {shown}"
     elif isinstance(edit, Remove):
         text = f"remove {key}"
+    elif isinstance(edit, Nest):
+        text = f"indent {', '.join(edit.members)} below {key}"
     else:
         text = f"rename {key} to {edit.new}"
     return f"{text} in the {edit.file} file" + (f" ({edit.reason})" if edit.reason else "")
