@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from xflux_doctor import matrix
+from xflux_doctor import choose, matrix
 from xflux_doctor.gather.machine import gather
 
-why = matrix.why_not(matrix.load().stack(sys.argv[1]), gather(), cpu=True)
+why = choose.why_not(matrix.load().stack(sys.argv[1]), gather(), cpu=True)
 print(why)
 sys.exit(3 if why else 0)

@@ -250,7 +250,7 @@ def test_matrix_commands(tmp_path: Path) -> None:
     doctor("matrix", "check", cwd=tmp_path, code=0)
     assert "torch==2.4.0" in doctor("matrix", "export", "xflux-2024", cwd=tmp_path, code=0).stdout
     cpu = doctor("matrix", "export", "cpu", cwd=tmp_path, code=0).stdout
-    assert "--extra-index-url https://download.pytorch.org/whl/cpu" in cpu
+    assert "--find-links https://download.pytorch.org/whl/cpu/torch/\ntorch==2.13.0+cpu\n" in cpu
     shown = yaml.safe_load(doctor("matrix", "show", "cuda13", cwd=tmp_path, code=0).stdout)
     assert shown["packages"]["torch"]["version"] == "2.11.0"
 

@@ -12,16 +12,17 @@ from conftest import ROOT
 
 # Floors from the ground up; inside a floor, a module may import those listed before it.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "files", "facts", "finding", "matrix", "pins", "accelerate_keys", "visible", "job"),
+    ("errors", "files", "facts", "finding", "conditions", "matrix_types", "matrix_lint", "matrix", "choose", "pins",
+     "accelerate_keys", "visible", "job"),
     (
         "gather.environment", "gather.host", "gather.metadata", "gather.interpreter", "gather.packages",
-        "gather.gpus", "gather.toolchain", "gather.ports", "gather.machine",
+        "gather.driver", "gather.cards", "gather.gpus", "gather.kernel_log", "gather.toolchain", "gather.ports", "gather.machine",
         "probes.torch_import", "probes.allreduce", "probes.runner", "probes.level", "check", "bill",
     ),
     ("checks.hardware", "checks.software", "checks.rules", "checks.packages", "checks.words", "checks.host",
      "checks.toolchain", "checks.launch", "checks.memory", "checks.data",
      "checks.weights", "checks.network", "checks"),
-    ("plan", "yamltext", "repair", "template", "launch", "explain.*", "explain", "inputs"),
+    ("plan", "yamlnodes", "yamlscalar", "yamltext", "repair", "template", "launch", "explain.*", "explain", "inputs"),
     ("guard", "supervise", "remember"),
     ("report.summary", "report.text", "report.jsonreport", "report"),
     ("commands.check", "commands.fix", "commands.explain", "commands.plan", "commands.matrix", "commands.run",

@@ -58,5 +58,5 @@ def test_offline_fetches_nothing(tmp_path: Path) -> None:
     argv = [*MODULE, "--python", str(tmp_path / "venv/bin/python"), "--stack", stack, "--offline", "--yes"]
     environment = {**os.environ, "PIP_FIND_LINKS": str(tmp_path), "http_proxy": "http://127.0.0.1:9"}
     done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "--no-index" in done.stdout and "--extra-index-url" not in done.stdout
+    assert done.returncode == 1 and "--no-index" in done.stdout and "--find-links" not in done.stdout
     assert "pip ended with 1" in done.stderr

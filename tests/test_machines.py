@@ -9,8 +9,9 @@ from conftest import case, job
 
 from xflux_doctor.check import examine
 from xflux_doctor.checks import ALL
+from xflux_doctor.choose import choose
 from xflux_doctor.facts import Facts, from_json
-from xflux_doctor.matrix import Matrix, choose
+from xflux_doctor.matrix import Matrix
 from xflux_doctor.plan import make
 
 FOLDER = Path(__file__).parent / "machines"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from conftest import CARDS, machine
 
-from xflux_doctor.matrix import Matrix, choose
+from xflux_doctor.choose import choose
+from xflux_doctor.matrix import Matrix
 
 DRIVERS = ("525.147.05", "535.183.06", "550.127.05", "560.35.05", "570.26", "570.211.01", "580.159.04", "595.58.03")
 PYTHONS = ("3.10.13", "3.11.7", "3.12.3", "3.13.0", "3.14.0")

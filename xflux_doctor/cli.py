@@ -40,6 +40,7 @@ def shared(command: F) -> F:
         (
             click.option("--config", metavar="TRAIN.yaml", help="The training file (X-Flux's or ours)."),
             click.option("--accelerate-config", metavar="FILE", help="accelerate's file."),
+            click.option("--matrix", metavar="FILE", help="A site's own stacks and rules, laid over ours."),
             click.option("--stack", metavar="NAME", help="Hold the packages against this stack."),
             click.option("--python", metavar="EXE", help="Look into this interpreter instead of this one."),
             click.option("--quick", is_flag=True, help="No child process, no CUDA context, no socket."),
@@ -145,32 +146,43 @@ def matrix() -> None:
     """Stacks and rules."""
 
 
+def _site(command: F) -> F:
+    return click.option("--matrix", "site", metavar="FILE", help="A site's own file, laid over ours.")(command)
+
+
 @matrix.command("list")
 @click.option("--cpu", is_flag=True, help="Choose for CPU ranks.")
-def matrix_list(cpu: bool) -> int:
+@click.option("--rules", is_flag=True, help="The rules instead of the stacks.")
+@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text")
+@_site
+def matrix_list(cpu: bool, rules: bool, form: str, site: str | None) -> int:
     """The stacks, the one that fits this machine, and why the others do not."""
-    return matrix_command.show_list(cpu=cpu)
+    if rules:
+        return matrix_command.list_rules(form=form, site=site)
+    return matrix_command.list_stacks(cpu=cpu, form=form, site=site)
 
 
 @matrix.command("show")
 @click.argument("name")
-def matrix_show(name: str) -> int:
+@_site
+def matrix_show(name: str, site: str | None) -> int:
     """One stack or rule, whole."""
-    return matrix_command.show(name)
+    return matrix_command.show(name, site)
 
 
 @matrix.command("check")
 @click.argument("file", required=False)
 def matrix_check(file: str | None) -> int:
-    """Validate a matrix file (ours by default)."""
+    """Validate a matrix file, whole or a site's own: every fault with its line. Without FILE ours."""
     return matrix_command.validate(file)
 
 
 @matrix.command("export")
 @click.argument("name")
-def matrix_export(name: str) -> int:
+@_site
+def matrix_export(name: str, site: str | None) -> int:
     """A pip requirements file that installs the stack, naming its index."""
-    return matrix_command.export(name)
+    return matrix_command.export(name, site)
 
 
 class _Terminated(BaseException):

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import msgspec
 
+from xflux_doctor import choose
 from xflux_doctor import job as job_files
-from xflux_doctor import matrix as matrices
 from xflux_doctor.check import Case
 from xflux_doctor.errors import DoctorError, UsageError
 from xflux_doctor.facts import SCHEMA, Facts, from_json
 from xflux_doctor.gather.machine import gather
 from xflux_doctor.gather.ports import listeners
-from xflux_doctor.matrix import Matrix
+from xflux_doctor.matrix import Matrix, Stack
 from xflux_doctor.probes.level import probe
 
 GIB = 1 << 30
@@ -37,12 +37,17 @@ class Inputs:
     offline: bool = False
     accept: tuple[str, ...] = ()
     timeout: float = 60.0
+    matrix: str | None = None
+    """A site's own matrix file, laid over ours."""
 
 
 def build(inputs: Inputs, matrix: Matrix) -> Case:
     """The case before any probe: everything here is quick and starts no child."""
-    names = tuple(dict.fromkeys(name for stack in matrix.stacks for name in stack.packages))
-    facts = _recorded(inputs.facts) if inputs.facts else gather(inputs.python, names, _torch_builds(matrix))
+    facts = (
+        _recorded(inputs.facts)
+        if inputs.facts
+        else gather(inputs.python, tuple(sorted(matrix.names())), _torch_builds(matrix))
+    )
     job = job_files.read(
         inputs.config,
         inputs.accelerate_config,
@@ -56,6 +61,8 @@ def build(inputs: Inputs, matrix: Matrix) -> Case:
         ports = range(job.main_process_port, job.main_process_port + 16)
         facts = msgspec.structs.replace(facts, listeners=listeners(ports))
     chosen, because = _stack(inputs, matrix, facts, job.use_cpu)
+    if inputs.matrix:
+        because += f"; {inputs.matrix} is laid over our matrix"
     return Case(facts, job, matrix, chosen, because, frozenset(inputs.accept))
 
 
@@ -65,11 +72,11 @@ def _torch_builds(matrix: Matrix) -> frozenset[tuple[str, str]]:
     return frozenset((pin.version, pin.build) for pin in pins)
 
 
-def _stack(inputs: Inputs, matrix: Matrix, facts: Facts, cpu: bool) -> tuple[matrices.Stack | None, str]:
+def _stack(inputs: Inputs, matrix: Matrix, facts: Facts, cpu: bool) -> tuple[Stack | None, str]:
     """The stack that was named; else the fitting one that is installed already; else the best fit."""
     if inputs.stack:
         return matrix.stack(inputs.stack), "named by --stack"
-    choice = matrices.choose(matrix, facts, cpu=cpu)
+    choice = choose.choose(matrix, facts, cpu=cpu)
     if choice.stack is None:
         return None, choice.because
     torch = (facts.packages or {}).get("torch")
@@ -77,7 +84,7 @@ def _stack(inputs: Inputs, matrix: Matrix, facts: Facts, cpu: bool) -> tuple[mat
         for stack in matrix.stacks:
             pin = stack.packages.get("torch")
             same = pin is not None and pin.version == torch.version.partition("+")[0]
-            if same and not matrices.why_not(stack, facts, cpu=cpu):
+            if same and not choose.why_not(stack, facts, cpu=cpu):
                 return stack, f"its torch {torch.version} is installed"
     return matrix.stack(choice.stack), choice.because
 

@@ -9,7 +9,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
 from xflux_doctor.check import Case, SkipCheck, check
-from xflux_doctor.checks.rules import broken, versions
+from xflux_doctor.checks.rules import broken, look
 from xflux_doctor.checks.software import role_needed
 from xflux_doctor.facts import Package
 from xflux_doctor.finding import Finding, error, warning
@@ -87,7 +87,8 @@ def _other_wheel(torch: Package, wanted: Requirement, found: Package) -> Finding
 def declared(case: Case) -> Iterator[Finding]:
     """Every Requires-Dist of the installed packages, as `pip check` reads them; known breakages are SW105's."""
     packages = case.facts.packages or {}
-    told = {rule.what for rule in case.matrix.rules if broken(rule, versions(case))}
+    there = look(case)
+    told = {rule.what for rule in case.matrix.rules if broken(rule, there)}
     for package in packages.values():
         make = error if _needed(case, package.name) else warning
         for wanted in _declared(case, package):

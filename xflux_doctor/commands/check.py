@@ -21,7 +21,7 @@ from xflux_doctor.report.summary import Summary
 
 def run(inputs: Inputs, *, form: str, output: str | None, strict: bool, verbose: bool) -> int:
     """Judge, report, and return the exit code."""
-    case = probed(build(inputs, matrices.load()), inputs)
+    case = probed(build(inputs, matrices.load_with(inputs.matrix)), inputs)
     summary = summarize(case, strict=strict)
     if form == "json":
         report = jsonreport.encode(jsonreport.document(summary))
@@ -45,7 +45,6 @@ def summarize(case: Case, *, strict: bool = False) -> Summary:
 
 def show_facts(python: str | None) -> int:
     """Print the machine's quick facts as JSON."""
-    matrix = matrices.load()
-    names = tuple(dict.fromkeys(name for stack in matrix.stacks for name in stack.packages))
+    names = tuple(sorted(matrices.load().names()))
     click.echo(facts_module.to_json(gather(python, names)))
     return 0

@@ -13,8 +13,8 @@ from types import MappingProxyType
 
 import click
 
+from xflux_doctor import choose, pins, repair, yamltext
 from xflux_doctor import matrix as matrices
-from xflux_doctor import pins, repair, yamltext
 from xflux_doctor.check import Case, examine
 from xflux_doctor.checks import ALL
 from xflux_doctor.checks.words import devices
@@ -79,7 +79,7 @@ def new_accelerate(case: Case) -> str:
 
 def run(inputs: Inputs, *, form: str, write: bool, yes: bool) -> int:
     """Plan the repairs and show them; write them with `write`. Exit 1 while anything stays wrong."""
-    case = build(inputs, matrices.load())
+    case = build(inputs, matrices.load_with(inputs.matrix))
     before = summarize(case)
     plan = plan_of(case)
     refusal = _refusal(plan, case)
@@ -170,7 +170,7 @@ def confirm(yes: bool, question: str) -> None:
 
 def undo(inputs: Inputs) -> int:
     """Put the latest backup of each of the job's files back."""
-    case = build(inputs, matrices.load())
+    case = build(inputs, matrices.load_with(inputs.matrix))
     paths = [path for path in (case.job.accelerate_path, case.job.train_path) if path is not None]
     restored = 0
     problems: list[repair.RepairError] = []
@@ -195,11 +195,11 @@ def install(inputs: Inputs, *, yes: bool) -> int:
     """Install the stack with pip in the chosen interpreter, after showing the exact commands; check again."""
     if inputs.facts:
         raise UsageError("Recorded facts are of another machine or another time.", "Install without --facts.")
-    case = build(inputs, matrices.load())
+    case = build(inputs, matrices.load_with(inputs.matrix))
     python = case.facts.python
     if case.stack is None or python is None:
         raise DoctorError(case.stack_because, "See `xflux-doctor matrix list`.")
-    why = matrices.why_not(case.stack, case.facts, cpu=case.job.use_cpu)
+    why = choose.why_not(case.stack, case.facts, cpu=case.job.use_cpu)
     if why:
         raise DoctorError(f"Stack {case.stack.name} {why}.", "See `xflux-doctor matrix list`.")
     if python.externally_managed:
@@ -227,7 +227,7 @@ def install(inputs: Inputs, *, yes: bool) -> int:
             code = subprocess.call(argv, stdin=subprocess.DEVNULL)
             if code != 0:
                 raise DoctorError(f"pip ended with {code}: {shown}", "Its last lines above say why.")
-    after = summarize(build(inputs, matrices.load()))
+    after = summarize(build(inputs, matrices.load_with(inputs.matrix)))
     wrong = [v for v in after.verdicts if v.check.startswith("SW") and v.status in ("error", "crashed")]
     for verdict in wrong:
         for finding in verdict.findings:
@@ -270,10 +270,11 @@ def pip_commands(
     commands: list[tuple[list[str], str]] = []
     for name in dict.fromkeys((*stack.packages, *anew)):
         pin = stack.packages.get(name)
-        elsewhere = ["--extra-index-url", pin.index] if not offline and pin and pin.index and pin.index_required else []
+        page = pin.page(name) if pin and not offline else ""
+        elsewhere = ["--find-links", page] if page else []
         forced = ["--force-reinstall"] if name in anew else []
         if elsewhere or forced:
-            argv = [*pip, "--no-deps", *forced, *elsewhere, f"{name}=={pin.version if pin else anew[name]}"]
+            argv = [*pip, "--no-deps", *forced, *elsewhere, f"{name}=={pin.exact if pin else anew[name]}"]
             commands.append((argv, " ".join(argv)))
     file = folder / f"{stack.name}.txt"
     lines = [line for line in matrices.requirements(stack) if not line.startswith("--")]

@@ -21,7 +21,7 @@ GIB = 1 << 30
 
 def run(inputs: Inputs, *, gpu: str | None) -> int:
     """Print the bill and the alternatives; exit 1 when none fits the card."""
-    case = build(inputs, matrices.load())
+    case = build(inputs, matrices.load_with(inputs.matrix))
     config = case.job.train
     if config is None:
         problem = next((p for p in case.job.problems if p.file == "train"), None)

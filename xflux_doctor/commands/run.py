@@ -41,7 +41,7 @@ def run(inputs: Inputs, *, dry_run: bool, yes: bool, extra: tuple[str, ...]) -> 
     """The gate, then the training. Exit 1 and nothing started when the gate refuses."""
     if inputs.facts and not dry_run:
         raise UsageError("Recorded facts are of another machine or another time.", "Give --dry-run with --facts.")
-    case = build(inputs, matrices.load())
+    case = build(inputs, matrices.load_with(inputs.matrix))
     if case.job.train is None and not case.job.problems:
         raise DoctorError("No training file was given, and no train.yaml lies here.", "Give --config FILE.", code=2)
     case, accelerate_text = _with_accelerate(case)
