@@ -245,3 +245,15 @@ def test_multi_cpu_starts_one_rank(matrix: Matrix) -> None:
     text = "distributed_type: MULTI_CPU\nmixed_precision: bf16\nnum_machines: 1\nnum_processes: 2\nuse_cpu: true\n"
     (finding,) = findings(case(matrix, machine(matrix, card=None), job(text), "cpu"), launch.cpu_ranks)
     assert [edit.value for edit in finding.edits] == ["MULTI_GPU"]  # type: ignore[union-attr]
+
+
+SAGEMAKER = "compute_environment: AMAZON_SAGEMAKER\ndistributed_type: DATA_PARALLEL\nec2_instance_type: ml.p4d\n"
+
+
+def test_a_service_s_file_is_left_alone(matrix: Matrix) -> None:
+    subject = case(matrix, machine(matrix, count=2), job(SAGEMAKER))
+    (finding,) = findings(subject, words.for_this_machine)
+    assert "AMAZON_SAGEMAKER" in finding.seen and finding.edits == ()
+    assert {verdict(subject, item).status for item in (words.keys_known, words.values_known)} == {"skipped"}
+    for text in (XFLUX_ACCELERATE, "distributed_type: NO\n"):
+        assert findings(case(matrix, machine(matrix), job(text)), words.for_this_machine) == ()

@@ -59,6 +59,7 @@ ALL: tuple[Check, ...] = (
     hardware.compute_mode,
     launch.accelerate_readable,
     launch.train_readable,
+    words.for_this_machine,
     words.sections_indented,
     words.keys_known,
     words.values_known,

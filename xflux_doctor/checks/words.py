@@ -19,6 +19,23 @@ _ALIASES = {"GPU": "MULTI_GPU", "DDP": "MULTI_GPU", "CPU": "NO", "SINGLE_GPU": "
 """Words that people write for a distributed_type."""
 
 
+def _foreign(case: Case) -> bool:
+    """Whether the file is for a service: its keys are then others, and none of ours to judge or to change."""
+    return case.job.get("compute_environment") not in (None, "LOCAL_MACHINE", "LOCAL")
+
+
+@check("LA114", "accelerate's file is for this machine", needs=("accelerate",))
+def for_this_machine(case: Case) -> Iterator[Finding]:
+    """compute_environment AMAZON_SAGEMAKER sends the job to a service (accelerate, commands/launch.py)."""
+    if _foreign(case):
+        yield error(
+            f"compute_environment is {case.job.get('compute_environment')!r}.",
+            "`accelerate launch` would hand the job to a service and start nothing here; the file is left alone.",
+            "Name a file with compute_environment: LOCAL_MACHINE, or let `fix --write-config` make one in a folder "
+            "without this file.",
+        )
+
+
 @check("LA103", "accelerate knows every key of its file", needs=("accelerate",))
 def keys_known(case: Case) -> Iterator[Finding]:
     """An unknown top-level key stops accelerate 0.23 and newer; most come from a file of another release."""
@@ -26,6 +43,8 @@ def keys_known(case: Case) -> Iterator[Finding]:
     version = installed(case, "accelerate")
     if version is None:
         raise SkipCheck("accelerate is not installed, so its keys are not known")
+    if _foreign(case):
+        raise SkipCheck("the file is not for this machine (see LA114)")
     for key, near in unknown_keys(case, version).items():
         edit: Change = Remove("accelerate", (str(key),), f"unknown to accelerate {version}")
         hint = "Remove it, or use the accelerate release that wrote this file."
@@ -82,6 +101,8 @@ def sections_indented(case: Case) -> Iterator[Finding]:
 def values_known(case: Case) -> Iterator[Finding]:
     """distributed_type, mixed_precision, num_processes, num_machines and gpu_ids have their types and ranges."""
     job = case.job
+    if _foreign(case):
+        raise SkipCheck("the file is not for this machine (see LA114)")
     # A misspelt key is renamed first (LA103): it is not missing.
     coming = set(unknown_keys(case, installed(case, "accelerate")).values())
     if "distributed_type" not in (job.accelerate or {}):

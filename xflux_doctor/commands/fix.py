@@ -27,8 +27,8 @@ from xflux_doctor.plan import Plan, make
 from xflux_doctor.report import jsonreport, text
 from xflux_doctor.template import accelerate_yaml
 
-NO_DEVICE = frozenset({"HW101", "LA105"})
-"""Blockers under which nothing is written: a GPU job is never turned into a CPU job."""
+NO_WRITING = frozenset({"HW101", "LA105", "LA114"})
+"""Blockers under which nothing is written: a GPU job is never turned into a CPU job, a service's file never touched."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _refusal(plan: Plan, case: Case) -> Finding | None:
     """The reason why nothing may be written, if there is one."""
     if any(problem.file == "accelerate" for problem in case.job.problems):
         return next((f for f in plan.blockers if f.code == "LA101"), None)
-    return next((f for f in plan.blockers if f.code in NO_DEVICE), None)
+    return next((f for f in plan.blockers if f.code in NO_WRITING), None)
 
 
 def _show(files: list[FileRepair], plan: Plan) -> None:
