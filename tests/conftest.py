@@ -111,7 +111,7 @@ def machine(
     card: str | None = "H100",
     count: int = 1,
     stack: str = "cuda13",
-    driver: str = "580.159.04",
+    driver: str | Driver = "580.159.04",
     python: str = "3.12.3",
     environment: dict[str, str] | None = None,
     python_facts: PythonFacts | None = None,
@@ -121,7 +121,7 @@ def machine(
     facts = Facts(
         python=python_facts or PythonFacts("/venv/bin/python", python, "/venv"),
         host=Host("Linux", "x86_64", "6.8.0", "2.39", 16, 256 * GIB, 200 * GIB, None, 64 * GIB, 64 * GIB),
-        driver=Driver(driver, "13.0") if card else None,
+        driver=(driver if isinstance(driver, Driver) else Driver(driver, "13.0")) if card else None,
         gpus=gpus(card, count) if card else None,
         packages=packages(matrix, stack),
         environment=environment or {},

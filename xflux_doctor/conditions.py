@@ -16,7 +16,8 @@ from packaging.version import InvalidVersion, Version
 
 SUBJECTS: Mapping[str, str] = {
     "python": "Python",
-    "driver": "the NVIDIA driver",
+    "driver": "driver",
+    "driver-cuda": "a driver for CUDA",
     "glibc": "glibc",
     "kernel": "Linux",
     "nvcc": "nvcc",

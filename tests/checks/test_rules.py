@@ -16,7 +16,7 @@ from xflux_doctor.check import Case
 from xflux_doctor.checks import rules
 from xflux_doctor.checks.rules import Seen, judge
 from xflux_doctor.conditions import ABSENT, Thing
-from xflux_doctor.facts import Facts, Package, Toolchain
+from xflux_doctor.facts import Driver, Facts, Package, Toolchain
 from xflux_doctor.gather.packages import OF_INTEREST
 from xflux_doctor.matrix import Matrix, Rule
 
@@ -140,8 +140,10 @@ def test_cards_and_driver_against_the_installed_torch(matrix: Matrix) -> None:
     hidden = (*gpus("H100", 1), *gpus("5090", 1, index=1, uuid="GPU-1"))
     chosen = machine(matrix, gpus=hidden, environment={"CUDA_VISIBLE_DEVICES": "0"}, packages=old)
     assert "R-ARCH-BLACKWELL" not in broken(matrix, chosen)
-    assert "R-DRV-13" in broken(matrix, machine(matrix, driver="570.26"))
-    assert "R-DRV-13" not in broken(matrix, machine(matrix, driver="570.26"), cpu=True)
+    driver = machine(matrix, driver=Driver("570.26", "12.8"))
+    assert "R-DRV-13" in broken(matrix, driver) and "R-DRV-13" not in broken(matrix, driver, cpu=True)
+    # a cuda-compat library beside an old driver speaks CUDA 13
+    assert "R-DRV-13" not in broken(matrix, machine(matrix, driver=Driver("570.26", "13.0")))
 
 
 def test_torchs_own_metadata_comes_first(matrix: Matrix) -> None:
@@ -163,5 +165,5 @@ def test_the_hint_names_a_step_that_helps(matrix: Matrix) -> None:
 
     found = packages(matrix, "cuda13", torchao="0.15.0")
     assert hints(case(matrix, machine(matrix, packages=found), job()))["torchao"].startswith("Install torchao >=0.16.0")
-    old = case(matrix, machine(matrix, driver="570.26"), job())
+    old = case(matrix, machine(matrix, driver=Driver("570.26", "12.8")), job())
     assert any(hint.startswith("Upgrade the driver") for hint in hints(old).values())

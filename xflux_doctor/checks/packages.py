@@ -88,7 +88,7 @@ def declared(case: Case) -> Iterator[Finding]:
     """Every Requires-Dist of the installed packages, as `pip check` reads them; known breakages are SW105's."""
     packages = case.facts.packages or {}
     there = look(case)
-    told = {rule.what for rule in case.matrix.rules if broken(rule, there)}
+    told = [{rule.what, *rule.when} for rule in case.matrix.rules if broken(rule, there)]
     for package in packages.values():
         make = error if _needed(case, package.name) else warning
         for wanted in _declared(case, package):
@@ -102,7 +102,9 @@ def declared(case: Case) -> Iterator[Finding]:
                     "Its import fails: 'No module named …'.",
                     f"Run `{_INSTALL}`.",
                 )
-            elif found is not None and name not in told and _outside(wanted, found):
+            elif any({package.name, name} <= pair for pair in told):
+                continue  # SW105 says what breaks
+            elif found is not None and _outside(wanted, found):
                 yield warning(
                     f"{package.name} {package.version} declares {wanted.name}{wanted.specifier}; {found.version} is "
                     "installed.",

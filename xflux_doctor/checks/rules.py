@@ -49,7 +49,9 @@ def look(case: Case) -> Seen:
     things["glibc"] = Thing(True, facts.host.glibc) if facts.host and facts.host.glibc else None
     things["kernel"] = Thing(True, _leading(facts.host.kernel)) if facts.host and facts.host.kernel else None
     things["cuda"] = _cuda(things.get("torch", ABSENT))
-    things["driver"] = Thing(True, facts.driver.version) if facts.driver and not cpu else None
+    driver = facts.driver if not cpu else None
+    things["driver"] = Thing(True, driver.version) if driver else None
+    things["driver-cuda"] = Thing(True, driver.cuda) if driver and driver.cuda else None
     things |= _tools(facts, cpu) | _cards(case, cpu)
     return Seen(things, frozenset(_job(case)))
 
