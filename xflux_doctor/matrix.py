@@ -67,18 +67,23 @@ def load_with(site: str | None) -> Matrix:
     if not path.is_file():
         raise DoctorError(f"There is no matrix file at {site}.", "Check the path given to --matrix.", code=2)
     theirs = load(path)
+    text = path.read_text(encoding="utf-8")
     known = {stack.name for stack in ours.stacks} | {rule.id for rule in ours.rules}
     unknown = [name for name in theirs.drop if name not in known]
     if unknown:
         problems = [f"drop: there is no stack or rule {name} of ours to drop" for name in unknown]
-        raise _faults(path, problems, path.read_text(encoding="utf-8"))
+        raise _faults(path, problems, text)
     stacks = {stack.name: stack for stack in ours.stacks} | {stack.name: stack for stack in theirs.stacks}
     rules = {rule.id: rule for rule in ours.rules} | {rule.id: rule for rule in theirs.rules}
+    laid = tuple(rule for name, rule in rules.items() if name not in theirs.drop)
+    clashes = list(matrix_lint.contradictions(laid))
+    if clashes:
+        raise _faults(path, [f"{clash}; `drop` takes a row of ours away" for clash in clashes], text)
     return msgspec.structs.replace(
         ours,
         checked=theirs.checked or ours.checked,
         stacks=tuple(stack for name, stack in stacks.items() if name not in theirs.drop),
-        rules=tuple(rule for name, rule in rules.items() if name not in theirs.drop),
+        rules=laid,
     )
 
 

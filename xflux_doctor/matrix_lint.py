@@ -88,7 +88,7 @@ def lint(matrix: Matrix) -> list[str]:
     pinned = {name for stack in matrix.stacks for name in stack.packages}
     for rule in matrix.rules:
         problems += [f"{rule.id}.{fault}" for fault in _rule(rule, pinned)]
-    return problems + list(_contradictions(matrix.rules))
+    return problems + list(contradictions(matrix.rules))
 
 
 def _stack(stack: Stack) -> Iterator[str]:
@@ -169,7 +169,7 @@ def _sources(sources: tuple[str, ...]) -> Iterator[str]:
             yield f"source: {text!r} is no URL, owner/repository@commit:path, pypi:name==version or benchmarks/ command"
 
 
-def _contradictions(rules: tuple[Rule, ...]) -> Iterator[str]:
+def contradictions(rules: tuple[Rule, ...]) -> Iterator[str]:
     """Rows with one subject and equal conditions that no version, or every version of the other, satisfies."""
     alike: dict[tuple[object, ...], list[Rule]] = {}
     for rule in rules:
