@@ -14,14 +14,11 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from conftest import ROOT, machine
-from hypothesis import given
-from hypothesis import strategies as st
 
 from xflux_doctor import conditions, matrix_lint
 from xflux_doctor import matrix as matrices
 from xflux_doctor.choose import choose
 from xflux_doctor.cli import cli
-from xflux_doctor.conditions import ABSENT, Thing, fault, holds, together
 from xflux_doctor.errors import DoctorError
 from xflux_doctor.inputs import Inputs, build
 from xflux_doctor.matrix import Matrix, Pin, Rule, Stack
@@ -90,42 +87,6 @@ def test_stacks_tell_all_that_an_install_needs(matrix: Matrix) -> None:
         if not stack.is_cpu:
             assert stack.nccl and stack.cudnn and stack.triton and stack.gpu_archs and stack.driver
             assert not torch.index_required  # the public index has this build: no other index is asked
-
-
-# --- conditions
-
-
-@pytest.mark.parametrize(("need", "thing", "answer"), [
-    (">=2.4,<2.5", Thing(True, "2.4.1+cu121"), True), (">=2.4,<2.5", Thing(True, "2.5.0"), False),
-    (">=2.4,<2.5", Thing(True, "2.4.0a0+f70bd71a48.nv24.06"), False), (">=2.4", ABSENT, False),
-    (">=2.4", Thing(True), None), (">=2.4", Thing(True, "what"), None),
-    ("present", Thing(True), True), ("present", ABSENT, False),
-    ("absent", ABSENT, True), ("absent", Thing(True), False),
-    ("build cu12*", Thing(True, "2.4.0", "cu121"), True), ("build cu12* cpu", Thing(True, "2.4.0", "cpu"), True),
-    ("build cu12*", Thing(True, "2.4.0", "cu118"), False), ("build cu12*", Thing(True, "2.4.0"), None),
-    ("build cu12*", ABSENT, False),
-])  # fmt: skip
-def test_conditions(need: str, thing: Thing, answer: bool | None) -> None:
-    assert fault(need) == "" and holds(need, thing) is answer
-
-
-@pytest.mark.parametrize("need", ["", "  ", "presnt", "=2.4", ">=2.4 or so", "build", "build ", "build cu12.1", "2.4"])
-def test_conditions_that_are_none(need: str) -> None:
-    assert fault(need)
-    assert not VALIDATOR.evolve(schema=SCHEMA["$defs"]["condition"] | {"$defs": SCHEMA["$defs"]}).is_valid(need)
-
-
-@given(st.sampled_from(("2.4", "2.4.0", "2.10", "1.0.post1")), st.sampled_from((">=", "<=", "==", "!=", "<", ">")))
-def test_one_condition_agrees_with_itself(version: str, operator: str) -> None:
-    assert together(f"{operator}{version}", f"{operator}{version}")
-
-
-@pytest.mark.parametrize(("one", "other", "answer"), [
-    (">=2.4", "<2.4", False), (">=2.4", "<=2.4", True), (">2.4", "<2.5", True), ("==1.0", ">=0.9", True),
-    ("==1.0", "==1.1", False), ("present", "absent", False), ("absent", ">=1", False), ("present", ">=1", True),
-])  # fmt: skip
-def test_contradictions(one: str, other: str, answer: bool) -> None:
-    assert together(one, other) is answer and together(other, one) is answer
 
 
 # --- a broken file: every fault, each with its line
