@@ -21,10 +21,16 @@ PREFIXES = (
 )
 NAMES = frozenset(
     "NVIDIA_VISIBLE_DEVICES OMP_NUM_THREADS MASTER_ADDR MASTER_PORT RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE "
-    "NODE_RANK HF_HOME HF_HUB_CACHE HF_HUB_OFFLINE TRANSFORMERS_CACHE XDG_CACHE_HOME TMPDIR "
+    "NODE_RANK HF_HOME HF_HUB_CACHE HUGGINGFACE_HUB_CACHE HF_HUB_OFFLINE TRANSFORMERS_OFFLINE HF_ENDPOINT "
+    "TRANSFORMERS_CACHE XDG_CACHE_HOME TMPDIR TRITON_CACHE_DIR TORCHINDUCTOR_CACHE_DIR "
     "FLUX_DEV FLUX_SCHNELL FLUX_DEV_FP8 AE SLURM_JOB_ID SLURM_NTASKS SLURM_PROCID SLURM_LOCALID SLURM_NNODES "
-    "SLURM_GPUS_ON_NODE SLURM_JOB_NODELIST SLURM_NODEID".split()
+    "SLURM_GPUS_ON_NODE SLURM_JOB_NODELIST SLURM_NODEID HF_HUB_ENABLE_HF_TRANSFER PYTHONHOME NVIDIA_TF32_OVERRIDE "
+    "COMPUTE_PROFILE NSIGHT_CUDA_DEBUGGER TP_SOCKET_IFNAME".split()
 )
+_PATH_LIBRARIES = ("libcuda.so.1", "libcudnn_graph.so.9")
+"""What LD_LIBRARY_PATH can replace under pip's torch: its other CUDA libraries are found by RPATH, which comes first
+(readelf -d of libtorch_cuda.so 2.4.0 to 2.13.0); cuDNN loads its own parts by RUNPATH, which comes after."""
+_PRELOADED = re.compile(r"lib(cuda|cudart|cudnn|nccl|cublas|nvrtc)[^/]*\.so")
 _SECRET = ("TOKEN", "SECRET", "PASS", "AUTH", "KEY", "CREDENTIAL")
 _LOGIN = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 """User and password in a URL."""
@@ -32,11 +38,24 @@ _LOGIN = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 
 def environment_facts(environ: Mapping[str, str]) -> dict[str, str]:
     """The variables of the allow-list; a name that smells of a secret is left out even there."""
-    return {
+    found = {
         name: _LOGIN.sub("***", value.encode("utf-8", "backslashreplace").decode())
         for name, value in sorted(environ.items())
         if (name in NAMES or name.startswith(PREFIXES)) and not any(word in name for word in _SECRET)
     }
+    return found | loaded_instead(environ)
+
+
+def loaded_instead(environ: Mapping[str, str]) -> dict[str, str]:
+    """Of LD_LIBRARY_PATH and LD_PRELOAD only the files that come before torch's and the driver's, links followed."""
+    folders = [entry for entry in environ.get("LD_LIBRARY_PATH", "").split(":") if entry]
+    first = {
+        name: next((path for folder in folders if os.path.isfile(path := f"{folder}/{name}")), "")  # noqa: PTH113
+        for name in _PATH_LIBRARIES
+    }
+    preloaded = [entry for entry in re.split(r"[\s:]+", environ.get("LD_PRELOAD", "")) if _PRELOADED.search(entry)]
+    files = {"LD_LIBRARY_PATH": [path for path in first.values() if path], "LD_PRELOAD": preloaded}
+    return {name: ":".join(os.path.realpath(path) for path in paths) for name, paths in files.items() if paths}
 
 
 def has_hub_token(environ: Mapping[str, str]) -> bool:

@@ -19,7 +19,7 @@ OF_INTEREST = frozenset(
     "torch torchvision torchaudio triton deepspeed accelerate transformers tokenizers huggingface-hub diffusers "
     "peft optimum-quanto safetensors numpy pydantic setuptools sentencepiece protobuf pillow tensorboard wandb "
     "bitsandbytes torchao xformers flash-attn flash-attn-4 ninja nvidia-ml-py pynvml pip xflux-doctor "
-    "nvidia-nccl-cu12 nvidia-nccl-cu13 nvidia-cudnn-cu12 nvidia-cudnn-cu13".split()
+    "nvidia-nccl-cu12 nvidia-nccl-cu13 nvidia-cudnn-cu12 nvidia-cudnn-cu13 hf-transfer".split()
 )
 _MODULES = {
     "optimum-quanto": "optimum/quanto",
