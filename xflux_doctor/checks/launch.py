@@ -128,7 +128,12 @@ def chosen_devices_exist(case: Case) -> Iterator[Finding]:
         honored = selected(case.facts.gpus, {"CUDA_VISIBLE_DEVICES": value}, None)
         if len(honored) < len(asked) and honored:
             repeated = len(parse(value)) == 0
-            why = "a repeated entry empties the list" if repeated else f"GPUs are numbered 0 to {count - 1}"
+            first = asked[len(honored)].strip()
+            why = (
+                "a repeated entry empties the list"
+                if repeated
+                else f"{first!r} is none; GPUs are numbered 0 to {count - 1}"
+            )
             yield warning(
                 f"{name} is {value!r}: {len(asked)} entries, of which {len(honored)} name a GPU ({why}).",
                 "torch drops the rest without a word.",
