@@ -33,9 +33,9 @@ class Skew(NamedTuple):
     """Words of the finding where it does not quote the error."""
     launch: Launch = "cpu"
     environment: Mapping[str, str] = {}
-    """Set for the check and the probe; `{site}` is the copy's site-packages."""
+    """Set for the check and the probe. `{site}`, here and in `change`, is the venv's site-packages."""
     fails_anyway: bool = False
-    """The probe fails in the untouched venv too, in other words: this machine has no GPU."""
+    """The probe fails in the untouched venv too, with another error: there is no GPU here, no toolkit, no torchvision."""
 
 
 _WEB = (
@@ -46,6 +46,8 @@ _HUB = "huggingface-hub==0.36.2"
 _TF5_HUB = f"transformers==5.12.1 tokenizers==0.22.2 {_WEB}"
 _FOUND = "is required for a normal functioning of this module, but found"
 _CPU_WHEELS = "pip:--find-links=https://download.pytorch.org/whl/cpu/torch/"
+_TOOLKIT_13 = "nvidia-cuda-nvcc==13.0.88 nvidia-cuda-runtime==13.0.96"
+"""A real nvcc 13.0 with cuda.h, from the public index."""
 
 
 def _rule(rule: str, stack: str, change: str, probe: str, words: str, told: str = "", name: str = "") -> Skew:
@@ -87,12 +89,17 @@ SKEWS: tuple[Skew, ...] = (
     Skew("nccl-too-old", "xflux-2024", "nvidia-nccl-cu12==2.18.1", "import torch", "undefined symbol: nccl", "SW108", "nvidia-nccl-cu12 is 2.18.1", launch="gpu"),
     Skew("cudnn-of-another-major", "xflux-2024", "nvidia-cudnn-cu12==8.9.2.26", "import torch", "libcudnn.so.9: cannot open shared object file", "SW108", "nvidia-cudnn-cu12 is 8.9.2.26", "does not find the library", launch="gpu"),
     Skew("cudnn-missing", "xflux-2024", "-nvidia-cudnn-cu12", "import torch", "cannot open shared object file", "SW108", "nvidia-cudnn-cu12", launch="gpu"),
-    Skew("torch-of-the-cpu-build", "xflux-2024", f"{_CPU_WHEELS} torch==2.4.0+cpu", "import torch; torch.zeros(1).cuda()", "Torch not compiled with CUDA enabled", "SW103", "torch 2.4.0+cpu is the cpu build", "A CPU build cannot use a GPU", launch="gpu", fails_anyway=True),
+    Skew("torch-of-the-cpu-build", "xflux-2024", f"{_CPU_WHEELS} torch==2.13.0+cpu", "import torch; torch.zeros(1).cuda()", "Torch not compiled with CUDA enabled", "SW103", "2.13.0+cpu", "the stack has 2.4.0+cu121", launch="gpu", fails_anyway=True),
+    _rule("R-TV-CPU", "cpu", "torchvision==0.28.0", "import torchvision", "operator torchvision::nms does not exist")._replace(fails_anyway=True),
+    _rule("R-TORCH-NUMPY2", "xflux-2024", "numpy==2.2.6 torch==2.2.2 nvidia-cudnn-cu12==8.9.2.26", "import numpy, torch; torch.from_numpy(numpy.zeros(1))", "Numpy is not available"),
+    # the toolkit
+    _rule("R-NVCC-12-0144", "xflux-2024", _TOOLKIT_13, "from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()", "CUDAMismatchException: ")._replace(launch="gpu-offload", environment={"DS_ACCELERATOR": "cuda", "CUDA_HOME": "{site}/nvidia/cu13"}, fails_anyway=True, told="CUDAMismatchException: Installed CUDA version"),
     # installs that are not whole
     Skew("module-removed", "cpu", "rm:diffusers", "import diffusers", "No module named 'diffusers'", "SW103", "diffusers 0.42.1 has metadata in", "its import fails"),
     Skew("library-cut-short", "cpu", "cut:tokenizers/tokenizers.abi3.so", "import tokenizers", "file too short", "SW110", "tokenizers.abi3.so of tokenizers", "the import fails or crashes"),
     Skew("requirement-removed", "cpu", "-regex", "import transformers", "No module named 'regex'", "SW109", "requires regex, which is not installed", "No module named"),
-    Skew("setuptools-removed", "xflux-2024", "-setuptools", "from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()", "No module named 'setuptools'", "SW109", "requires setuptools, which is not installed", "No module named"),
+    Skew("setuptools-removed", "xflux-2024", "-setuptools", "import torch.utils.cpp_extension", "No module named 'setuptools'", "SW109", "requires setuptools, which is not installed", "No module named"),
+    Skew("shadowed-by-PYTHONPATH", "xflux-2024", f"pip:--target={{site}}/../../other huggingface-hub==1.33.0 {_WEB}", "import transformers", "huggingface-hub>=0.23.2,<1.0 is required", "SW111", "huggingface-hub", "come from PYTHONPATH", environment={"PYTHONPATH": "{site}/../../other"}),
 )  # fmt: skip
 
 QUICK = ("R-TF-HUB-4", "R-TF-TOK-517", "module-removed")

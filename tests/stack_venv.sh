@@ -1,4 +1,5 @@
-# Sourced: stack_venv STACK makes .venvs/STACK with the doctor, its tests' tools and that stack.
+# Sourced: stack_venv STACK makes .venvs/STACK with the doctor, its tests' tools and that stack, which is installed from
+# the file that `matrix export` writes; `fix --install` must then find nothing to do.
 # Returns 1 and says why where this Python has no such stack, 2 where something failed.
 pip="-m pip install --quiet --disable-pip-version-check"
 
@@ -15,6 +16,9 @@ stack_venv() {
         return 1
     fi
     [ "$fits" = 0 ] || return 2
+    "$venv/bin/xflux-doctor" matrix export "$1" >"$venv/$1.txt" || return 2
+    # Where torch's page cannot be reached, pip asks it again for every package: one more try each, not five.
+    "$venv/bin/python" $pip --retries 1 -r "$venv/$1.txt" || return 2
     "$venv/bin/xflux-doctor" fix --install --yes --cpu --stack "$1" || return 2
     touch "$venv/ok"
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from conftest import ROOT, XFLUX_ACCELERATE
 from skews import QUICK, SKEWS, Launch, Skew
 
 VENVS = ROOT / ".venvs"
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _GPU_JOB = XFLUX_ACCELERATE.replace("num_processes: 8", "num_processes: 2")
 LAUNCHES: dict[Launch, str] = {
     "cpu": _GPU_JOB.replace("use_cpu: false", "use_cpu: true"),
@@ -46,6 +48,7 @@ def environment(skew: Skew, venv: Path) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "CUDA_", "VIRTUAL_"))}
     quiet = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
              "TORCH_EXTENSIONS_DIR": f"{venv}.ops"}  # fmt: skip
+    quiet["PATH"] = f"{venv / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"  # as in an activated venv
     own = {name: value.format(site=site(venv)) for name, value in skew.environment.items()}
     return {**kept, **quiet, **own}
 
@@ -86,7 +89,7 @@ def untouched(skew: Skew) -> str:
 def change(skew: Skew, venv: Path) -> None:
     """Do to the copy what the skew says."""
     pip = [venv / "bin/python", "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    words = skew.change.split()
+    words = skew.change.format(site=site(venv)).split()
     options = [word.removeprefix("pip:") for word in words if word.startswith("pip:")]
     for word in words:
         kind, _, path = word.partition(":")
@@ -130,7 +133,8 @@ def held(skew: Skew, venv: Path, folder: Path) -> dict[str, Any]:
     said = f"{findings[0]['seen']} {findings[0]['because']}"
     assert (skew.told or skew.words) in said
     true = probe(skew, venv)
-    line = next((line.strip() for line in true.splitlines() if skew.words in line), "")
+    lines = [ANSI.sub("", line).strip() for line in true.splitlines() if skew.words in line]
+    line = lines[-1] if lines else ""
     assert line, true[-1500:] or "nothing broke"
     before = untouched(skew)
     assert skew.words not in before, before[-600:]
@@ -148,6 +152,16 @@ def held(skew: Skew, venv: Path, folder: Path) -> dict[str, Any]:
     print(f"\n{skew.name}: {skew.stack} with {skew.change}")
     print(f"  foretold {row['code']} {row['severity']}: {row['foretold']}\n  true     {row['true_error']}")
     return row
+
+
+def mended(skew: Skew, venv: Path, folder: Path) -> None:
+    """`fix --install` makes the skewed venv whole again."""
+    command = [sys.executable, "-m", "xflux_doctor.cli", "fix", "--install", "--yes", "--stack", skew.stack, "--python",
+               str(venv / "bin/python"), "--accelerate-config", str(folder / "accelerate.yaml")]  # fmt: skip
+    done = subprocess.run(command, env=environment(skew, venv), cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
+    assert not foretold(skew, venv, folder)
+    assert probe(skew, venv) == ""
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +193,7 @@ def test_three_of_them(name: str, copy: Path, tmp_path: Path) -> None:
     original = site(base(skew.stack))
     before = fingerprint(original)
     held(skew, copy, tmp_path)
+    mended(skew, copy, tmp_path)
     assert fingerprint(original) == before, "the stack's own venv was changed"
 
 
