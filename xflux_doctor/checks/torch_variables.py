@@ -92,8 +92,9 @@ def allocator_settings(case: Case) -> Iterator[Finding]:
         yield error(
             f"{name} is {value!r} and torch is {torch}.",
             f"It stops: '{told}'.",
-            near or "Write key:value pairs with commas between them, True or False in capitals, without quotes.",
-            commands=(f"export {name}=expandable_segments:True", f"unset {name}"),
+            near
+            or "Write key:value pairs with commas between them, True or False with a capital letter, without quotes.",
+            commands=(f"unset {name}",),
             docs=_ALLOC_DOCS,
         )
 
