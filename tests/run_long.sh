@@ -5,6 +5,7 @@ set -u
 cd "$(dirname "$0")/.."
 . tests/stack_venv.sh
 pythons=${PYTHONS:-$(for n in 10 11 12 13 14; do command -v "python3.$n"; done)}
+export PYTHONS=$pythons # a skew of another Python looks for it here
 out=benchmarks/results/test-long-$(date -u +%Y-%m-%d).txt
 failed=0
 stack_venv cpu || exit 1

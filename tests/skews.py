@@ -36,6 +36,8 @@ class Skew(NamedTuple):
     """Set for the check and the probe. `{site}`, here and in `change`, is the venv's site-packages."""
     fails_anyway: bool = False
     """The probe fails in the untouched venv too, with another error: there is no GPU here, no toolkit, no torchvision."""
+    python: str = ""
+    """The Python of the venv, where it is not the one that runs the tests; such a venv is made when it is not there."""
 
 
 _WEB = (
@@ -99,6 +101,7 @@ SKEWS: tuple[Skew, ...] = (
     Skew("library-cut-short", "cpu", "cut:tokenizers/tokenizers.abi3.so", "import tokenizers", "file too short", "SW110", "tokenizers.abi3.so of tokenizers", "the import fails or crashes"),
     Skew("requirement-removed", "cpu", "-regex", "import transformers", "No module named 'regex'", "SW109", "requires regex, which is not installed", "No module named"),
     Skew("setuptools-removed", "xflux-2024", "-setuptools", "import torch.utils.cpp_extension", "No module named 'setuptools'", "SW109", "requires setuptools, which is not installed", "No module named"),
+    _rule("R-DS-DISTUTILS", "xflux-2024", "-setuptools", "import deepspeed", "No module named 'distutils'")._replace(python="3.12"),
     Skew("shadowed-by-PYTHONPATH", "xflux-2024", f"pip:--target={{site}}/../../other huggingface-hub==1.33.0 {_WEB}", "import transformers", "huggingface-hub>=0.23.2,<1.0 is required", "SW111", "huggingface-hub", "come from PYTHONPATH", environment={"PYTHONPATH": "{site}/../../other"}),
 )  # fmt: skip
 

@@ -32,11 +32,31 @@ LAUNCHES: dict[Launch, str] = {
 }
 
 
-def base(stack: str) -> Path:
-    venv = VENVS / stack
+def base(skew: Skew) -> Path:
+    """The venv that is copied. One of another Python is made here, from the stack's exported file."""
+    venv = VENVS / (f"{skew.stack}-py{skew.python}" if skew.python else skew.stack)
     if not (venv / "ok").exists():
-        pytest.skip(f"there is no venv of stack {stack}: tests/stack_venv.sh makes it")
+        if not skew.python:
+            pytest.skip(f"there is no venv of stack {skew.stack}: tests/stack_venv.sh makes it")
+        python = interpreter(skew.python)
+        export = [sys.executable, "-m", "xflux_doctor.cli", "matrix", "export", skew.stack]
+        subprocess.run([python, "-m", "venv", "--clear", venv], check=True, env=pip_environment())
+        file = venv / "stack.txt"
+        file.write_bytes(subprocess.run(export, check=True, capture_output=True).stdout)
+        install = [venv / "bin/python", "-m", "pip", "--quiet", "install", "--requirement", file]
+        subprocess.run(install, check=True, env=pip_environment())
+        (venv / "ok").touch()
     return venv
+
+
+def interpreter(version: str) -> str:
+    """One of $PYTHONS (the long run names them), or of the PATH, that is of this release."""
+    asked = "import sys; print('%d.%d' % sys.version_info[:2])"
+    for name in [*os.environ.get("PYTHONS", "").split(), f"python{version}"]:
+        found = shutil.which(name)
+        if found and subprocess.run([found, "-c", asked], capture_output=True, text=True).stdout.strip() == version:
+            return found
+    pytest.skip(f"there is no Python {version} in $PYTHONS or on the PATH")
 
 
 def site(venv: Path) -> Path:
@@ -80,9 +100,9 @@ _PASSED: dict[tuple[str, str, str], str] = {}
 
 def untouched(skew: Skew) -> str:
     """What the probe says in the stack's own venv, asked once for all skews with that probe."""
-    key = (skew.stack, skew.probe, repr(skew.environment))
+    key = (str(base(skew)), skew.probe, repr(skew.environment))
     if key not in _PASSED:
-        _PASSED[key] = probe(skew, base(skew.stack))
+        _PASSED[key] = probe(skew, base(skew))
     return _PASSED[key]
 
 
@@ -120,13 +140,13 @@ def copy(request: pytest.FixtureRequest) -> Iterator[Path]:
 
 
 def skewed(skew: Skew, venv: Path) -> None:
-    subprocess.run(["cp", "-al", base(skew.stack), venv], check=True)
+    subprocess.run(["cp", "-al", base(skew), venv], check=True)
     change(skew, venv)
 
 
 def held(skew: Skew, venv: Path, folder: Path) -> dict[str, Any]:
     """Make the skew, foretell it, see it happen; returns the row of the result file."""
-    assert not foretold(skew, base(skew.stack), folder), "the untouched venv has this finding too"
+    assert not foretold(skew, base(skew), folder), "the untouched venv has this finding too"
     skewed(skew, venv)
     findings = foretold(skew, venv, folder)
     assert findings, f"nothing foretells {skew.change}; the true error is: {probe(skew, venv)[-600:]}"
@@ -142,6 +162,7 @@ def held(skew: Skew, venv: Path, folder: Path) -> dict[str, Any]:
     row = {
         "skew": skew.name,
         "stack": skew.stack,
+        "python": skew.python or f"{sys.version_info.major}.{sys.version_info.minor}",
         "change": skew.change,
         "probe": skew.probe,
         "code": skew.code,
@@ -171,8 +192,7 @@ def rows() -> Iterator[list[dict[str, Any]]]:
     yield found
     if len(found) == len(SKEWS):
         today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-        python = f"{sys.version_info.major}.{sys.version_info.minor}"
-        document = {"date": today, "python": python, "skews": len(found), "rows": found}
+        document = {"date": today, "skews": len(found), "rows": found}
         file = ROOT / f"benchmarks/results/skews-{today}.json"
         file.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
         print(f"\n{len(found)} skews foretold before import, each with its true error: {file.name}")
@@ -190,7 +210,7 @@ def test_three_of_them(name: str, copy: Path, tmp_path: Path) -> None:
     skew = next(skew for skew in SKEWS if skew.name == name)
     if Path(sys.prefix) != VENVS / skew.stack:
         pytest.skip(f"made where the tests run on stack {skew.stack}")
-    original = site(base(skew.stack))
+    original = site(base(skew))
     before = fingerprint(original)
     held(skew, copy, tmp_path)
     mended(skew, copy, tmp_path)
