@@ -98,7 +98,7 @@ SKEWS: tuple[Skew, ...] = (
     _rule("R-NVCC-12-0144", "xflux-2024", _TOOLKIT_13, "from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()", "CUDAMismatchException: ")._replace(launch="gpu-offload", environment={"DS_ACCELERATOR": "cuda", "CUDA_HOME": "{site}/nvidia/cu13"}, fails_anyway=True, told="CUDAMismatchException: Installed CUDA version"),
     # installs that are not whole
     Skew("module-removed", "cpu", "rm:diffusers", "import diffusers", "No module named 'diffusers'", "SW103", "diffusers 0.42.1 has metadata in", "its import fails"),
-    Skew("library-cut-short", "cpu", "cut:tokenizers/tokenizers.abi3.so", "import tokenizers", "file too short", "SW110", "tokenizers.abi3.so of tokenizers", "the import fails or crashes"),
+    Skew("library-cut-short", "cpu", "cut:tokenizers/tokenizers.abi3.so", "import tokenizers", "the interpreter died of SIG", "SW110", "tokenizers.abi3.so of tokenizers", "the import fails or crashes"),
     Skew("requirement-removed", "cpu", "-regex", "import transformers", "No module named 'regex'", "SW109", "requires regex, which is not installed", "No module named"),
     Skew("setuptools-removed", "xflux-2024", "-setuptools", "import torch.utils.cpp_extension", "No module named 'setuptools'", "SW109", "requires setuptools, which is not installed", "No module named"),
     _rule("R-DS-DISTUTILS", "xflux-2024", "-setuptools", "import deepspeed", "No module named 'distutils'")._replace(python="3.12"),

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import uuid
@@ -80,7 +81,8 @@ def probe(skew: Skew, venv: Path) -> str:
     done = subprocess.run([venv / "bin/python", "-c", code], env=environment(skew, venv), cwd="/", capture_output=True,
                           text=True, timeout=1200)  # fmt: skip
     shutil.rmtree(f"{venv}.ops", ignore_errors=True)
-    return (done.stdout + done.stderr or "no word") if done.returncode else ""
+    died = f"\nthe interpreter died of {signal.Signals(-done.returncode).name}" if done.returncode < 0 else ""
+    return (done.stdout + done.stderr + died or "no word") if done.returncode else ""
 
 
 def foretold(skew: Skew, venv: Path, folder: Path) -> list[dict[str, Any]]:
