@@ -1,23 +1,23 @@
-"""GPUs, driver and who holds their memory, by NVML: no CUDA context is made.
+"""All GPUs and the driver by NVML, the driver's own library: no CUDA context is made.
 
-A call that an old driver does not know leaves its own field empty and costs nothing else.
+A card that does not answer is a `LostGpu` and does not hide the others.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
-import pwd
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from xflux_doctor.facts import Driver, Gpu, GpuProcess
+from xflux_doctor.facts import Driver, Gpu, LostGpu
+from xflux_doctor.gather.cards import gpu_facts, maybe, text
+from xflux_doctor.gather.driver import library_version, module_version, pci_addresses, same_place
 
-T = TypeVar("T")
-_COMPUTE_MODES = {0: "default", 1: "exclusive_thread", 2: "prohibited", 3: "exclusive_process"}
+DENIED = "denied to this user or container"
+"""The reason of a card that is somebody else's, as under a batch system; such a card is not broken."""
 
 
 class NvmlReading:
@@ -26,109 +26,102 @@ class NvmlReading:
     def __init__(self) -> None:
         self.driver: Driver | None = None
         self.gpus: tuple[Gpu, ...] | None = None
+        self.lost: tuple[LostGpu, ...] = ()
         self.error = ""
         self.start_seconds = 0.0
 
 
-def read(deadline: float = 10.0) -> NvmlReading:
+def read(deadline: float = 10.0, root: Path = Path("/")) -> NvmlReading:
     """Ask NVML in a thread: a GPU that fell off the bus can block a call for ever, and must not block us."""
     reading = NvmlReading()
-    thread = threading.Thread(target=_read, args=(reading,), daemon=True)
+    thread = threading.Thread(target=_read, args=(reading, root), daemon=True)
     thread.start()
     thread.join(deadline)
     if thread.is_alive():
         late = NvmlReading()
         late.error = f"NVML did not answer within {deadline:.0f} s: a GPU or the driver hangs"
+        late.start_seconds = reading.start_seconds
         return late
     return reading
 
 
-def _read(reading: NvmlReading) -> None:
-    # Loaded here: 40 ms that recorded facts do not need.
-    pynvml: Any = importlib.import_module("pynvml")
-
+def _read(reading: NvmlReading, root: Path) -> None:
     started = time.perf_counter()
     try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        reading.error = _start_error(pynvml, error)
+        # Loaded here: 40 ms that recorded facts do not need.
+        nvml: Any = importlib.import_module("pynvml")
+        started = time.perf_counter()
+        nvml.nvmlInit()
+    except Exception as error:  # noqa: BLE001 - a foreign pynvml may raise anything
+        reading.error = _start_error(error, root)
         return
     finally:
         reading.start_seconds = time.perf_counter() - started
     try:
-        reading.driver = Driver(_text(pynvml.nvmlSystemGetDriverVersion()), _cuda(pynvml))
-        reading.gpus = tuple(_gpu(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount()))
-    except pynvml.NVMLError as error:
+        version = text(nvml.nvmlSystemGetDriverVersion())
+        reading.driver = Driver(version, _cuda(nvml), module_version(root), library_version(root, os.environ))
+        reading.gpus, reading.lost = _cards(nvml, nvml.nvmlDeviceGetCount(), root)
+    except Exception as error:  # noqa: BLE001
         reading.error = f"NVML failed while it read the GPUs: {error}"
     finally:
-        pynvml.nvmlShutdown()
+        maybe(nvml.nvmlShutdown)
 
 
-def _start_error(pynvml: Any, error: Exception) -> str:
+def _cards(nvml: Any, count: int, root: Path) -> tuple[tuple[Gpu, ...], tuple[LostGpu, ...]]:
+    found: list[Gpu] = []
+    lost: list[LostGpu] = []
+    for index in range(count):
+        try:
+            found.append(gpu_facts(nvml, index))
+        except nvml.NVMLError as error:
+            lost.append(LostGpu(index, _reason(error), _address(nvml, index)))
+    seen = {same_place(gpu.pci) for gpu in found} | {same_place(card.pci) for card in lost if card.pci}
+    left = [address for address in pci_addresses(root) if same_place(address) not in seen]
+    nameless = [card for card in lost if not card.pci]
+    if len(left) == len(nameless):  # both are in PCI order
+        places = {card.index: address for card, address in zip(nameless, left, strict=True)}
+        lost = [LostGpu(card.index, card.reason, card.pci or places[card.index]) for card in lost]
+    return tuple(found), tuple(lost)
+
+
+def _address(nvml: Any, index: int) -> str:
+    """A lost card often still tells its handle and its place."""
+    handle = maybe(lambda: nvml.nvmlDeviceGetHandleByIndex(index))
+    return "" if handle is None else maybe(lambda: text(nvml.nvmlDeviceGetPciInfo(handle).busId)) or ""
+
+
+_CARD_REASONS = {
+    4: DENIED,
+    15: "it has fallen off the bus (GPU is lost)",
+    16: "it wants a reset (GPU requires reset)",
+    10: "it does not answer in time",
+    999: "the driver says Unknown Error",
+}
+"""By NVML's return codes: NO_PERMISSION, GPU_IS_LOST, RESET_REQUIRED, TIMEOUT, UNKNOWN."""
+
+
+def _reason(error: Exception) -> str:
+    return _CARD_REASONS.get(getattr(error, "value", -1), str(error))
+
+
+def _start_error(error: Exception, root: Path) -> str:
+    """One sentence why NVML did not start, by its return code."""
     code = getattr(error, "value", None)
-    if code == pynvml.NVML_ERROR_LIBRARY_NOT_FOUND:
+    if code == 12:  # LIBRARY_NOT_FOUND
         return "there is no NVIDIA driver library (libnvidia-ml.so.1) on this machine or in this container"
-    if code == pynvml.NVML_ERROR_DRIVER_NOT_LOADED:
+    if code == 9:  # DRIVER_NOT_LOADED
         return "the NVIDIA kernel module is not loaded"
-    if code == getattr(pynvml, "NVML_ERROR_LIB_RM_VERSION_MISMATCH", -1):
-        return "driver and library versions differ (the driver was upgraded without a reboot)"
-    if code == pynvml.NVML_ERROR_NO_PERMISSION:
+    if code == 18:  # LIB_RM_VERSION_MISMATCH
+        module, library = module_version(root), library_version(root, os.environ)
+        versions = f": library {library}, kernel module {module}" if module and library else ""
+        return f"driver and library versions differ (the driver was upgraded without a reboot{versions})"
+    if code == 4:  # NO_PERMISSION
         return "no permission to talk to the NVIDIA driver"
+    if code == 999:
+        return "NVML did not start: Unknown Error"
     return f"NVML did not start: {error}"
 
 
-def _gpu(pynvml: Any, index: int) -> Gpu:
-    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-    mig = _maybe(pynvml, lambda: pynvml.nvmlDeviceGetMigMode(handle)[0])
-    mode = _maybe(pynvml, lambda: pynvml.nvmlDeviceGetComputeMode(handle))
-    running = _maybe(pynvml, lambda: pynvml.nvmlDeviceGetComputeRunningProcesses(handle)) or []
-    return Gpu(
-        index=index,
-        uuid=_text(pynvml.nvmlDeviceGetUUID(handle)),
-        name=_text(pynvml.nvmlDeviceGetName(handle)),
-        memory_total=int(memory.total),
-        memory_free=int(memory.free),
-        capability=_capability(pynvml.nvmlDeviceGetCudaComputeCapability(handle)),
-        pci=_text(pynvml.nvmlDeviceGetPciInfo(handle).busId),
-        mig=None if mig is None else bool(mig),
-        compute_mode=_COMPUTE_MODES.get(mode, "") if mode is not None else "",
-        processes=tuple(process_facts(p.pid, p.usedGpuMemory) for p in running),
-    )
-
-
-def process_facts(pid: int, used: int | None) -> GpuProcess:
-    """Name, owner and age of a process, as far as /proc shows it from inside this container."""
-    folder = Path("/proc") / str(pid)
-    try:
-        name = (folder / "comm").read_text().strip()
-        status = folder.stat()
-        ticks = float((folder / "stat").read_text().rpartition(")")[2].split()[19])
-        uptime = float(Path("/proc/uptime").read_text().split()[0])
-    except (OSError, IndexError, ValueError):
-        return GpuProcess(pid, used)
-    try:
-        user = pwd.getpwuid(status.st_uid).pw_name
-    except KeyError:
-        user = str(status.st_uid)
-    return GpuProcess(pid, used, name, user, max(0.0, uptime - ticks / os.sysconf("SC_CLK_TCK")))
-
-
-def _maybe(pynvml: Any, ask: Callable[[], T]) -> T | None:
-    try:
-        return ask()
-    except pynvml.NVMLError:
-        return None
-
-
-def _cuda(pynvml: Any) -> str:
-    number = _maybe(pynvml, pynvml.nvmlSystemGetCudaDriverVersion_v2)
+def _cuda(nvml: Any) -> str:
+    number = maybe(nvml.nvmlSystemGetCudaDriverVersion_v2)
     return f"{number // 1000}.{number % 1000 // 10}" if number else ""
-
-
-def _capability(pair: Any) -> tuple[int, int]:
-    return int(pair[0]), int(pair[1])
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else value

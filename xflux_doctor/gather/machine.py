@@ -9,7 +9,7 @@ from collections.abc import Container
 
 from xflux_doctor import __version__
 from xflux_doctor.facts import Facts
-from xflux_doctor.gather import environment, gpus, host, interpreter, packages, toolchain
+from xflux_doctor.gather import environment, gpus, host, interpreter, kernel_log, packages, toolchain
 
 
 def gather(
@@ -36,6 +36,12 @@ def gather(
     if nvml.driver is None:
         unknown["driver"] = nvml.error
 
+    started = time.perf_counter()
+    xids = kernel_log.xids()
+    timings["kernel_log"] = time.perf_counter() - started
+    if xids is None:
+        unknown["xids"] = "the kernel log cannot be read from here"
+
     default_config = environment.default_accelerate_config(os.environ)
     return Facts(
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -44,6 +50,8 @@ def gather(
         host=host.host_facts(),
         driver=nvml.driver,
         gpus=nvml.gpus,
+        lost_gpus=nvml.lost,
+        xids=xids,
         packages=installed,
         environment=environment.environment_facts(os.environ),
         hub_token=environment.has_hub_token(os.environ),

@@ -8,7 +8,7 @@ from collections.abc import Container
 from pathlib import Path
 
 from xflux_doctor.facts import Listener
-from xflux_doctor.gather.gpus import process_facts
+from xflux_doctor.gather.cards import process_facts
 
 _LISTEN = "0A"
 """TCP_LISTEN of include/net/tcp_states.h."""
