@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-import os
-from pathlib import Path
 
 from xflux_trainer import memory, samples, spec
 
 from xflux_doctor.check import Case, SkipCheck
+from xflux_doctor.gather.folders import local_model
 
 
 def need(case: Case) -> memory.Bill:
@@ -40,14 +39,6 @@ def spec_of(case: Case) -> spec.FluxSpec:
         except (OSError, ValueError, KeyError, TypeError):
             pass  # the folder's fault is WE101's to report; FLUX.1's own sizes are what it should hold
     return spec.SPECS[case.job.train.model_name]
-
-
-def local_model(name: str) -> Path | None:
-    """The model's folder when the name is a path on this machine; `None` for a hub id."""
-    path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path.expanduser raises for a user that is not there
-    # `output/flux` reads like a hub id; where `output` is a folder here, a path is meant.
-    local = path.exists() or name.startswith((".", "/", "~")) or (path.parts[:1] and Path(path.parts[0]).is_dir())
-    return path if local or len(path.parts) > 2 else None
 
 
 @functools.lru_cache(maxsize=4)

@@ -194,6 +194,31 @@ class Folder(msgspec.Struct, frozen=True):
     """The mount's device number: folders with one number share their free room."""
     error: str = ""
     """Why it could not be looked at, for example a mount that does not answer."""
+    is_file: bool = False
+    """Whether `existing` is no folder."""
+    no_exec: bool = False
+    """Whether the mount forbids to load or start a program from it."""
+    entries: int = 0
+    """Of the cache: images that are encoded already; of the output: checkpoints that are there."""
+    leftovers: int = 0
+    """Parts of broken-off writes, older than an hour: our own in the cache, `*.incomplete` in the hub's."""
+    leftover_bytes: int = 0
+
+
+class HubCache(msgspec.Struct, frozen=True):
+    """What the hub library's cache holds of the job's repository, as far as the trainer reads it."""
+
+    repository: str
+    snapshot: str = ""
+    """The snapshot's folder that an offline start would take; empty: there is none."""
+    missing: tuple[str, ...] = ()
+    """Files and folders that the snapshot lacks, by their names in the repository."""
+    present: int = 0
+    """Bytes that need not be downloaded again, unfinished downloads among them."""
+
+    @property
+    def complete(self) -> bool:
+        return bool(self.snapshot) and not self.missing
 
 
 class Listener(msgspec.Struct, frozen=True):
@@ -301,7 +326,10 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     default_accelerate_config: str = ""
     toolchain: Toolchain | None = None
     folders: dict[str, Folder] | None = None
-    """By purpose: output, cache, images, model, hub, temporary, torch_extensions, triton, inductor, home."""
+    """By purpose: output, cache, images, model, hub, temporary, torch_extensions, triton, inductor, home; and
+    `volume`, the largest other mount, where the output is on a container's own disk."""
+    hub_cache: HubCache | None = None
+    """None: the model is a local folder, or the cache does not answer."""
     listeners: tuple[Listener, ...] | None = None
     hub: HubAccess | None = None
     torch: TorchFacts | None = None

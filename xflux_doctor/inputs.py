@@ -14,6 +14,7 @@ from xflux_doctor import job as job_files
 from xflux_doctor.check import Case
 from xflux_doctor.errors import DoctorError, UsageError
 from xflux_doctor.facts import SCHEMA, Facts, from_json
+from xflux_doctor.gather.folders import with_folders
 from xflux_doctor.gather.machine import gather
 from xflux_doctor.gather.ports import listeners
 from xflux_doctor.matrix import Matrix, Stack
@@ -39,6 +40,8 @@ class Inputs:
     timeout: float = 60.0
     matrix: str | None = None
     """A site's own matrix file, laid over ours."""
+    xflux: str | None = None
+    """An X-Flux checkout, or one of its scripts: the job is judged as that would run it."""
 
 
 def build(inputs: Inputs, matrix: Matrix) -> Case:
@@ -56,10 +59,13 @@ def build(inputs: Inputs, matrix: Matrix) -> Case:
         cpu=inputs.cpu,
         gpu_limit=int(inputs.gpu_limit * GIB) if inputs.gpu_limit else None,
         offline=inputs.offline,
+        xflux=inputs.xflux,
+        environment=None if inputs.facts else facts.environment,
     )
     if not inputs.facts:
         ports = range(job.main_process_port, job.main_process_port + 16)
         facts = msgspec.structs.replace(facts, listeners=listeners(ports))
+        facts = with_folders(facts, job.train, os.environ)
     chosen, because = _stack(inputs, matrix, facts, job.use_cpu)
     if inputs.matrix:
         because += f"; {inputs.matrix} is laid over our matrix"

@@ -6,9 +6,9 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from xflux_doctor.bill import local_model
 from xflux_doctor.check import Case, SkipCheck, check
 from xflux_doctor.finding import Finding, error, warning
+from xflux_doctor.gather.folders import local_model
 
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 _GATED = ("black-forest-labs/FLUX.1-dev",)

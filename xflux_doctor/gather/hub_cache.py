@@ -1,0 +1,119 @@
+"""What the hub library's cache holds of one repository: the snapshot that an offline start takes, and what it lacks.
+
+The library returns a half-downloaded snapshot without a word when it is offline ("we can't check if all the files are
+actually there": huggingface/huggingface_hub, _snapshot_download.py), so the files are looked at one by one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from xflux_doctor.facts import HubCache
+
+WEIGHTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
+"""Parts that hold weights, each beside a config.json."""
+PARTS = (*WEIGHTS, "tokenizer", "tokenizer_2", "scheduler")
+"""What the trainer downloads and reads of a repository in diffusers' layout."""
+_TOKENIZERS = {
+    "tokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
+    "tokenizer_2": (("tokenizer.json",), ("spiece.model",)),
+}
+"""Either set of files makes the tokenizer (transformers' CLIPTokenizer and T5TokenizerFast)."""
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")
+
+
+def repository_folder(hub: Path, repository: str) -> Path:
+    return hub / f"models--{repository.replace('/', '--')}"
+
+
+def hub_cache(hub: Path, repository: str) -> HubCache:
+    """The state of the snapshot that `refs/main` names. May wait for ever on a mount that is dead."""
+    base = repository_folder(hub, repository)
+    snapshots = base / "snapshots"
+    try:
+        commit = (base / "refs/main").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        commit = ""
+    folder = snapshots / commit if commit else _newest(snapshots)
+    unfinished = sum(size for name, size in blobs(base) if name.endswith(".incomplete"))
+    if folder is None or not folder.is_dir():
+        return HubCache(repository, present=unfinished)
+    missing = tuple(dict.fromkeys([*_missing(folder), *([] if commit else ["refs/main"])]))
+    return HubCache(repository, str(folder), missing, unfinished + _size(folder))
+
+
+def _newest(snapshots: Path) -> Path | None:
+    try:
+        found = [(entry.stat().st_mtime, entry.path) for entry in os.scandir(snapshots) if entry.is_dir()]
+    except OSError:
+        return None
+    return Path(max(found)[1]) if found else None
+
+
+def blobs(base: Path) -> Iterator[tuple[str, int]]:
+    """Names and sizes of what lies in a repository's blob folder."""
+    try:
+        entries = list(os.scandir(base / "blobs"))
+    except OSError:
+        return
+    for entry in entries:
+        try:
+            yield entry.name, entry.stat().st_size
+        except OSError:
+            continue
+
+
+def _missing(folder: Path) -> Iterator[str]:
+    """Files that are not there, or are links whose blob is gone, or are empty."""
+    for part in WEIGHTS:
+        yield from (
+            f"{part}/{name}"
+            for name in ("config.json", *_weights(folder / part))
+            if not _is_whole(folder / part / name)
+        )
+    if not _is_whole(folder / "scheduler/scheduler_config.json"):
+        yield "scheduler/scheduler_config.json"
+    for part, choices in _TOKENIZERS.items():
+        if not any(all(_is_whole(folder / part / name) for name in names) for names in choices):
+            yield f"{part}/{choices[-1][0]}"
+
+
+def _weights(part: Path) -> list[str]:
+    """The files that hold a part's weights: by its index; else the one file; else a name that is not there."""
+    try:
+        names = sorted(entry.name for entry in os.scandir(part))
+    except OSError:
+        names = []
+    indexes = [name for name in names if name.endswith(".safetensors.index.json")]
+    for index in indexes:
+        try:
+            return sorted({str(n) for n in json.loads((part / index).read_text("utf-8"))["weight_map"].values()})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return [index]
+    files = [name for name in names if name.endswith(".safetensors")]
+    shard = next((match for name in files if (match := _SHARD.fullmatch(name))), None)
+    if shard:  # shards without the index that tells how they go together
+        return [f"{shard[1]}.safetensors.index.json"]
+    return files or ["*.safetensors"]
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return path.stat().st_size > 0
+    except OSError:
+        return False
+
+
+def _size(folder: Path) -> int:
+    """Bytes of the parts' files, links followed."""
+    total = 0
+    for part in PARTS:
+        try:
+            total += sum(entry.stat().st_size for entry in os.scandir(folder / part) if entry.is_file())
+        except OSError:
+            continue
+    return total
