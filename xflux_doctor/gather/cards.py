@@ -6,6 +6,7 @@ field empty and costs nothing else. `nvml` is the module pynvml: its bindings ha
 
 from __future__ import annotations
 
+import functools
 import os
 import pwd
 from collections.abc import Callable
@@ -44,8 +45,8 @@ _CLOCKS = {
 _MOST_LINKS = 36
 
 
-def gpu_facts(nvml: Any, index: int) -> Gpu:
-    """Raises NVMLError when the card itself does not answer."""
+def gpu_facts(nvml: Any, index: int, *, links: bool = True) -> Gpu:
+    """Raises NVMLError when the card itself does not answer. `links`: whether to count the NVLinks, for 2 ms."""
     handle = nvml.nvmlDeviceGetHandleByIndex(index)
     memory = nvml.nvmlDeviceGetMemoryInfo(handle)
     mig = maybe(lambda: nvml.nvmlDeviceGetMigMode(handle)[0])
@@ -63,7 +64,7 @@ def gpu_facts(nvml: Any, index: int) -> Gpu:
         processes=tuple(process_facts(p.pid, p.usedGpuMemory) for p in _running(nvml, handle)),
         health=_health(nvml, handle),
         slices=tuple(_slices(nvml, handle)) if mig else (),
-        nvlinks=_links(nvml, handle),
+        nvlinks=_links(nvml, handle) if links else None,
     )
 
 
@@ -151,10 +152,10 @@ def _links(nvml: Any, handle: Any) -> int | None:
     states: list[bool] = []
     while len(states) < _MOST_LINKS:
         link = len(states)
-        state = maybe(lambda link=link: bool(nvml.nvmlDeviceGetNvLinkState(handle, link)))  # type: ignore[misc]
+        state = maybe(functools.partial(nvml.nvmlDeviceGetNvLinkState, handle, link))
         if state is None:
             break
-        states.append(state)
+        states.append(bool(state))
     return sum(states) if states else None
 
 

@@ -29,23 +29,43 @@ class NvmlReading:
         self.lost: tuple[LostGpu, ...] = ()
         self.error = ""
         self.start_seconds = 0.0
+        self.seconds = 0.0
+
+
+class Visit:
+    """NVML is asked in a thread: a GPU that fell off the bus can block a call for ever, and must not block us.
+
+    Every card costs the driver some 15 ms; what else is gathered meanwhile is gathered for nothing.
+    """
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._reading = NvmlReading()
+        self._thread = threading.Thread(target=_read, args=(self._reading, root), daemon=True)
+        self._thread.start()
+
+    def result(self, deadline: float = 10.0) -> NvmlReading:
+        self._thread.join(deadline)
+        if not self._thread.is_alive():
+            return self._reading
+        late = NvmlReading()
+        late.error = f"NVML did not answer within {deadline:.0f} s: a GPU or the driver hangs"
+        late.start_seconds, late.seconds = self._reading.start_seconds, deadline
+        return late
 
 
 def read(deadline: float = 10.0, root: Path = Path("/")) -> NvmlReading:
-    """Ask NVML in a thread: a GPU that fell off the bus can block a call for ever, and must not block us."""
-    reading = NvmlReading()
-    thread = threading.Thread(target=_read, args=(reading, root), daemon=True)
-    thread.start()
-    thread.join(deadline)
-    if thread.is_alive():
-        late = NvmlReading()
-        late.error = f"NVML did not answer within {deadline:.0f} s: a GPU or the driver hangs"
-        late.start_seconds = reading.start_seconds
-        return late
-    return reading
+    return Visit(root).result(deadline)
 
 
 def _read(reading: NvmlReading, root: Path) -> None:
+    began = time.perf_counter()
+    try:
+        _ask(reading, root)
+    finally:
+        reading.seconds = time.perf_counter() - began
+
+
+def _ask(reading: NvmlReading, root: Path) -> None:
     started = time.perf_counter()
     try:
         # Loaded here: 40 ms that recorded facts do not need.
@@ -72,7 +92,7 @@ def _cards(nvml: Any, count: int, root: Path) -> tuple[tuple[Gpu, ...], tuple[Lo
     lost: list[LostGpu] = []
     for index in range(count):
         try:
-            found.append(gpu_facts(nvml, index))
+            found.append(gpu_facts(nvml, index, links=count > 1))
         except nvml.NVMLError as error:
             lost.append(LostGpu(index, _reason(error), _address(nvml, index)))
     seen = {same_place(gpu.pci) for gpu in found} | {same_place(card.pci) for card in lost if card.pci}

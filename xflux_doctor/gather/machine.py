@@ -21,15 +21,15 @@ def gather(
     """
     timings: dict[str, float] = {}
     unknown: dict[str, str] = {}
+    asked = gpus.Visit()
     chosen = interpreter.python_facts(python)
 
     started = time.perf_counter()
     installed = packages.packages(chosen, package_names, os.environ, known_torch)
     timings["packages"] = time.perf_counter() - started
 
-    started = time.perf_counter()
-    nvml = gpus.read()
-    timings["nvml"] = time.perf_counter() - started
+    nvml = asked.result()
+    timings["nvml"] = nvml.seconds
     timings["nvml_start"] = nvml.start_seconds
     if nvml.error:
         unknown["gpus"] = nvml.error
