@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import mmap
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 _LARGEST = 16 << 20
@@ -18,7 +19,7 @@ _ARCHS = re.compile(rb"sm_\d+[a-z]?(?: (?:sm|compute)_\d+[a-z]?)+")
 def requires(info: Path) -> tuple[str, ...]:
     """Requires-Dist lines without those of extras; `info` is a dist-info folder, an egg-info folder or file."""
     text = _read(info / "METADATA") or _read(info / "PKG-INFO") or _read(info)
-    header = text.partition("\n\n")[0]
+    header = text.replace("\r\n", "\n").partition("\n\n")[0]
     lines = [line[14:].strip() for line in header.splitlines() if line.startswith("Requires-Dist:")]
     if not lines:  # setuptools keeps an egg-info's in a file of its own, extras under [headings]
         lines = [line.strip() for line in _read(info / "requires.txt").partition("\n[")[0].splitlines()]
@@ -29,15 +30,18 @@ def installer(info: Path) -> str:
     return _read(info / "INSTALLER").strip()[:40]
 
 
-def editable(folder: Path, info: Path, name: str) -> bool:
-    """Whether the distribution is a link to somebody's source folder (PEP 610, or setuptools' older ways)."""
+def editable(info: Path, name: str, beside: frozenset[str]) -> bool:
+    """Whether the distribution is a link to somebody's source folder (PEP 610, or setuptools' older ways).
+
+    `beside`: the names in its folder, listed once for all packages.
+    """
     try:
         if json.loads(_read(info / "direct_url.json") or "{}").get("dir_info", {}).get("editable"):
             return True
     except (ValueError, AttributeError):
         pass
     stem = name.replace("-", "_")
-    return (folder / f"{name}.egg-link").exists() or any(folder.glob(f"__editable__*{stem}*"))
+    return f"{name}.egg-link" in beside or any(n.startswith("__editable__") and stem in n for n in beside)
 
 
 def damaged(folder: Path, info: Path, module: str) -> tuple[str, ...]:
@@ -49,9 +53,7 @@ def damaged(folder: Path, info: Path, module: str) -> tuple[str, ...]:
     except OSError:
         return ()
     wrong = []
-    for line in _read(record).splitlines():
-        if ".so" not in line and not line.startswith(f"{module}/__init__.py,"):
-            continue
+    for line in _lines_of_interest(_bytes(record), module):
         path, _, size = line.rpartition(",")
         path = path.rpartition(",")[0].strip('"')
         if not size.isdigit() or not (re.search(r"\.so(\.\d+)*$", path) or path.endswith("__init__.py")):
@@ -59,6 +61,18 @@ def damaged(folder: Path, info: Path, module: str) -> tuple[str, ...]:
         if _size(folder / path) != int(size):
             wrong.append(path)
     return tuple(wrong[:10])
+
+
+def _lines_of_interest(record: bytes, module: str) -> Iterator[str]:
+    """Lines that name a library or the first module; torch's 13,000 others are not even split."""
+    for mark in (b".so", f"{module}/__init__.py,".encode()):
+        at = record.find(mark)
+        while at >= 0:
+            end = record.find(b"\n", at) % (len(record) + 1)
+            line = record[record.rfind(b"\n", 0, at) + 1 : end]
+            if mark == b".so" or line.startswith(mark):
+                yield line.decode("utf-8", "replace").rstrip("\r")
+            at = record.find(mark, end)
 
 
 def archs(torch: Path) -> tuple[str, ...]:
@@ -99,7 +113,11 @@ def _size(path: Path) -> int:
 
 
 def _read(path: Path) -> str:
+    return _bytes(path).decode("utf-8", "replace")
+
+
+def _bytes(path: Path) -> bytes:
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        return path.read_bytes()
     except OSError:
-        return ""
+        return b""

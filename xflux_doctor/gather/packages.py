@@ -21,6 +21,11 @@ OF_INTEREST = frozenset(
     "bitsandbytes torchao xformers flash-attn flash-attn-4 ninja nvidia-ml-py pynvml pip xflux-doctor "
     "nvidia-nccl-cu12 nvidia-nccl-cu13 nvidia-cudnn-cu12 nvidia-cudnn-cu13 hf-transfer".split()
 )
+PRESENT = frozenset(
+    "einops omegaconf timm matplotlib pandas datasets onnxruntime onnxruntime-gpu opencv-python "
+    "opencv-python-headless opencv-contrib-python opencv-contrib-python-headless".split()
+)
+"""What X-Flux's own scripts import besides: whether it is there is all that is asked."""
 _MODULES = {
     "optimum-quanto": "optimum/quanto",
     "huggingface-hub": "huggingface_hub",
@@ -57,15 +62,16 @@ def packages(
     wanted = OF_INTEREST | {normalize(name) for name in names}
     installed: dict[str, list[_Copy]] = {}
     for folder, origin in site_folders(python, environ):
-        for entry in _entries(folder):
-            match = _METADATA.fullmatch(entry)
+        beside = _names(folder)
+        for entry in beside:
+            match = _METADATA.fullmatch(entry) if entry.endswith("-info") else None
             if match:
-                copy = _Copy(match[2], folder, folder / entry, origin)
+                copy = _Copy(match[2], folder, folder / entry, origin, beside)
                 installed.setdefault(normalize(match[1]), []).append(copy)
     conda = metadata.conda_versions(Path(python.prefix)) if python.conda else {}
     found = {name: _package(name, installed[name], conda, known) for name in sorted(wanted & set(installed))}
     required = {normalize(_NAME.match(line)[0]) for p in found.values() for line in p.requires}  # type: ignore[index]
-    for name in sorted((required & set(installed)) - set(found)):
+    for name in sorted(((required | PRESENT) & set(installed)) - set(found)):
         copies = installed[name]
         found[name] = Package(name, copies[0].version, location=str(copies[0].folder), origin=copies[0].origin)
     return found
@@ -78,23 +84,25 @@ class _Copy(NamedTuple):
     folder: Path
     info: Path
     origin: str
+    beside: frozenset[str]
+    """All names in its folder."""
 
 
-def _entries(folder: Path) -> list[str]:
+def _names(folder: Path) -> frozenset[str]:
     try:
-        return [entry.name for entry in folder.iterdir() if entry.name.endswith("-info")]
+        return frozenset(entry.name for entry in folder.iterdir())
     except OSError:
-        return []
+        return frozenset()
 
 
 def _package(name: str, copies: list[_Copy], conda: Mapping[str, str], known: Container[tuple[str, str]]) -> Package:
-    version, folder, info, origin = copies[0]
+    version, folder, info, origin, beside = copies[0]
     module = _MODULES.get(name, name.replace("-", "_"))
-    there = not module or (folder / module).exists() or (folder / f"{module}.py").exists()
+    there = not module or bool({module, f"{module}.py"} & beside) or (folder / module).exists()
     of_torch = name in ("torch", "torchvision", "torchaudio")
     says, build = _version_file(folder / name / "version.py") if of_torch else ("", "")
     looked_for = name == "torch" and build not in ("", "cpu") and (version.partition("+")[0], build) not in known
-    linked = metadata.editable(folder, info, name)
+    linked = metadata.editable(info, name, beside)
     return Package(
         name=name,
         version=version,
