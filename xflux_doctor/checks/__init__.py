@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from xflux_doctor.check import Check
 from xflux_doctor.checks import (
+    cards,
     data,
     hardware,
+    health,
     host,
     job_variables,
     launch,
@@ -20,6 +22,7 @@ from xflux_doctor.checks import (
     variables,
     weights,
     words,
+    xids,
 )
 
 ALL: tuple[Check, ...] = (
@@ -61,6 +64,24 @@ ALL: tuple[Check, ...] = (
     hardware.kernels_for_cards,
     hardware.precision_supported,
     hardware.compute_mode,
+    cards.none_lost,
+    hardware.one_driver,
+    hardware.device_files,
+    hardware.fp8,
+    health.ecc_errors,
+    health.row_remapping,
+    health.page_retirement,
+    health.ecc_mode,
+    health.recovery_action,
+    xids.kernel_reports,
+    health.clocks,
+    health.fabric,
+    cards.mig,
+    health.pcie_width,
+    cards.rtx40_p2p,
+    cards.shared,
+    health.persistence,
+    cards.wsl,
     launch.accelerate_readable,
     launch.train_readable,
     words.for_this_machine,

@@ -12,7 +12,7 @@ from xflux_doctor.check import Case, SkipCheck, check
 from xflux_doctor.checks.words import devices, installed
 from xflux_doctor.facts import Gpu
 from xflux_doctor.finding import Change, Edit, Finding, Remove, error, warning
-from xflux_doctor.visible import parse, selected
+from xflux_doctor.visible import cards, choice, parse
 
 _WRAPS = Version("0.33.0")
 """First accelerate whose ranks take device `rank % device_count` (huggingface/accelerate#2916)."""
@@ -49,8 +49,8 @@ def ranks_have_devices(case: Case) -> Iterator[Finding]:
     found = devices(case)
     if found is None:
         raise SkipCheck(case.facts.unknown.get("gpus", "the GPUs are unknown"))
-    if any(gpu.mig for gpu in case.facts.gpus or ()):
-        raise SkipCheck("a GPU is in MIG mode: how many slices a rank sees is not known here")
+    if any(gpu.mig for gpu in found) or (choice(case.facts.environment, case.job.gpu_ids) or "").startswith("MIG-"):
+        raise SkipCheck("the devices are MIG slices: see HW118")
     ranks = case.job.local_processes
     if not found:
         yield _no_device(case)
@@ -122,10 +122,10 @@ def chosen_devices_exist(case: Case) -> Iterator[Finding]:
     if case.job.gpu_ids not in (None, "all"):
         choices.append(("gpu_ids", case.job.gpu_ids))
     for name, value in choices:
-        if not value or count == 0:
-            continue
+        if not value or count == 0 or value.startswith("MIG-"):
+            continue  # HW118 judges the names of slices
         asked = [part for part in value.split(",") if part.strip()]
-        honored = selected(case.facts.gpus, {"CUDA_VISIBLE_DEVICES": value}, None)
+        honored = cards(case.facts.gpus, value)
         if len(honored) < len(asked) and honored:
             repeated = len(parse(value)) == 0
             first = asked[len(honored)].strip()

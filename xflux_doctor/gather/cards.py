@@ -129,7 +129,9 @@ def _throttle(nvml: Any, handle: Any) -> tuple[str, ...]:
     mask = maybe(lambda: int(nvml.nvmlDeviceGetCurrentClocksEventReasons(handle)))
     if mask is None:  # its name before driver 535
         mask = maybe(lambda: int(nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)))
-    return tuple(name for bit, name in _CLOCKS.items() if mask is not None and mask & bit)
+    if mask is None:
+        return ()
+    return tuple(name for bit, name in _CLOCKS.items() if mask & bit) or ("none",)
 
 
 def _fabric(nvml: Any, handle: Any) -> str:
