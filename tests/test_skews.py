@@ -169,7 +169,7 @@ def held(skew: Skew, venv: Path, folder: Path) -> dict[str, Any]:
         "probe": skew.probe,
         "code": skew.code,
         "severity": findings[0]["severity"],
-        "foretold": said.replace(str(site(venv)), "…"),
+        "foretold": said.replace(str(site(venv)), "…").replace(str(venv), "…"),
         "true_error": line.replace(str(site(venv)), "…")[:400],
     }
     print(f"\n{skew.name}: {skew.stack} with {skew.change}")
