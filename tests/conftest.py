@@ -15,6 +15,7 @@ from xflux_doctor import matrix as matrices
 from xflux_doctor.check import Case, Check, examine
 from xflux_doctor.facts import Driver, Facts, Gpu, Host, Package, PythonFacts
 from xflux_doctor.finding import Finding, Verdict
+from xflux_doctor.gather.folders import with_folders
 from xflux_doctor.job import Job
 
 GIB = 1 << 30
@@ -147,6 +148,12 @@ def job(accelerate: str | None = XFLUX_ACCELERATE, *, cpu: bool = False, **train
 def case(matrix: matrices.Matrix, facts: Facts, work: Job, stack: str | None = "cuda13", **changes: Any) -> Case:
     chosen = matrix.stack(stack) if stack else None
     return dataclasses.replace(Case(facts, work, matrix, chosen), **changes)
+
+
+def on_this_disk(subject: Case, **environ: str) -> Case:
+    """The case with the folders of its job as they are here: the real gatherer, under a home that is not there."""
+    environment = {"HOME": "/nowhere", **subject.facts.environment, **environ}
+    return dataclasses.replace(subject, facts=with_folders(subject.facts, subject.job.train, environment))
 
 
 def verdict(subject: Case, check: Check) -> Verdict:

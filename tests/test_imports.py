@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("checks.hardware", "checks.software", "checks.rules", "checks.packages", "checks.words",
      "checks.variables", "checks.nccl_variables", "checks.torch_variables", "checks.job_variables", "checks.host",
      "checks.toolchain", "checks.spare", "checks.cards", "checks.health", "checks.xids", "checks.launch",
-     "checks.memory", "checks.data",
+     "checks.memory", "checks.room", "checks.storage", "checks.data",
      "checks.weights", "checks.network", "checks.xflux", "checks.xflux_run", "checks.xflux_data",
      "checks.xflux_resume", "checks"),
     ("plan", "yamlnodes", "yamlscalar", "yamltext", "repair", "template", "launch", "explain.*", "explain", "inputs"),

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import NamedTuple
+
+from xflux_trainer.imagefile import at_once, image_fault
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 OTHER_IMAGES = (".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jfif")
@@ -50,46 +51,111 @@ class SampleIndex:
     ignored: tuple[Path, ...] = ()
 
 
+@dataclass(frozen=True)
+class Survey:
+    """A quick look at a training set: every name, and the inside of an even spread of files.
+
+    `count` are the images in which no fault was seen, `opened` those that were opened with their captions.
+    """
+
+    count: int
+    opened: int
+    problems: tuple[SampleProblem, ...]
+    ignored: int = 0
+
+
+class _File(NamedTuple):
+    """One image: its path from the root, and whether its caption's name is in the same folder."""
+
+    key: str
+    image: str
+    caption: str
+    listed: bool
+
+
 def find_samples(img_dir: str | Path, caption_type: str = "json") -> SampleIndex:
     """Every image below the folder, with its caption. Nothing is raised: problems are part of the answer."""
-    root = Path(img_dir)
+    images, problems, ignored = _list(Path(img_dir), caption_type)
+    samples = []
+    for file in images:
+        sample, found = _open(file, caption_type)
+        problems += found
+        if not found:
+            samples.append(sample)
+    return SampleIndex(tuple(samples), tuple(problems), tuple(Path(path) for path in ignored))
+
+
+def survey(img_dir: str | Path, caption_type: str = "json", most: int = 1000) -> Survey:
+    """As `find_samples`, but at most `most` images are opened, evenly spread; of the others the names are looked at."""
+    images, problems, ignored = _list(Path(img_dir), caption_type)
+    total, before = len(images), len(problems)
+    chosen = {number * total // most for number in range(most)} if total > most else set(range(total))
+    faulty = 0
+    for number, file in enumerate(images):
+        found: list[SampleProblem] = []
+        if number in chosen:
+            found = _open(file, caption_type)[1]
+        elif not file.listed and not _is_there(file.caption, len(problems) - before):
+            found = [_no_caption(Path(file.image), Path(file.caption), caption_type)]
+        problems += found
+        faulty += bool(found)
+    return Survey(total - faulty, len(chosen), tuple(problems), len(ignored))
+
+
+def _is_there(path: str, seen: int) -> bool:
+    """A file system that does not tell A from a finds a name that the listing has not; asked for the first ones."""
+    return seen < 100 and os.path.exists(path)  # noqa: PTH110
+
+
+def _open(file: _File, caption_type: str) -> tuple[Sample, list[SampleProblem]]:
+    """The sample, and what is wrong with its two files."""
+    image, caption_path = Path(file.image), Path(file.caption)
+    fault = image_fault(image)
+    caption, caption_problem = _caption(image, caption_path, caption_type)
+    found = [problem for problem in (SampleProblem(image, *fault) if fault else None, caption_problem) if problem]
+    return Sample(image, caption_path, caption), found
+
+
+def _list(root: Path, caption_type: str) -> tuple[list[_File], list[SampleProblem], list[str]]:
+    """The images by their path, those of other formats, and what is wrong with the names alone. Opens no file."""
     problems: list[SampleProblem] = []
     if not root.is_dir():
         seen = "is a file" if root.exists() else "does not exist"
         problem = SampleProblem(root, "no-folder", seen, "Set img_dir to the folder of training images.")
-        return SampleIndex((), (problem,))
-    images: list[Path] = []
-    ignored: list[Path] = []
-    for path in _walk(root, problems):
-        suffix = path.suffix.lower()
-        if suffix in EXTENSIONS:
-            images.append(path)
-        elif suffix in OTHER_IMAGES:
-            ignored.append(path)
-    images.sort(key=lambda path: path.relative_to(root).as_posix())
+        return [], [problem], []
+    images: list[_File] = []
+    ignored: list[str] = []
+    top = len(os.path.join(root, ""))  # noqa: PTH118 - plain strings: there may be many thousands
+    for folder, names in _walk(root, problems):
+        inside = set(names)
+        base = os.path.join(folder, "")  # noqa: PTH118
+        for name in names:
+            stem, dot, suffix = name.rpartition(".")
+            kind = f"{dot}{suffix}".lower()
+            if kind in EXTENSIONS:
+                caption = f"{stem}.{caption_type}"
+                path = f"{base}{name}"
+                images.append(_File(path[top:], path, f"{base}{caption}", caption in inside))
+            elif kind in OTHER_IMAGES:
+                ignored.append(f"{base}{name}")
+    images.sort(key=lambda file: file.key)
     if not images and not problems:
         hint = f"Put {', '.join(EXTENSIONS)} files there, or correct img_dir."
         problems.append(SampleProblem(root, "no-samples", "holds no images", hint))
-    owners: dict[Path, Path] = {}
-    samples = []
-    for image in images:
-        caption_path = image.with_suffix(f".{caption_type}")
-        if caption_path in owners:
-            seen = f"shares its caption file with {owners[caption_path].name}"
-            problems.append(SampleProblem(image, "shared-caption", seen, "Rename one of the two images."))
-            continue
-        owners[caption_path] = image
-        image_problem = _image_problem(image)
-        caption, caption_problem = _caption(image, caption_path, caption_type)
-        found = [found for found in (image_problem, caption_problem) if found]
-        problems += found
-        if not found:
-            samples.append(Sample(image, caption_path, caption))
-    return SampleIndex(tuple(samples), tuple(problems), tuple(ignored))
+    owners: dict[str, str] = {}
+    alone = []
+    for file in images:
+        owner = owners.setdefault(file.caption, file.image)
+        if owner is file.image:
+            alone.append(file)
+        else:
+            seen = f"shares its caption file with {os.path.basename(owner)}"  # noqa: PTH119
+            problems.append(SampleProblem(Path(file.image), "shared-caption", seen, "Rename one of the two images."))
+    return alone, problems, ignored
 
 
-def _walk(root: Path, problems: list[SampleProblem]) -> Iterator[Path]:
-    """Every file below `root`, links followed, hidden ones (and macOS' `._` twins) left out."""
+def _walk(root: Path, problems: list[SampleProblem]) -> Iterator[tuple[str, list[str]]]:
+    """Every folder from `root` with its files; links followed, hidden ones (and macOS' `._` twins) left out."""
 
     def unreadable(error: OSError) -> None:
         seen = f"cannot be read: {error.strerror}"
@@ -107,14 +173,7 @@ def _walk(root: Path, problems: list[SampleProblem]) -> Iterator[Path]:
             continue
         visited.add((stat.st_dev, stat.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
-        for name in files:
-            if not name.startswith("."):
-                yield Path(folder) / name
-
-
-def _at_once(path: str, flags: int) -> int:
-    """Opened without waiting: a named pipe among the images would otherwise wait for its writer for ever."""
-    return os.open(path, flags | os.O_NONBLOCK)
+        yield folder, [name for name in files if not name.startswith(".")]
 
 
 # Captions ------------------------------------------------------------------------------------------------
@@ -122,7 +181,7 @@ def _at_once(path: str, flags: int) -> int:
 
 def _caption(image: Path, path: Path, caption_type: str) -> tuple[str, SampleProblem | None]:
     try:
-        with open(path, "rb", opener=_at_once) as file:
+        with open(path, "rb", opener=at_once) as file:
             raw = file.read(MAX_CAPTION + 1)
     except FileNotFoundError:
         return "", _no_caption(image, path, caption_type)
@@ -169,87 +228,3 @@ def _json_caption(path: Path, text: str) -> tuple[str, SampleProblem | None]:
     except UnicodeEncodeError:
         return "", SampleProblem(path, "bad-caption", "holds half of a character (a lone surrogate)", "Write it anew.")
     return caption.strip(), None
-
-
-# Images --------------------------------------------------------------------------------------------------
-
-
-def _image_problem(path: Path) -> SampleProblem | None:
-    try:
-        with open(path, "rb", opener=_at_once) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size == 0:
-                return SampleProblem(path, "zero-byte", "is empty (0 bytes)", "Copy the image again, or remove it.")
-            head = file.read(32)
-            whole = _whole(file, head, size)
-    except OSError as error:
-        return SampleProblem(path, "unreadable", f"cannot be read: {error.strerror}", "Allow reading it.")
-    if whole is None:
-        hint = "Save it as JPEG, PNG, WebP or BMP, or remove it."
-        return SampleProblem(path, "not-an-image", f"is not an image but {_kind(head)}", hint)
-    if not whole:
-        seen = f"is cut short: its {size:,} bytes end in the middle of the image"
-        return SampleProblem(path, "truncated", seen, "Copy the image again, or remove it.")
-    return None
-
-
-def _whole(file: BinaryIO, head: bytes, size: int) -> bool | None:
-    """Whether the image is there to its end; None when it is not an image of a format that is read."""
-    if head.startswith(b"\xff\xd8\xff"):
-        return _whole_jpeg(file, size)
-    if head.startswith(b"\x89PNG\r\n\x1a\n"):
-        return _whole_png(file, size)
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        return int(struct.unpack("<I", head[4:8])[0]) + 8 <= size
-    if head[:2] == b"BM" and len(head) >= 26 and struct.unpack("<I", head[14:18])[0] in (12, 40, 52, 56, 64, 108, 124):
-        return int(struct.unpack("<I", head[2:6])[0]) <= size
-    return None
-
-
-def _whole_jpeg(file: BinaryIO, size: int) -> bool:
-    """Walk the segments up to the scan, then look for its end; a thumbnail's own end does not count."""
-    position = 2
-    while True:
-        file.seek(position)
-        marker = file.read(4)
-        if len(marker) < 4 or marker[0] != 0xFF:
-            return False
-        if marker[1] == 0xDA:
-            break
-        if marker[1] == 0xFF:  # padding
-            position += 1
-            continue
-        position += 2 + struct.unpack(">H", marker[2:])[0]
-    # Cameras put megabytes behind the end marker; inside the scan its two bytes cannot occur.
-    for start in (max(position, size - 4096), position):
-        file.seek(start)
-        if b"\xff\xd9" in file.read():
-            return True
-    return False
-
-
-def _whole_png(file: BinaryIO, size: int) -> bool:
-    position = 8
-    while position + 12 <= size:
-        file.seek(position)
-        length, kind = struct.unpack(">I4s", file.read(8))
-        if kind == b"IEND":
-            return True
-        position += 12 + length
-    return False
-
-
-def _kind(head: bytes) -> str:
-    """What a file without an image's first bytes probably is."""
-    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    for start, name in (
-        (b"<!doctype html", "an HTML page"), (b"<html", "an HTML page"), (b"<?xml", "an XML file"),
-        (b"<svg", "an SVG drawing"), (b"version https://git-lfs", "a git-lfs pointer: run `git lfs pull`"),
-        (b"gif8", "a GIF"), (b"ii*\0", "a TIFF"), (b"mm\0*", "a TIFF"), (b"%pdf", "a PDF"), (b"pk\x03\x04", "a zip"),
-        (b"{", "JSON"),
-    ):  # fmt: skip
-        if text.startswith(start):
-            return name
-    if head[4:8] == b"ftyp":
-        return "a HEIC, AVIF or video file"
-    return "something else"

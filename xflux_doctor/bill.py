@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 from xflux_trainer import memory, samples, spec
 
@@ -13,7 +14,7 @@ from xflux_doctor.gather.folders import local_model
 def need(case: Case) -> memory.Bill:
     """What one rank of this job needs, by the model folder's own sizes where it is local.
 
-    Raises SkipCheck where the forecast does not know the job's strategy.
+    Raises SkipCheck where the forecast does not know the job's strategy, or where a file system does not answer.
     """
     config = case.job.train
     assert config is not None
@@ -25,14 +26,14 @@ def need(case: Case) -> memory.Bill:
         world_size=max(1, case.job.num_processes),
         strategy=case.job.strategy,
         device="cpu" if case.job.use_cpu else "cuda",
-        samples=len(dataset(config.img_dir, config.caption_type).samples),
+        samples=dataset(case).count,
     )
 
 
 def spec_of(case: Case) -> spec.FluxSpec:
     """The model's sizes: read from a local folder, else those of FLUX.1."""
     assert case.job.train is not None
-    folder = local_model(case.job.train.base_model)
+    folder = model_folder(case)
     if folder is not None and folder.is_dir():
         try:
             return spec.read_folder(folder)
@@ -41,7 +42,28 @@ def spec_of(case: Case) -> spec.FluxSpec:
     return spec.SPECS[case.job.train.model_name]
 
 
+def model_folder(case: Case) -> Path | None:
+    """The model's folder when it is local. Raises SkipCheck where its mount does not answer."""
+    assert case.job.train is not None
+    _must_answer(case, "model")
+    return local_model(case.job.train.base_model)
+
+
+def dataset(case: Case) -> samples.Survey:
+    """The dataset's images and faults. Raises SkipCheck where its mount does not answer."""
+    assert case.job.train is not None
+    _must_answer(case, "images")
+    return _survey(case.job.train.img_dir, case.job.train.caption_type)
+
+
+def _must_answer(case: Case, purpose: str) -> None:
+    """Whoever asked a dead mount again would wait for ever."""
+    folder = (case.facts.folders or {}).get(purpose)
+    if folder and folder.error:
+        raise SkipCheck(f"{folder.path}: {folder.error} (see ST101)")
+
+
 @functools.lru_cache(maxsize=4)
-def dataset(img_dir: str, caption_type: str) -> samples.SampleIndex:
-    """The dataset's samples and faults. Walked once per process: several checks ask, and none changes it."""
-    return samples.find_samples(img_dir, caption_type)
+def _survey(img_dir: str, caption_type: str) -> samples.Survey:
+    """Walked once per process: several checks ask, and none changes it."""
+    return samples.survey(img_dir, caption_type)

@@ -60,6 +60,8 @@ def check(code: str, title: str, *, needs: tuple[str, ...] = ()) -> Callable[[Bo
 
 
 _NOT_PROBED = {
+    "folders": "these facts do not say what is under the job's folders",
+    "hub": "the hub was not asked",
     "torch": "torch was not imported (quick level)",
     "allreduce": "no all-reduce was run (quick level)",
     "train": "no readable training file was given (--config)",

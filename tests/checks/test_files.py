@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 import struct
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
-from conftest import ROOT, case, findings, job, machine, verdict
+from conftest import ROOT, case, findings, job, machine, on_this_disk, verdict
+from xflux_trainer import samples
 
+from xflux_doctor.check import Case
 from xflux_doctor.checks import data, network, weights
-from xflux_doctor.facts import AllReduce
+from xflux_doctor.facts import AllReduce, Folder, HubAccess
+from xflux_doctor.finding import Verdict
+from xflux_doctor.gather.hub_cache import PARTS
 from xflux_doctor.matrix import Matrix
 
+BMP = struct.pack("<2sIHHI", b"BM", 58, 0, 0, 54) + struct.pack("<IiiHH", 40, 1, 1, 1, 24) + bytes(28)
 PHOTO = sorted((ROOT / "examples/demo/photos").glob("*.jpg"))[0]
 
 
@@ -56,31 +63,63 @@ def test_more_ranks_than_images(matrix: Matrix, tmp_path: Path) -> None:
     assert "1 images; one step over all ranks takes 8" in finding.seen and finding.severity == "warning"
 
 
+def output(matrix: Matrix, **train: Any) -> Verdict:
+    return verdict(on_this_disk(case(matrix, machine(matrix), job(None, **train))), data.output_writable)
+
+
 def test_output(matrix: Matrix, tmp_path: Path) -> None:
-    good = job(None, output_dir=str(tmp_path / "new" / "deep"))
-    assert findings(case(matrix, machine(matrix), good), data.output_writable) == ()
+    assert output(matrix, output_dir=str(tmp_path / "new" / "deep")).status == "ok"
     (tmp_path / "file").write_text("")
-    below_a_file = job(None, output_dir=str(tmp_path / "file" / "run"))
-    assert "is a file" in findings(case(matrix, machine(matrix), below_a_file), data.output_writable)[0].seen
+    assert "is a file" in output(matrix, output_dir=str(tmp_path / "file" / "run")).findings[0].seen
 
 
 def test_output_on_a_read_only_file_system(matrix: Matrix) -> None:
     """/proc lets nobody make a folder, root included."""
     if os.access("/proc", os.W_OK):
         pytest.skip("root may write anywhere on this kernel's /proc by access(2)")
-    work = job(None, output_dir="/proc/run")
-    assert "cannot be written" in findings(case(matrix, machine(matrix), work), data.output_writable)[0].seen
+    assert "cannot be written" in output(matrix, output_dir="/proc/run").findings[0].seen
+
+
+def test_output_on_a_read_only_mount(matrix: Matrix) -> None:
+    folder = Folder("/data/run", "/data", "/data", "ext4", read_only=True, total=1 << 40, free=1 << 40)
+    subject = case(matrix, machine(matrix, folders={"output": folder}), job(None))
+    (finding,) = findings(subject, data.output_writable)
+    assert finding.seen == "/data cannot be written: /data is mounted read-only."
 
 
 def test_output_without_room(matrix: Matrix, tmp_path: Path) -> None:
-    huge = job(None, output_dir=str(tmp_path), rank=4096, checkpointing_steps=1, checkpoints_total_limit=None,
-               max_train_steps=1_000_000)  # fmt: skip
-    assert "GiB free" in findings(case(matrix, machine(matrix), huge), data.output_writable)[0].seen
+    huge = output(matrix, output_dir=str(tmp_path), rank=4096, checkpointing_steps=1, checkpoints_total_limit=None,
+                  max_train_steps=1_000_000)  # fmt: skip
+    assert "GiB free" in huge.findings[0].seen
+
+
+def test_output_that_was_not_looked_at(matrix: Matrix) -> None:
+    """A recorded machine without the fact, a mount that is silent, one that does not tell its room: never a pass."""
+    assert verdict(case(matrix, machine(matrix), job(None)), data.output_writable).status == "skipped"
+    for folder in (Folder("/data", "", error="did not answer within 1.5 s"), Folder("/data", "/data", writable=True)):
+        subject = case(matrix, machine(matrix, folders={"output": folder}), job(None))
+        assert verdict(subject, data.output_writable).status == "skipped"
+
+
+def test_a_large_dataset_is_opened_in_part(matrix: Matrix, tmp_path: Path) -> None:
+    """All names are looked at, and an even spread of files is opened; the trainer looks at all."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for number in range(3000):
+        (folder / f"{number:05}.bmp").write_bytes(BMP if number % 2 else b"")
+        if number != 1777:
+            (folder / f"{number:05}.json").write_text('{"caption": "a cat"}')
+    found = findings(case(matrix, machine(matrix), job(None, img_dir=str(folder))), data.dataset)
+    assert "1,000 of 3,000 images were opened" in found[-1].seen
+    survey = samples.survey(folder, "json")
+    assert survey.opened == 1000 and survey.count == 3000 - len(survey.problems)
+    kinds = [problem.kind for problem in survey.problems]
+    assert kinds.count("zero-byte") == 500 and kinds.count("no-caption") == 1
 
 
 def model(folder: Path) -> Path:
     """A folder with the parts of a pipeline and one true safetensors file in each weight part."""
-    for part in weights.PARTS:
+    for part in PARTS:
         (folder / part).mkdir(parents=True)
     header = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
     for part in ("transformer", "vae", "text_encoder", "text_encoder_2"):
@@ -133,17 +172,123 @@ def test_model_folder_that_is_not_there(matrix: Matrix) -> None:
     assert "There is no model folder" in findings(case(matrix, machine(matrix), work), weights.folder_complete)[0].seen
 
 
+NAME = "black-forest-labs/FLUX.1-dev"
+
+
+def snapshot(home: Path, name: str = NAME) -> Path:
+    """A hub cache with a whole snapshot of the repository, its files links into blobs as the library makes them."""
+    base = home / "hub" / f"models--{name.replace('/', '--')}"
+    folder = model(base / "snapshots" / "abc")
+    (folder / "tokenizer" / "vocab.json").write_text("{}")
+    (folder / "tokenizer" / "merges.txt").write_text("a b")
+    (folder / "tokenizer_2" / "spiece.model").write_text("x")
+    (base / "refs").mkdir()
+    (base / "refs" / "main").write_text("abc")
+    (base / "blobs").mkdir()
+    shard = folder / "transformer" / "model.safetensors"
+    shard.rename(base / "blobs" / "123")
+    shard.symlink_to("../../../blobs/123")
+    return folder
+
+
+def cached(matrix: Matrix, home: Path, **facts: Any) -> Case:
+    environment = {"HF_HOME": str(home), **facts.pop("environment", {})}
+    return on_this_disk(case(matrix, machine(matrix, environment=environment, **facts), job(None)))
+
+
+OFFLINE = {"environment": {"HF_HUB_OFFLINE": "1"}}
+
+
 def test_hub(matrix: Matrix, tmp_path: Path) -> None:
-    home = {"HF_HOME": str(tmp_path)}
-    work = job(None)
-    without_token = machine(matrix, environment=home, hub_token=False)
-    assert "gated" in findings(case(matrix, without_token, work), weights.hub_access)[0].seen
-    with_token = machine(matrix, environment=home)
-    assert findings(case(matrix, with_token, work), weights.hub_access)[0].severity == "warning"
-    offline = machine(matrix, environment={**home, "HF_HUB_OFFLINE": "1"})
-    assert "HF_HUB_OFFLINE is set" in findings(case(matrix, offline, work), weights.hub_access)[0].seen
-    model(tmp_path / "hub" / "models--black-forest-labs--FLUX.1-dev" / "snapshots" / "abc")
-    assert findings(case(matrix, offline, work), weights.hub_access) == ()
+    assert "gated" in findings(cached(matrix, tmp_path, hub_token=False), weights.hub_access)[0].seen
+    (finding,) = findings(cached(matrix, tmp_path), weights.hub_access)
+    assert finding.severity == "warning" and "About 34 GB" in finding.because
+    assert "HF_HUB_OFFLINE is set" in findings(cached(matrix, tmp_path, **OFFLINE), weights.hub_access)[0].seen
+    other = {"environment": {"TRANSFORMERS_OFFLINE": "1"}}
+    assert "TRANSFORMERS_OFFLINE is set" in findings(cached(matrix, tmp_path, **other), weights.hub_access)[0].seen
+    snapshot(tmp_path)
+    assert findings(cached(matrix, tmp_path, **OFFLINE), weights.hub_access) == ()
+    assert findings(cached(matrix, tmp_path, **OFFLINE), weights.snapshot_complete) == ()
+
+
+def test_a_mirror_that_gives_a_gated_model_without_a_token(matrix: Matrix, tmp_path: Path) -> None:
+    subject = cached(matrix, tmp_path, hub_token=False, hub=HubAccess(NAME, "http://mirror", 200))
+    assert findings(subject, weights.hub_access)[0].severity == "warning"
+
+
+def test_offline_by_option(matrix: Matrix, tmp_path: Path) -> None:
+    subject = cached(matrix, tmp_path)
+    subject = dataclasses.replace(subject, job=dataclasses.replace(subject.job, offline=True))
+    assert "--offline was given" in findings(subject, weights.hub_access)[0].seen
+
+
+@pytest.mark.parametrize(("path", "word"), [
+    ("blobs/123", "transformer/model.safetensors"),  # a link whose blob is gone
+    ("snapshots/abc/vae/config.json", "vae/config.json"),
+    ("snapshots/abc/tokenizer_2/spiece.model", "tokenizer_2/spiece.model"),
+    ("snapshots/abc/text_encoder_2/model.safetensors", "text_encoder_2/*.safetensors"),
+    ("snapshots/abc/scheduler/scheduler_config.json", "scheduler/scheduler_config.json"),
+    ("refs/main", "refs/main"),
+])  # fmt: skip
+def test_half_downloaded_snapshot(matrix: Matrix, tmp_path: Path, path: str, word: str) -> None:
+    base = snapshot(tmp_path).parent.parent
+    (base / path).unlink()
+    (finding,) = findings(cached(matrix, tmp_path, **OFFLINE), weights.snapshot_complete)
+    assert f"lacks {word}." in finding.seen and finding.severity == "error"
+    assert findings(cached(matrix, tmp_path, **OFFLINE), weights.hub_access) == ()
+    (finding,) = findings(cached(matrix, tmp_path), weights.snapshot_complete)
+    assert finding.severity == "warning" and "GB will be downloaded" in finding.because
+
+
+def test_shards_that_are_missing(matrix: Matrix, tmp_path: Path) -> None:
+    part = snapshot(tmp_path) / "transformer"
+    (part / "model.safetensors").rename(part / "diffusion-00001-of-00002.safetensors")
+    (finding,) = findings(cached(matrix, tmp_path), weights.snapshot_complete)
+    assert "lacks transformer/diffusion.safetensors.index.json" in finding.seen
+    names = {"a": "diffusion-00001-of-00002.safetensors", "b": "diffusion-00002-of-00002.safetensors"}
+    (part / "diffusion.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    (finding,) = findings(cached(matrix, tmp_path), weights.snapshot_complete)
+    assert "lacks transformer/diffusion-00002-of-00002.safetensors." in finding.seen
+    (part / "diffusion-00002-of-00002.safetensors").write_bytes(b"x")
+    assert findings(cached(matrix, tmp_path), weights.snapshot_complete) == ()
+
+
+def test_no_snapshot_is_not_a_broken_one(matrix: Matrix, tmp_path: Path) -> None:
+    assert verdict(cached(matrix, tmp_path), weights.snapshot_complete).status == "skipped"
+    assert verdict(case(matrix, machine(matrix), job(None)), weights.hub_access).status == "skipped"
+
+
+@pytest.mark.parametrize(("status", "detail", "token", "severity", "words"), [
+    (401, "", True, "error", "not valid any more"),
+    (401, "RepoNotFound", False, "error", "gated, private, or not there"),
+    (401, "GatedRepo: Access is restricted", True, "error", "has not been let in"),
+    (403, "GatedRepo: not in the authorized list", True, "error", "has not been let in"),
+    (404, "RepoNotFound", True, "error", "no such repository"),
+    (407, "", True, "error", "proxy asks for a login"),
+    (418, "", True, "warning", "may fail in the same way"),
+    (429, "", True, "warning", "Too many requests"),
+    (503, "", True, "warning", "has trouble"),
+    (None, "timeout: no answer within 5 s", True, "warning", "slow or drops"),
+    (None, "tls: certificate is not yet valid", True, "error", "clock that is wrong"),
+    (None, "proxy: Tunnel connection failed: 403 Forbidden", True, "error", "HTTPS_PROXY refuses"),
+    (None, "network: Connection refused", True, "error", "cannot be downloaded"),
+])  # fmt: skip
+def test_what_the_hub_answers(
+    matrix: Matrix, tmp_path: Path, status: int | None, detail: str, token: bool, severity: str, words: str
+) -> None:
+    hub = HubAccess("some/model", "https://huggingface.co", status, detail)
+    subject = cached(matrix, tmp_path, hub=hub, hub_token=token)
+    (finding,) = findings(subject, weights.hub_answers)
+    assert finding.severity == severity and words in finding.because and "some/model" in finding.seen and finding.hint
+
+
+def test_the_hub_lets_in(matrix: Matrix, tmp_path: Path) -> None:
+    for status in (200, 302):
+        subject = cached(matrix, tmp_path, hub=HubAccess(NAME, "https://huggingface.co", status))
+        assert findings(subject, weights.hub_answers) == ()
+    assert verdict(cached(matrix, tmp_path), weights.hub_answers).status == "skipped"
+    without = cached(matrix, tmp_path, hub=HubAccess(NAME, "https://huggingface.co", 401), hub_token=False)
+    assert verdict(without, weights.hub_answers).status == "skipped"  # WE102 says it
 
 
 def test_all_reduce(matrix: Matrix) -> None:

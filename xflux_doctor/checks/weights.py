@@ -6,19 +6,23 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from xflux_doctor.bill import model_folder
 from xflux_doctor.check import Case, SkipCheck, check
+from xflux_doctor.checks.room import GIB, offline, to_download
+from xflux_doctor.facts import HubAccess, HubCache
 from xflux_doctor.finding import Finding, error, warning
-from xflux_doctor.gather.folders import local_model
+from xflux_doctor.gather.hub_cache import PARTS, WEIGHTS
 
-PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 _GATED = ("black-forest-labs/FLUX.1-dev",)
+_LOG_IN = ("hf auth login",)
+_SHOWN = 4
 
 
 @check("WE101", "the model folder is complete", needs=("train",))
 def folder_complete(case: Case) -> Iterator[Finding]:
     """A local diffusers folder has every part, and every shard that an index names, none of them empty."""
     assert case.job.train is not None
-    folder = local_model(case.job.train.base_model)
+    folder = model_folder(case)
     if folder is None:
         raise SkipCheck(f"{case.job.train.base_model} is a hub id (see WE102)")
     if not folder.is_dir():
@@ -35,7 +39,7 @@ def folder_complete(case: Case) -> Iterator[Finding]:
             "It is not a whole FLUX.1 pipeline in the diffusers layout.",
             "Download it again; the single-file layout is another one.",
         )
-    for part in ("transformer", "vae", "text_encoder", "text_encoder_2"):
+    for part in WEIGHTS:
         if part not in missing:
             yield from _config(folder / part / "config.json")
             yield from _weights(folder / part)
@@ -99,43 +103,146 @@ def _declared_size(path: Path) -> int | None:
     return 8 + length + max(ends, default=0)
 
 
+def _to_fetch(case: Case) -> HubCache:
+    """What the hub's cache holds of a model that is no local folder; every other job skips."""
+    assert case.job.train is not None
+    if model_folder(case) is not None:
+        raise SkipCheck("the model is a local folder (see WE101)")
+    if case.facts.hub_cache is None:
+        raise SkipCheck("these facts do not say what the hub cache holds")
+    return case.facts.hub_cache
+
+
+def _why_offline(case: Case) -> str:
+    if case.job.offline:
+        return "--offline was given"
+    names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    return f"{next(name for name in names if case.facts.environment.get(name))} is set"
+
+
 @check("WE102", "the hub will give the model", needs=("train",))
 def hub_access(case: Case) -> Iterator[Finding]:
     """A gated repository needs a token, unless its files are in the cache already. No socket is opened."""
-    assert case.job.train is not None
-    name = case.job.train.base_model
-    if local_model(name) is not None:
-        raise SkipCheck("the model is a local folder (see WE101)")
-    cached = _cached(case, name)
-    variable = case.facts.environment.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    if cached:
+    cache = _to_fetch(case)
+    name = cache.repository
+    if cache.complete:
         return
-    if variable or case.job.offline:
-        yield error(
-            f"{'HF_HUB_OFFLINE is set' if variable else '--offline was given'} and {name} is not in the hub cache.",
-            "Nothing can be downloaded.",
-            "Unset it, or set pretrained_model to a local folder.",
-        )
-    elif name in _GATED and not case.facts.hub_token:
+    if offline(case):
+        if not cache.snapshot:
+            yield error(
+                f"{_why_offline(case)} and {name} is not in the hub cache.",
+                "Nothing can be downloaded.",
+                "Unset it, or set pretrained_model to a local folder.",
+            )
+    elif name in _GATED and not case.facts.hub_token and not _gives(case.facts.hub):
         yield error(
             f"{name} is gated and no hub token was found.",
             "The download ends in 401: 'Access to model is restricted'.",
             "Accept its licence on the hub's page and log in, or set pretrained_model to a local folder.",
-            commands=("hf auth login",),
+            commands=_LOG_IN,
             docs=f"https://huggingface.co/{name}",
         )
-    else:
+    elif not cache.snapshot:
         yield warning(
             f"{name} is not in the hub cache.",
-            "About 34 GB will be downloaded before the first step.",
+            f"About {to_download(case) / 1e9:.0f} GB will be downloaded before the first step.",
             "Download it beforehand to see its failures early.",
-            commands=(f"hf download {name}",),
+            commands=(_download(name),),
         )
 
 
-def _cached(case: Case, name: str) -> bool:
-    environment = case.facts.environment
-    home = Path(environment.get("HF_HOME", Path(environment.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface"))
-    hub = Path(environment.get("HF_HUB_CACHE", home / "hub")).expanduser()
-    snapshots = hub / f"models--{name.replace('/', '--')}" / "snapshots"
-    return any(all((snapshot / part).is_dir() for part in PARTS) for snapshot in snapshots.glob("*"))
+def _gives(hub: HubAccess | None) -> bool:
+    """Whether the endpoint was asked and gave the file: a mirror may do so without a token."""
+    return hub is not None and hub.status is not None and hub.status < 400
+
+
+def _download(name: str) -> str:
+    """Only what is read: the repository holds the same weights once more as single files."""
+    return f"hf download {name} --exclude 'flux1-*.safetensors' 'ae.safetensors'"
+
+
+@check("WE103", "the model in the hub cache is whole", needs=("train",))
+def snapshot_complete(case: Case) -> Iterator[Finding]:
+    """Offline, the library returns a half-downloaded snapshot without a word (snapshot_download, 0.24 and 1.x)."""
+    cache = _to_fetch(case)
+    if not cache.snapshot:
+        raise SkipCheck(f"{cache.repository} is not in the hub cache (see WE102)")
+    if cache.complete:
+        return
+    shown = ", ".join(cache.missing[:_SHOWN])
+    more = f" and {len(cache.missing) - _SHOWN} more" if len(cache.missing) > _SHOWN else ""
+    seen = f"{cache.snapshot} lacks {shown}{more}."
+    if offline(case):
+        yield error(
+            seen,
+            f"{_why_offline(case)}: loading stops at the first missing file.",
+            "Finish the download while online.",
+            commands=(_download(cache.repository),),
+        )
+    else:
+        size = to_download(case)
+        yield warning(
+            seen,
+            f"{f'About {size / 1e9:.0f} GB' if size > GIB else 'The rest'} will be downloaded before the first step.",
+            "Finish the download beforehand to see its failures early.",
+            commands=(_download(cache.repository),),
+        )
+
+
+@check("WE104", "the hub answers and lets this account in", needs=("train", "hub"))
+def hub_answers(case: Case) -> Iterator[Finding]:
+    """It is asked for model_index.json with the account's token, as the download will be (status and X-Error-Code)."""
+    hub, token = case.facts.hub, case.facts.hub_token
+    assert hub is not None
+    if _gives(hub):
+        return
+    seen = f"{hub.endpoint} answered {hub.status} for {hub.repository}{f' ({hub.detail})' if hub.detail else ''}."
+    page = f"{hub.endpoint}/{hub.repository}"
+    restricted = "GatedRepo" in hub.detail
+    if hub.status is None:
+        yield from _no_answer(hub)
+    elif hub.status == 401 and not token and hub.repository in _GATED:
+        raise SkipCheck("there is no token (see WE102)")
+    elif hub.status == 401 and token and not restricted:
+        yield error(
+            seen, "The token is not valid any more, or was copied in part.", "Make a new one.", commands=_LOG_IN
+        )
+    elif hub.status == 401 and not token:
+        because = "The repository is gated, private, or not there: without a token the hub tells no more."
+        yield error(seen, because, "Log in, or correct pretrained_model.", commands=_LOG_IN)
+    elif hub.status in (401, 403):
+        because = "This account has not been let in, or its token may not read gated repositories."
+        hint = "Accept the licence on the page of the repository, and give the token the right to read it."
+        yield error(seen, because, hint, docs=page)
+    elif hub.status == 404:
+        because = "There is no such repository, or it is not a pipeline in diffusers' layout."
+        yield error(seen, because, "Correct pretrained_model.", docs=page)
+    elif hub.status == 407:
+        yield error(seen, "The proxy asks for a login.", "Put user and password into HTTPS_PROXY, or ask who runs it.")
+    elif hub.status == 429:
+        yield warning(seen, "Too many requests came from this address.", "Wait some minutes, or log in.")
+    elif hub.status >= 500:
+        yield warning(seen, "The hub or a proxy has trouble; the download may fail.", "Try again in some minutes.")
+    else:
+        yield warning(seen, "The download may fail in the same way.", "Try it by hand.", commands=(f"curl -sI {page}",))
+
+
+def _no_answer(hub: HubAccess) -> Iterator[Finding]:
+    """By the kind that the probe gives before the colon."""
+    kind, _, words = hub.detail.partition(": ")
+    seen = f"{hub.endpoint} could not be asked for {hub.repository}: {words or hub.detail}."
+    local = "Mend it, set HF_ENDPOINT to a mirror, or set pretrained_model to a local folder."
+    if kind == "timeout":
+        yield warning(seen, "The network is slow or drops packets; the download may hang.", f"Try again. {local}")
+    elif kind == "tls":
+        clock = "A clock that is wrong makes every certificate invalid (see ST111); "
+        because = f"{clock}a proxy that looks into TLS wants its own in REQUESTS_CA_BUNDLE."
+        yield error(seen, because, local, commands=("date", f"curl -vI {hub.endpoint}"))
+    elif kind == "proxy":
+        yield error(
+            seen, "The proxy of HTTPS_PROXY refuses the connection.", "Correct it, or add the host to NO_PROXY."
+        )
+    elif kind == "probe":
+        raise SkipCheck(f"the question to the hub {words}")
+    else:
+        yield error(seen, "The weights are not on this machine and cannot be downloaded.", local)
