@@ -18,8 +18,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "gather.deadline", "gather.environment", "gather.hub_cache", "gather.mounts", "gather.folders",
         "gather.host", "gather.metadata", "gather.interpreter", "gather.packages",
-        "gather.driver", "gather.cards", "gather.gpus", "gather.kernel_log", "gather.toolchain", "gather.ports", "gather.machine",
-        "probes.torch_import", "probes.allreduce", "probes.runner", "probes.level", "check", "bill", "xflux_bill",
+        "gather.driver", "gather.cards", "gather.gpus", "gather.kernel_log", "gather.toolchain",
+        "gather.ports", "gather.machine",
+        "probes.torch_import", "probes.allreduce", "probes.hub_access", "probes.runner", "probes.level",
+        "check", "bill", "xflux_bill",
     ),
     ("checks.hardware", "checks.software", "checks.rules", "checks.packages", "checks.words",
      "checks.variables", "checks.nccl_variables", "checks.torch_variables", "checks.job_variables", "checks.host",

@@ -10,6 +10,7 @@ from xflux_doctor.bill import dataset, need, spec_of
 from xflux_doctor.check import Case, SkipCheck, check
 from xflux_doctor.facts import Folder
 from xflux_doctor.finding import Finding, error
+from xflux_doctor.gather.environment import is_offline
 
 GIB = 1 << 30
 _HUB_FILES = 60
@@ -28,9 +29,7 @@ class Share:
 
 def offline(case: Case) -> bool:
     """Whether nothing may be fetched: by `--offline`, or as the hub library reads its variables."""
-    names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-    named = next((value for name in names if (value := case.facts.environment.get(name))), "")
-    return case.job.offline or named.upper() in ("1", "ON", "YES", "TRUE")
+    return case.job.offline or is_offline(case.facts.environment)
 
 
 def downloads(case: Case) -> bool:

@@ -242,6 +242,8 @@ def _no_answer(hub: HubAccess) -> Iterator[Finding]:
         yield error(
             seen, "The proxy of HTTPS_PROXY refuses the connection.", "Correct it, or add the host to NO_PROXY."
         )
+    elif kind == "token":
+        yield error(seen, "The token was not copied as it is.", "Log in again.", commands=_LOG_IN)
     elif kind == "probe":
         raise SkipCheck(f"the question to the hub {words}")
     else:

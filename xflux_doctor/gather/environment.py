@@ -58,6 +58,17 @@ def loaded_instead(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: ":".join(os.path.realpath(path) for path in paths) for name, paths in files.items() if paths}
 
 
+def without_login(url: str) -> str:
+    """The URL without user and password, to be shown."""
+    return _LOGIN.sub("***", url)
+
+
+def is_offline(environ: Mapping[str, str]) -> bool:
+    """Whether the hub library may open a socket, as it reads its variables (huggingface_hub/constants.py)."""
+    named = environ.get("HF_HUB_OFFLINE") or environ.get("TRANSFORMERS_OFFLINE") or ""
+    return named.upper() in ("1", "ON", "YES", "TRUE")
+
+
 def has_hub_token(environ: Mapping[str, str]) -> bool:
     """Whether the hub library would find a token. Its value is not read."""
     if environ.get("HF_TOKEN") or environ.get("HUGGING_FACE_HUB_TOKEN"):

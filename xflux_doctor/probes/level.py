@@ -9,10 +9,13 @@ from pathlib import Path
 
 import msgspec
 
-from xflux_doctor.facts import AllReduce, Facts, TorchFacts
+from xflux_doctor.facts import AllReduce, Facts, HubAccess, TorchFacts
+from xflux_doctor.gather.environment import is_offline, without_login
 from xflux_doctor.job import Job
 from xflux_doctor.probes.runner import Child, Outcome, run
 
+HUB_SECONDS = 5.0
+"""The hub's own deadline: it answers in a fraction of a second, or something is wrong."""
 STAGES = ("start", "import", "rendezvous", "init", "tiny", "values", "done")
 
 
@@ -27,14 +30,15 @@ def job_environment(job: Job, environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def probe(facts: Facts, job: Job, environ: Mapping[str, str], seconds: float) -> Facts:
-    """Facts with `torch` and `allreduce` filled in, or a reason under `unknown`. Ends within `seconds`."""
+    """Facts with `hub`, `torch` and `allreduce` filled in, or a reason under `unknown`. Ends within `seconds`."""
     if facts.python is None:
         return facts
     deadline = time.monotonic() + seconds
-    environment = job_environment(job, environ)
     python = facts.python.executable
+    facts = ask_hub(facts, job, environ, min(HUB_SECONDS, seconds / 2))
+    environment = job_environment(job, environ)
     unknown = dict(facts.unknown)
-    outcome = run(python, "torch_import", (), environment, seconds)
+    outcome = run(python, "torch_import", (), environment, deadline - time.monotonic())
     torch = _torch(outcome)
     if torch is None:
         unknown["torch"] = _import_failure(outcome)
@@ -49,6 +53,27 @@ def probe(facts: Facts, job: Job, environ: Mapping[str, str], seconds: float) ->
     backend = "gloo" if job.use_cpu else "nccl"
     reduced = all_reduce(python, backend, ranks, environment, max(1.0, deadline - time.monotonic()))
     return msgspec.structs.replace(facts, allreduce=reduced, unknown=unknown)
+
+
+def ask_hub(facts: Facts, job: Job, environ: Mapping[str, str], seconds: float) -> Facts:
+    """Facts with `hub`, if the weights must come from there and it may be asked; else a reason under `unknown`."""
+    cache = facts.hub_cache
+    if cache is None or facts.python is None:
+        return facts
+    if cache.complete or job.offline or is_offline(environ):
+        why = "the model is in the hub cache" if cache.complete else "the hub was not asked: this is an offline run"
+        return msgspec.structs.replace(facts, unknown={**facts.unknown, "hub": why})
+    endpoint = without_login((environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/"))
+    # The child's own limit ends a little before ours, so that its words reach us; finding the address has no limit.
+    arguments = (cache.repository, f"{seconds * 0.8:.1f}")
+    outcome = run(facts.python.executable, "hub_access", arguments, environ, seconds)
+    said = next((line for line in outcome.lines if "detail" in line), None)
+    if said is None:
+        kind = "timeout: no answer in time" if outcome.code is None else f"probe: {outcome.how}"
+        said = {"status": None, "detail": kind}
+    status = said["status"] if isinstance(said.get("status"), int) else None
+    answer = HubAccess(cache.repository, endpoint, status, str(said["detail"]), outcome.seconds)
+    return msgspec.structs.replace(facts, hub=answer)
 
 
 def _torch(outcome: Outcome) -> TorchFacts | None:
