@@ -40,6 +40,7 @@ def test_exact_pins(matrix: Matrix, stack: str) -> None:
     ({"torch": "2.5.1+cu124"}, "too new", "error"),
     ({"torch": "2.3.1+cu121"}, "too old", "error"),
     ({"torch": "2.4.0+cpu"}, "A CPU build cannot use a GPU", "error"),
+    ({"torch": "2.13.0+cpu"}, "Torch not compiled with CUDA enabled", "error"),
     ({"torch": "2.4.0+cu118"}, "paired with the stack's build", "warning"),
     ({"torchvision": "0.20.0+cu121"}, "too new", "error"),
     ({"deepspeed": "0.15.4"}, "too new", "error"),

@@ -72,6 +72,8 @@ def judge(name: str, pin: Pin, package: Package, needed: bool, *, cpu: bool = Fa
     if not package.files:
         seen = f"{name} {package.version} has metadata in {package.location} and no module beside it."
         return make(seen, "A half-removed install: its import fails.", f"Run `{_INSTALL}`.")
+    if package.build == "cpu" and pin.build not in ("", "cpu") and not cpu:
+        return _wrong_build(name, pin, package, cpu)  # its version is the smaller fault
     if word in ("too old", "too new"):
         span = f"{pins_of.wanted(pin)}, or {pin.accepts}" if pin.accepts else pins_of.wanted(pin)
         because = f"It is {word}: only {span} was tested in this stack."
@@ -82,7 +84,8 @@ def judge(name: str, pin: Pin, package: Package, needed: bool, *, cpu: bool = Fa
 def _wrong_build(name: str, pin: Pin, package: Package, cpu: bool) -> Finding:
     seen = f"{name} {package.version} is the {package.build} build; the stack has {pins_of.wanted(pin)}."
     if package.build == "cpu" and not cpu:
-        return error(seen, "A CPU build cannot use a GPU.", f"Run `{_INSTALL}`.")
+        because = "A CPU build cannot use a GPU: 'AssertionError: Torch not compiled with CUDA enabled'."
+        return error(seen, because, f"Run `{_INSTALL}`.")
     if pin.build == "cpu":
         return warning(seen, "It runs on the CPU too, and takes gigabytes more of disk.")
     return warning(seen, "The wheels of other packages are paired with the stack's build.", f"Run `{_INSTALL}`.")
