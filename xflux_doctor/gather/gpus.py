@@ -82,7 +82,7 @@ def _ask(reading: NvmlReading, root: Path) -> None:
         reading.driver = Driver(version, _cuda(nvml), module_version(root), library_version(root, os.environ))
         reading.gpus, reading.lost = _cards(nvml, nvml.nvmlDeviceGetCount(), root)
     except Exception as error:  # noqa: BLE001
-        reading.error = f"NVML failed while it read the GPUs: {error}"
+        reading.error = f"NVML failed while it read the GPUs: {str(error).rstrip('.')}"
     finally:
         maybe(nvml.nvmlShutdown)
 
@@ -139,7 +139,7 @@ def _start_error(error: Exception, root: Path) -> str:
         return "no permission to talk to the NVIDIA driver"
     if code == 999:
         return "NVML did not start: Unknown Error"
-    return f"NVML did not start: {error}"
+    return f"NVML did not start: {str(error).rstrip('.')}"
 
 
 def _cuda(nvml: Any) -> str:

@@ -1,0 +1,361 @@
+"""GPUs: the real pynvml and our gatherer over a library that plays broken drivers and cards; files by trees."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from conftest import ROOT, XFLUX_ACCELERATE
+
+from xflux_doctor.facts import Driver, Facts, Gpu, GpuHealth, LostGpu, from_json
+from xflux_doctor.gather.cards import process_facts
+from xflux_doctor.gather.driver import library_version, module_version, pci_addresses, same_place
+from xflux_doctor.gather.kernel_log import xids
+
+SOURCE = Path(__file__).parent / "fake_nvml" / "nvml.c"
+COMPILER = shutil.which("gcc") or shutil.which("cc")
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C compiler to build the fake NVML with")
+# Ask in a child: LD_LIBRARY_PATH counts at a program's start.
+ASK = """\
+import sys
+from pathlib import Path
+from xflux_doctor.facts import Facts, to_json
+from xflux_doctor.gather import gpus
+got = gpus.read(float(sys.argv[1]), Path(sys.argv[2]))
+unknown = {"gpus": got.error} if got.error else {}
+print(to_json(Facts(driver=got.driver, gpus=got.gpus, lost_gpus=got.lost, unknown=unknown)))
+"""
+
+
+@pytest.fixture(scope="session")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of the fake library: of today, and of a driver that lacks what came after 2021."""
+    folders = {}
+    for kind, flags in (("new", []), ("old", ["-DOLD"])):
+        folders[kind] = tmp_path_factory.mktemp(f"nvml-{kind}")
+        library = folders[kind] / "libnvidia-ml.so.580.159.04"
+        command = [COMPILER or "cc", "-shared", "-fPIC", "-O1", "-Wall", *flags, "-o", library, SOURCE]
+        subprocess.run(command, check=True, timeout=60)
+        (folders[kind] / "libnvidia-ml.so.1").symlink_to(library.name)
+    return folders
+
+
+def environment(folder: Path, script: str, place: Path) -> dict[str, str]:
+    (place / "nvml.txt").write_text(script)
+    path = os.environ.get("LD_LIBRARY_PATH", "")
+    return {
+        **os.environ,
+        "LD_LIBRARY_PATH": f"{folder}:{path}".rstrip(":"),
+        "FAKE_NVML": str(place / "nvml.txt"),
+        "HF_HOME": str(place / "hf"),
+    }
+
+
+def ask(folder: Path, script: str, place: Path, *, deadline: float = 10.0) -> Facts:
+    root = place / "root"
+    root.mkdir(exist_ok=True)
+    done = subprocess.run(
+        [sys.executable, "-c", ASK, str(deadline), str(root)],
+        env=environment(folder, script, place), capture_output=True, text=True, timeout=30, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return from_json(done.stdout.encode())
+
+
+def only(facts: Facts) -> Gpu:
+    assert facts.gpus is not None and facts.unknown == {}
+    (gpu,) = facts.gpus
+    return gpu
+
+
+@needs_compiler
+def test_eight_healthy_cards(libraries: dict[str, Path], tmp_path: Path) -> None:
+    facts = ask(libraries["new"], "count 8\n", tmp_path)
+    assert facts.gpus is not None
+    assert [gpu.index for gpu in facts.gpus] == list(range(8))
+    assert facts.lost_gpus == () and facts.unknown == {}
+    assert facts.driver == Driver("580.159.04", "13.0", "", "580.159.04")
+    healthy = GpuHealth(True, True, 0, False, False, None, "none", ("idle",), True, "completed", 16, 16, 32)
+    assert facts.gpus[7].health == healthy
+    assert facts.gpus[7].nvlinks == 18
+    assert facts.gpus[7].pci == "00000000:17:00.0" and facts.gpus[7].mig is False
+
+
+@needs_compiler
+@pytest.mark.parametrize(("code", "words"), [
+    (18, "driver and library versions differ (the driver was upgraded without a reboot)"),
+    (9, "the NVIDIA kernel module is not loaded"),
+    (4, "no permission to talk to the NVIDIA driver"),
+    (999, "NVML did not start: Unknown Error"),
+    (17, "NVML did not start: The operating system has blocked the request"),
+])  # fmt: skip
+def test_nvml_does_not_start(libraries: dict[str, Path], tmp_path: Path, code: int, words: str) -> None:
+    facts = ask(libraries["new"], f"nvmlInitWithFlags {code}\n", tmp_path)
+    assert facts.gpus is None and facts.driver is None
+    assert facts.unknown["gpus"].startswith(words)
+
+
+@needs_compiler
+def test_a_mismatch_names_both_versions(libraries: dict[str, Path], tmp_path: Path) -> None:
+    tree(tmp_path / "root", {"proc/driver/nvidia/version": MODULES[0][0]})
+    facts = ask(libraries["new"], "nvmlInitWithFlags 18\n", tmp_path)
+    assert "without a reboot: library 580.159.04, kernel module 535.129.03" in facts.unknown["gpus"]
+
+
+@needs_compiler
+@pytest.mark.parametrize(("script", "reason", "place"), [
+    ("3.nvmlDeviceGetHandleByIndex_v2 15\n", "it has fallen off the bus (GPU is lost)", "0000:13:00.0"),
+    ("3.nvmlDeviceGetHandleByIndex_v2 999\n", "the driver says Unknown Error", "0000:13:00.0"),
+    ("3.nvmlDeviceGetMemoryInfo 16\n", "it wants a reset (GPU requires reset)", "00000000:13:00.0"),
+    ("3.nvmlDeviceGetHandleByIndex_v2 4\n", "denied to this user or container", "0000:13:00.0"),
+])  # fmt: skip
+def test_one_lost_card_hides_no_other(
+    libraries: dict[str, Path], tmp_path: Path, script: str, reason: str, place: str
+) -> None:
+    for number in range(16, 24):
+        (tmp_path / f"root/proc/driver/nvidia/gpus/0000:{number:02x}:00.0").mkdir(parents=True)
+    facts = ask(libraries["new"], "count 8\n" + script, tmp_path)
+    assert facts.gpus is not None
+    assert [gpu.index for gpu in facts.gpus] == [0, 1, 2, 4, 5, 6, 7]
+    assert facts.lost_gpus == (LostGpu(3, reason, place),)
+    assert facts.unknown == {}
+
+
+@needs_compiler
+def test_two_lost_cards_get_their_places_in_order(libraries: dict[str, Path], tmp_path: Path) -> None:
+    for number in range(16, 20):
+        (tmp_path / f"root/proc/driver/nvidia/gpus/0000:{number:02x}:00.0").mkdir(parents=True)
+    lost = "1.nvmlDeviceGetHandleByIndex_v2 15\n2.nvmlDeviceGetHandleByIndex_v2 15\n"
+    facts = ask(libraries["new"], "count 4\n" + lost, tmp_path)
+    assert [(card.index, card.pci) for card in facts.lost_gpus] == [(1, "0000:11:00.0"), (2, "0000:12:00.0")]
+
+
+@needs_compiler
+def test_an_old_driver_lacks_calls(libraries: dict[str, Path], tmp_path: Path) -> None:
+    """What it does not know is None; what it knows by an older name is there."""
+    script = "recovery 99\nretire 1\npid 4000000\npid_used 2147483648\nclocks 0x44\n"
+    gpu = only(ask(libraries["old"], script, tmp_path))
+    assert gpu.mig is None and gpu.slices == ()
+    assert (gpu.health.remap_pending, gpu.health.remap_failed, gpu.health.fabric) == (None, None, "")
+    assert gpu.health.recovery_action == ""
+    assert gpu.health.retirement_pending is True
+    assert gpu.health.throttle == ("sw_power_cap", "hw_thermal")
+    assert [(p.pid, p.used) for p in gpu.processes] == [(4000000, 2 << 30)]
+
+
+@needs_compiler
+def test_a_card_without_the_features(libraries: dict[str, Path], tmp_path: Path) -> None:
+    calls = (
+        "EccMode TotalEccErrors RemappedRows GpuFabricInfoV MigMode PersistenceMode CurrPcieLinkWidth "
+        "MaxPcieLinkWidth Temperature CurrentClocksEventReasons CurrentClocksThrottleReasons FieldValues NvLinkState "
+        "ComputeMode RetiredPagesPendingStatus ComputeRunningProcesses_v3 ComputeRunningProcesses_v2"
+    ).split()
+    gpu = only(ask(libraries["new"], "".join(f"nvmlDeviceGet{name} 3\n" for name in calls), tmp_path))
+    assert gpu.health == GpuHealth()
+    assert (gpu.mig, gpu.nvlinks, gpu.compute_mode, gpu.processes) == (None, None, "", ())
+
+
+@needs_compiler
+def test_bad_news_of_a_card(libraries: dict[str, Path], tmp_path: Path) -> None:
+    script = (
+        "ecc_errors 3\necc_pending 0\nremap_pending 1\nremap_failed 1\nrecovery 4\nclocks 0xe8\npersistence 0\n"
+        "fabric 1\npcie 4\ntemperature 91\ncompute_mode 2\n"
+    )
+    gpu = only(ask(libraries["new"], script, tmp_path))
+    throttle = ("hw_slowdown", "sw_thermal", "hw_thermal", "hw_power_brake")
+    assert gpu.health == GpuHealth(
+        True, False, 3, True, True, None, "drain_and_reset", throttle, False, "not_started", 4, 16, 91
+    )
+    assert gpu.compute_mode == "prohibited"
+
+
+@needs_compiler
+@pytest.mark.parametrize(("script", "field", "value"), [
+    ("fabric_status 1\n", "fabric", "failed"),
+    ("fabric 2\n", "fabric", "in_progress"),
+    ("recovery 12\n", "recovery_action", "action 12"),
+    ("clocks 0\n", "throttle", ("none",)),
+    ("ecc 0\n", "ecc_uncorrected", None),
+])  # fmt: skip
+def test_single_words(libraries: dict[str, Path], tmp_path: Path, script: str, field: str, value: object) -> None:
+    assert getattr(only(ask(libraries["new"], script, tmp_path)).health, field) == value
+
+
+@needs_compiler
+def test_mig_slices_with_a_gap(libraries: dict[str, Path], tmp_path: Path) -> None:
+    script = "mig 3\nslice_name NVIDIA H100 80GB HBM3 MIG 2g.20gb\nslice_memory 20937965568\nslice_used 1048576\n"
+    gpu = only(ask(libraries["new"], script, tmp_path))
+    assert gpu.mig is True
+    assert [item.uuid[-1] for item in gpu.slices] == ["0", "2", "3"]
+    assert gpu.slices[0].name.endswith("2g.20gb")
+    assert gpu.slices[0].memory_free == 20937965568 - 1048576
+
+
+@needs_compiler
+@pytest.mark.parametrize("script", ["nvmlDeviceGetMemoryInfo hang\n", "nvmlInitWithFlags hang\n"])
+def test_a_call_that_hangs(libraries: dict[str, Path], tmp_path: Path, script: str) -> None:
+    facts = ask(libraries["new"], script, tmp_path, deadline=1.0)
+    assert facts.gpus is None
+    assert facts.unknown["gpus"] == "NVML did not answer within 1 s: a GPU or the driver hangs"
+
+
+def check(libraries: dict[str, Path], script: str, place: Path, code: int) -> dict[str, Any]:
+    """The whole quick check over the fake library: {code: its findings' texts}."""
+    (place / "accelerate.yaml").write_text(XFLUX_ACCELERATE)
+    command = [sys.executable, "-m", "xflux_doctor.cli", "check", "--quick", "--format", "json"]
+    done = subprocess.run(
+        [*command, "--accelerate-config", "accelerate.yaml"],
+        env={**environment(libraries["new"], script, place), "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=60, cwd=place, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == code, done.stdout + done.stderr
+    report = json.loads(done.stdout)
+    crashed = [verdict for verdict in report["results"] if verdict["status"] == "crashed"]
+    assert crashed == []
+    return {verdict["check"]: verdict for verdict in report["results"]}
+
+
+@needs_compiler
+@pytest.mark.parametrize(("script", "code", "words"), [
+    ("nvmlInitWithFlags 18\n", "HW101", ("without a reboot", "Reboot the machine")),
+    ("nvmlInitWithFlags 9\n", "HW101", ("the NVIDIA kernel module is not loaded", "Load the kernel module")),
+    ("nvmlInitWithFlags 4\n", "HW101", ("no permission to talk to the NVIDIA driver", "HW108")),
+    ("count 8\n3.nvmlDeviceGetHandleByIndex_v2 15\n", "HW106",
+     ("Of 8 GPUs 1 does not answer. GPU 3", "fallen off the bus", "Or train on the other cards (0, 1, 2, 4, 5, 6, 7)")),
+    ("count 8\n5.recovery 1\n", "HW114",
+     ("GPU 5", "asks for a reset of the GPU (gpu_reset)", "Or train on the other cards (0, 1, 2, 3, 4, 6, 7)")),
+    ("mig 3\n", "HW118", ("in MIG mode", "Duplicate GPU")),
+])  # fmt: skip
+def test_what_the_doctor_says(
+    libraries: dict[str, Path], tmp_path: Path, script: str, code: str, words: tuple[str, ...]
+) -> None:
+    verdict = check(libraries, script, tmp_path, 1)[code]
+    assert verdict["status"] == "error"
+    for word in words:
+        assert word in json.dumps(verdict["findings"]), verdict
+
+
+@needs_compiler
+def test_eight_healthy_cards_have_no_finding_of_theirs(libraries: dict[str, Path], tmp_path: Path) -> None:
+    verdicts = check(libraries, "count 8\n", tmp_path, 1)  # no stack is installed beside these tests
+    bad = {name for name, verdict in verdicts.items() if name.startswith("HW") and verdict["findings"]}
+    assert bad <= {"HW102", "HW103"}
+
+
+def tree(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+MODULES = [
+    ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.129.03  Thu Oct 19 18:56:32 UTC 2023\n", "535.129.03"),
+    ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build  (builder@)  \nGCC version:\n",
+     "580.159.04"),
+    ("something else\n", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "version"), MODULES)
+def test_module_version(tmp_path: Path, text: str, version: str) -> None:
+    assert module_version(tree(tmp_path, {"proc/driver/nvidia/version": text})) == version
+    assert module_version(tmp_path / "nothing") == ""
+
+
+def test_library_version(tmp_path: Path) -> None:
+    folder = tmp_path / "usr/lib/x86_64-linux-gnu"
+    tree(folder, {"libcuda.so.550.54.15": "", "libnvidia-ml.so.580.159.04": ""})
+    (folder / "libcuda.so.1").symlink_to("libcuda.so.550.54.15")
+    assert library_version(tmp_path) == "550.54.15"
+    (folder / "libnvidia-ml.so.1").symlink_to("libnvidia-ml.so.580.159.04")
+    assert library_version(tmp_path) == "580.159.04"
+    # ldconfig's word comes before the usual folders, LD_LIBRARY_PATH before both
+    odd = tree(tmp_path / "opt/nvidia", {"libnvidia-ml.so.575.51.03": ""})
+    (odd / "libnvidia-ml.so.1").symlink_to("libnvidia-ml.so.575.51.03")
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/ld.so.cache").write_bytes(b"glibc-ld.so.cache1.1\0\0/opt/nvidia/libnvidia-ml.so.1\0/lib/libz.so\0")
+    assert library_version(tmp_path) == "575.51.03"
+    mine = tree(tmp_path / "mine", {"libnvidia-ml.so.570.1": ""})
+    (mine / "libnvidia-ml.so.1").symlink_to("libnvidia-ml.so.570.1")
+    assert library_version(tmp_path, {"LD_LIBRARY_PATH": f":{mine}"}) == "570.1"
+    assert library_version(tmp_path / "nothing") == ""
+
+
+def test_places(tmp_path: Path) -> None:
+    (tmp_path / "proc/driver/nvidia/gpus/0000:3b:00.0").mkdir(parents=True)
+    assert pci_addresses(tmp_path) == ["0000:3b:00.0"]
+    assert pci_addresses(tmp_path / "nothing") == []
+    assert same_place("00000000:3B:00.0") == same_place("0000:3b:00") == "0000:3b:00"
+    assert same_place("odd") == "odd" and same_place("xx:yy:zz") == "xx:yy:zz"
+
+
+def test_process_facts(tmp_path: Path) -> None:
+    ticks = os.sysconf("SC_CLK_TCK")
+    stat = "77 (a) b) S " + " ".join("1" for _ in range(18)) + f" {100 * ticks} 0\n"
+    tree(tmp_path, {"proc/77/comm": "python\n", "proc/77/stat": stat, "proc/uptime": "7300.5 1.0\n"})
+    found = process_facts(77, 5, tmp_path)
+    assert (found.pid, found.used, found.name, found.seconds) == (77, 5, "python", 7200.5)
+    assert found.user
+    assert process_facts(78, None, tmp_path) == msgspec.structs.replace(found, pid=78, used=None, name="", user="",
+                                                                        seconds=None)  # fmt: skip
+
+
+KMSG = (
+    "6,100,5000000,-;nvidia: loading out-of-tree module taints kernel.\n SUBSYSTEM=pci\n"
+    "4,200,3600000000,-;NVRM: Xid (PCI:0000:3b:00): 31, pid=4242, name=python, Ch 00000010\n"
+    "4,201,7100000000,-;NVRM: Xid (PCI:0000:3b:00): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus.\n"
+    "4,202,7150000000,-;nvidia-nvswitch2: SXid (PCI:0000:85:00.0): 12028, Non-fatal, Link 32 egress\n"
+    "4,203,7160000000,-;nvidia-nvswitch2: SXid (PCI:0000:85:00.0): 20034, Fatal, Link 30 LTSSM Fault Up\n"
+)
+
+
+def test_xids_of_the_kernel_buffer(tmp_path: Path) -> None:
+    found = xids(tree(tmp_path, {"dev/kmsg": KMSG}), uptime=7200.0)
+    assert found is not None
+    assert [(x.number, x.pci, x.seconds) for x in found] == [
+        (31, "0000:3b:00", 3600.0), (79, "0000:3b:00", 100.0), (20034, "0000:85:00.0", 40.0),
+    ]  # fmt: skip
+    assert found[1].text.startswith("Xid (PCI:0000:3b:00): 79") and "fallen off the bus" in found[1].text
+    assert found[2].text.startswith("SXid") and "Fatal" in found[2].text
+
+
+def test_a_log_without_reports_is_known_and_an_empty_or_closed_one_is_not(tmp_path: Path) -> None:
+    quiet = tree(tmp_path / "quiet", {"dev/kmsg": "6,100,5000000,-;all is well\n"})
+    assert xids(quiet, uptime=10.0) == ()
+    assert xids(tree(tmp_path / "dummy", {"dev/kmsg": ""}), uptime=10.0) is None
+    assert xids(tmp_path / "nothing", uptime=10.0) is None
+
+
+def test_a_pipe_that_nobody_fills_does_not_hold_us(tmp_path: Path) -> None:
+    (tmp_path / "dev").mkdir()
+    os.mkfifo(tmp_path / "dev/kmsg")
+    assert xids(tmp_path, uptime=10.0) is None
+
+
+def test_xids_of_the_log_file(tmp_path: Path) -> None:
+    zone = datetime.timezone.utc
+    lines = (
+        "2026-11-24T09:00:00.123456+00:00 box kernel: [ 99.1] NVRM: Xid (PCI:0000:3b:00): 48, pid=1, DBE\n"
+        "Nov 24 10:30:00 box kernel: [ 99.1] NVRM: Xid (PCI:0000:5e:00): 63, pid=2, Row Remapper\n"
+        "Nov 20 10:30:00 box kernel: [ 99.1] NVRM: Xid (PCI:0000:5e:00): 79, pid=2, of the boot before\n"
+        "no date NVRM: Xid (PCI:0000:5e:00): 79, pid=2\n"
+        "Nov 24 10:31:00 box kernel: something else\n"
+    )
+    root = tree(tmp_path, {"var/log/kern.log": lines})
+    found = xids(root, uptime=86400.0, now=datetime.datetime(2026, 11, 24, 11, 0, tzinfo=zone))
+    assert found is not None
+    assert [(x.number, round(x.seconds)) for x in found] == [(48, 7200), (63, 1800)]
+    # the year turns: a day that lies ahead was last year's
+    turned = tree(tmp_path / "turn", {"var/log/kern.log": lines.replace("Nov 24 10:30", "Dec 31 23:00")})
+    new_year = xids(turned, uptime=86400.0, now=datetime.datetime(2027, 1, 1, 0, 0, tzinfo=zone))
+    assert new_year is not None and [(x.number, round(x.seconds)) for x in new_year] == [(63, 3600)]
