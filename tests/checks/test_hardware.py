@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import msgspec
+import pytest
 from conftest import XFLUX_ACCELERATE, case, findings, gpus, job, machine, verdict
 
+from xflux_doctor.check import Case
 from xflux_doctor.checks import hardware
-from xflux_doctor.facts import Driver, GpuProcess
+from xflux_doctor.facts import Driver, GpuProcess, Host
 from xflux_doctor.finding import Edit
 from xflux_doctor.matrix import Matrix
 
@@ -21,6 +26,32 @@ def test_version_mismatch_says_reboot_and_not_reinstall(matrix: Matrix) -> None:
     facts = machine(matrix, card=None, unknown={"gpus": why})
     (finding,) = findings(case(matrix, facts, job()), hardware.driver_answers)
     assert finding.hint.startswith("Reboot")
+
+
+BOX = Host("Linux", "x86_64", container="docker")
+BARE = Host("Linux", "x86_64")
+
+
+@pytest.mark.parametrize(("why", "host", "hint", "command"), [
+    ("driver and library versions differ (the driver was upgraded without a reboot)", BARE, "Reboot", "rmmod"),
+    ("driver and library versions differ (the driver was upgraded without a reboot)", BOX, "Reboot", ""),
+    ("NVML did not answer within 10 s: a GPU or the driver hangs", BARE, "Look for Xid", "dmesg"),
+    ("NVML did not start: Unknown Error", BOX, "The container has lost its right to the devices", ""),
+    ("NVML did not start: Unknown Error", BARE, "This user may not open", "ls -l"),
+    ("no permission to talk to the NVIDIA driver", BARE, "This user may not open", "ls -l"),
+    ("the NVIDIA kernel module is not loaded", BARE, "Load the kernel module", "modprobe"),
+    ("there is no NVIDIA driver library (libnvidia-ml.so.1) on this machine or in this container", BOX,
+     "Start the container again with `--gpus all` (NVIDIA_VISIBLE_DEVICES is 'void')", ""),
+    ("there is no NVIDIA driver library (libnvidia-ml.so.1) on this machine or in this container", BARE,
+     "Run on a GPU machine", ""),
+])  # fmt: skip
+def test_the_way_back(matrix: Matrix, why: str, host: Host, hint: str, command: str) -> None:
+    environment = {"NVIDIA_VISIBLE_DEVICES": "void"}
+    facts = machine(matrix, card=None, unknown={"gpus": why}, host=host, environment=environment)
+    (finding,) = findings(case(matrix, facts, job()), hardware.driver_answers)
+    assert why in finding.seen and finding.hint.startswith(hint)
+    assert "reinstall" not in finding.hint or "does not help" in finding.hint
+    assert command in " ".join(finding.commands) and bool(finding.commands) == bool(command)
 
 
 def test_cpu_job_needs_no_driver(matrix: Matrix) -> None:
@@ -60,6 +91,18 @@ def test_kernels_of_hidden_cards_do_not_matter(matrix: Matrix) -> None:
     assert len(findings(case(matrix, machine(matrix, gpus=mixed), job()), hardware.kernels_for_cards)) == 1
 
 
+def test_the_installed_torch_knows_its_own_kernels_best(matrix: Matrix) -> None:
+    facts = machine(matrix, card="5090")
+    assert facts.packages is not None
+    torch = msgspec.structs.replace(facts.packages["torch"], version="2.7.0", archs=("sm_90", "sm_100", "sm_120"))
+    own = msgspec.structs.replace(facts, packages={**facts.packages, "torch": torch})
+    assert findings(case(matrix, own, job(), "xflux-2024"), hardware.kernels_for_cards) == ()
+    old = msgspec.structs.replace(torch, archs=("sm_80", "sm_90"))
+    other = msgspec.structs.replace(facts, packages={**facts.packages, "torch": old})
+    (finding,) = findings(case(matrix, other, job(), "cuda13"), hardware.kernels_for_cards)
+    assert "the installed torch 2.7.0 ships kernels for sm_80 sm_90" in finding.seen
+
+
 def test_precision(matrix: Matrix) -> None:
     (finding,) = findings(case(matrix, machine(matrix, card="V100"), job(), "cuda12"), hardware.precision_supported)
     edits = tuple(Edit(n, ("mixed_precision",), "fp16", "bf16 wants capability 8.0") for n in ("train", "accelerate"))
@@ -83,6 +126,64 @@ def test_compute_mode(matrix: Matrix) -> None:
     assert findings(case(matrix, alone, job()), hardware.compute_mode) == ()
 
 
-def test_driver_fact_is_needed(matrix: Matrix) -> None:
-    facts = machine(matrix, driver="580.159.04")
-    assert facts.driver == Driver("580.159.04", "13.0")
+def test_one_driver(matrix: Matrix) -> None:
+    both = msgspec.structs.replace(
+        machine(matrix, host=BARE), driver=Driver("580.95.05", "13.0", "580.95.05", "580.159.04")
+    )
+    (finding,) = findings(case(matrix, both, job()), hardware.one_driver)
+    assert "module is 580.95.05, the library that programs take is 580.159.04" in finding.seen
+    assert finding.hint.startswith("Reboot") and "reinstalling packages does not help" in finding.hint
+    assert finding.commands
+    inside = msgspec.structs.replace(both, host=BOX)
+    (finding,) = findings(case(matrix, inside, job()), hardware.one_driver)
+    assert finding.commands == () and "started anew" in finding.hint
+    same = msgspec.structs.replace(both, driver=Driver("580.95.05", "13.0", "580.95.05", "580.95.05"))
+    assert findings(case(matrix, same, job()), hardware.one_driver) == ()
+    assert verdict(case(matrix, machine(matrix), job()), hardware.one_driver).status == "skipped"
+
+
+NODES = {"nvidiactl": "ok", "nvidia-uvm": "ok", "nvidia-uvm-tools": "ok", "nvidia-modeset": "denied"}
+
+
+def with_nodes(matrix: Matrix, nodes: dict[str, str], host: Host = BOX, count: int = 2) -> Case:
+    return case(matrix, machine(matrix, count=count, host=msgspec.structs.replace(host, device_nodes=nodes)), job())
+
+
+def test_device_files(matrix: Matrix) -> None:
+    whole = {**NODES, "nvidia0": "ok", "nvidia1": "ok"}
+    assert findings(with_nodes(matrix, whole), hardware.device_files) == ()
+    (finding,) = findings(with_nodes(matrix, {**whole, "nvidia1": "denied"}), hardware.device_files)
+    assert "/dev/nvidia1" in finding.seen and "modeset" not in finding.seen
+    (finding,) = findings(with_nodes(matrix, {**NODES, "nvidia3": "ok"}), hardware.device_files)
+    assert "lacks /dev/nvidiaN of 1 of 2 GPUs" in finding.seen
+    bare = {name: state for name, state in whole.items() if name != "nvidia-uvm"}
+    (finding,) = findings(with_nodes(matrix, bare), hardware.device_files)
+    assert "lacks /dev/nvidia-uvm" in finding.seen
+    # on a plain host the driver's helper makes it when CUDA first starts
+    assert findings(with_nodes(matrix, bare, BARE), hardware.device_files) == ()
+
+
+def test_device_files_that_say_nothing(matrix: Matrix) -> None:
+    assert verdict(with_nodes(matrix, {}), hardware.device_files).status == "skipped"
+    linux_on_windows = msgspec.structs.replace(BARE, wsl=True)
+    assert verdict(with_nodes(matrix, {"dxg": "ok"}, linux_on_windows), hardware.device_files).status == "skipped"
+
+
+def test_device_files_denied_explain_a_silent_driver(matrix: Matrix) -> None:
+    nodes = {**NODES, "nvidiactl": "denied", "nvidia0": "denied"}
+    host = msgspec.structs.replace(BARE, device_nodes=nodes)
+    facts = machine(matrix, card=None, host=host, unknown={"gpus": "no permission to talk to the NVIDIA driver"})
+    (finding,) = findings(case(matrix, facts, job()), hardware.device_files)
+    assert "/dev/nvidiactl, /dev/nvidia0" in finding.seen
+
+
+def test_fp8(matrix: Matrix) -> None:
+    asked = XFLUX_ACCELERATE.replace("mixed_precision: bf16", "mixed_precision: fp8")
+    (finding,) = findings(case(matrix, machine(matrix, card="A100", count=2), job(asked)), hardware.fp8)
+    assert finding.severity == "warning" and "capability 8.0" in finding.seen
+    assert finding.edits == (Edit("accelerate", ("mixed_precision",), "bf16", "fp8 wants capability 8.9"),)
+    own = dataclasses.replace(job(asked), train=None)
+    (finding,) = findings(case(matrix, machine(matrix, card="V100"), own), hardware.fp8)
+    assert finding.severity == "error" and "fp16" in finding.hint
+    assert findings(case(matrix, machine(matrix, card="L40S"), job(asked)), hardware.fp8) == ()
+    assert verdict(case(matrix, machine(matrix, card="A100"), job()), hardware.fp8).status == "skipped"
