@@ -163,7 +163,7 @@ def rtx40_p2p(case: Case) -> Iterator[Finding]:
     values = {name: environment.get(name) for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE")}
     if all(value not in (None, "0") for value in values.values()):
         return
-    seen = f"{len(found)} × {found[0].name} under driver {case.facts.driver.version}; P2P works from {_P2P_DRIVER} on."
+    seen = f"{len(found)} × {found[0].name} under driver {case.facts.driver.version}; P2P works from 550.40.07 on."
     on = "export NCCL_P2P_DISABLE=1 NCCL_IB_DISABLE=1"
     if "0" in values.values():
         named = " and ".join(f"{name}=0" for name, value in values.items() if value == "0")
@@ -241,7 +241,7 @@ def wsl(case: Case) -> Iterator[Finding]:
     if len(used(case)) > 1:
         yield warning(
             f"This is WSL2 and the job starts {_ranks(case)} on {len(used(case))} GPUs.",
-            "Pinned memory is small there, other processes on the cards are not listed, Docker passes all GPUs or none.",
+            "Pinned memory is small there, other processes are not listed, and Docker passes all GPUs or none.",
             "Take native Linux for more than one GPU, or start one rank.",
             docs="https://docs.nvidia.com/cuda/wsl-user-guide/",
         )
