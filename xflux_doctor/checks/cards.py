@@ -180,13 +180,13 @@ def rtx40_p2p(case: Case) -> Iterator[Finding]:
 def shared(case: Case) -> Iterator[Finding]:
     """Another process takes the card's time and may take its memory later; ME101 judges what is free now."""
     for gpu in used(case):
-        if gpu.mig or _memory_is_short(case, gpu):
-            continue  # a slice's processes are not told apart; ME101 names who holds memory that is short
+        if gpu.mig or gpu.memory_used < GIB:
+            continue  # a slice's processes are not told apart
         holders = [p for p in gpu.processes if p.used is None or p.used >= GIB]
         unseen = gpu.memory_used - sum(p.used or 0 for p in gpu.processes)
         outside = unseen if unseen >= _UNSEEN and all(p.used is not None for p in gpu.processes) else 0
         outside = 0 if case.facts.host and case.facts.host.wsl else outside  # there it is Windows' own screen
-        if gpu.memory_used < GIB or not (holders or outside):
+        if not (holders or outside) or _memory_is_short(case, gpu):  # ME101 names who holds memory that is short
             continue
         named = [_holder(p) for p in holders]
         if outside:
