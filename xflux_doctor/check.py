@@ -51,7 +51,8 @@ class Check:
 
 
 def check(code: str, title: str, *, needs: tuple[str, ...] = ()) -> Callable[[Body], Check]:
-    """Declare a check. `needs` names facts (`gpus`, `torch` …) and parts of the job (`train`, `accelerate`)."""
+    """Declare a check. `needs` names facts (`gpus`, `torch` …) and parts of the job (`train`, `accelerate`,
+    `trainer`: that the bundled trainer runs it)."""
 
     def declare(body: Body) -> Check:
         return Check(code, title, needs, body)
@@ -72,7 +73,10 @@ _NOT_PROBED = {
 
 def missing(case: Case, need: str) -> str:
     """Why a needed part of the case is not there; empty when it is."""
+    if case.job.xflux and need in ("train", "trainer"):
+        return "the job is judged as X-Flux's own script runs it (XF), without the bundled trainer"
     holders: dict[str, object | None] = {
+        "trainer": True,
         "train": case.job.train,
         "accelerate": case.job.accelerate,
         "stack": case.stack,

@@ -60,6 +60,11 @@ def shared(command: F) -> F:
     return command
 
 
+_xflux = click.option(
+    "--xflux", metavar="CHECKOUT", help="Judge the job as X-Flux's own scripts, launched in CHECKOUT, would run it."
+)
+
+
 def inputs_of(options: dict[str, Any]) -> Inputs:
     for name in ("gpu_limit", "timeout"):
         if options.get(name) is not None and not (math.isfinite(options[name]) and options[name] < _MOST):
@@ -82,6 +87,7 @@ def cli() -> None:
 
 @cli.command()
 @shared
+@_xflux
 @click.option("--format", "form", type=click.Choice(["text", "json"]), default="text")
 @click.option("--output", metavar="FILE", help="Write the report there instead of to the terminal.")
 @click.option("--strict", is_flag=True, help="Warnings count as errors.")
@@ -93,6 +99,7 @@ def check(form: str, output: str | None, strict: bool, verbose: bool, **options:
 
 @cli.command()
 @shared
+@_xflux
 @click.option("--format", "form", type=click.Choice(["text", "json"]), default="text")
 @click.option("--write-config", is_flag=True, help="Write the repaired files, with a backup beside each.")
 @click.option("--install", is_flag=True, help="Install the stack's packages with pip.")
@@ -120,6 +127,7 @@ def run(dry_run: bool, yes: bool, extra: tuple[str, ...], **options: Any) -> int
 
 @cli.command()
 @shared
+@_xflux
 @click.option("--gpu", metavar="NAME:GIB", help="Plan for a GPU that is not here, such as 'A100:80'.")
 def plan(gpu: str | None, **options: Any) -> int:
     """The memory bill, and the alternatives that fit."""

@@ -7,6 +7,7 @@ named and does not exist is a usage error.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import yaml
 from xflux_trainer.config import ConfigError, TrainConfig, load_with_notes
 
+from xflux_doctor import xflux as xflux_files
 from xflux_doctor.errors import UsageError
 
 TRAIN_NAMES = ("train.yaml", "train_config.yaml")
@@ -48,6 +50,10 @@ class Job:
     """Bytes per GPU that this job may use, by `--gpu-limit`."""
     offline: bool = False
     """`--offline` was given: nothing may be fetched."""
+    xflux: xflux_files.XFlux | None = None
+    """The X-Flux checkout whose own script runs this job, by `--xflux`; `train` is then None."""
+    xflux_nearby: str = ""
+    """The X-Flux checkout that the training file lies in, when `--xflux` was not given."""
 
     def get(self, key: str, default: Any = None) -> Any:
         """A top-level key of the accelerate file."""
@@ -144,17 +150,22 @@ def read(
     cpu: bool = False,
     gpu_limit: int | None = None,
     offline: bool = False,
+    xflux: str | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> Job:
     """Read the job's files, found where people keep them when they are not named.
 
-    Raises UsageError when a named path does not exist.
+    With `xflux` the training file is X-Flux's own script's, not the bundled trainer's, and only that is read of it;
+    `environment` are the variables which that script would see. Raises UsageError when a named path does not exist.
     """
     train_path = _find(train, TRAIN_NAMES, folder, "training file", "--config")
     accelerate_path = _find(accelerate, ACCELERATE_NAMES, folder, "accelerate file", "--accelerate-config")
     if accelerate_path is None and default_accelerate:
         accelerate_path = Path(default_accelerate)
     problems: list[Problem] = []
-    config, notes = _read_train(train_path, problems)
+    checkout = xflux_files.read(xflux, train_path, environment) if xflux is not None else None
+    nearby = xflux_files.nearby(train_path) if checkout is None else None
+    config, notes = _read_train(None if checkout else train_path, problems)
     text, mapping = _read_accelerate(accelerate_path, problems)
     return Job(
         train_path=train_path,
@@ -167,6 +178,8 @@ def read(
         cpu=cpu,
         gpu_limit=gpu_limit,
         offline=offline,
+        xflux=checkout,
+        xflux_nearby=str(nearby or ""),
     )
 
 

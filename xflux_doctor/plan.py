@@ -77,12 +77,16 @@ def lay(job: Job, edits: list[Change]) -> Job:
     """The job as it would read with the edits made. The files are not touched."""
     mapping = copy.deepcopy(job.accelerate)
     train = job.train
+    own = copy.deepcopy(dict(job.xflux.config)) if job.xflux and job.xflux.config is not None else None
     for edit in edits:
         if edit.file == "accelerate" and mapping is not None:
             _lay_mapping(mapping, edit)
         elif edit.file == "train" and train is not None and isinstance(edit, Edit):
             train = dataclasses.replace(train, **{edit.key[-1]: edit.value})
-    return dataclasses.replace(job, accelerate=mapping, train=train)
+        elif edit.file == "train" and own is not None:
+            _lay_mapping(own, edit)
+    checkout = dataclasses.replace(job.xflux, config=own) if job.xflux else None
+    return dataclasses.replace(job, accelerate=mapping, train=train, xflux=checkout)
 
 
 def _lay_mapping(mapping: dict[str, object], edit: Change) -> None:

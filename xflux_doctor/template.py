@@ -19,6 +19,24 @@ use_cpu: {use_cpu}
 """
 
 
+_DEEPSPEED = """\
+deepspeed_config:
+  gradient_accumulation_steps: {accumulation}
+  gradient_clipping: 1.0
+  offload_optimizer_device: none
+  offload_param_device: none
+  zero3_init_flag: false
+  zero_stage: 2
+"""
+
+
+def xflux_yaml(processes: int, accumulation: int) -> str:
+    """X-Flux's own launch, by its README: without DeepSpeed its script keeps the frozen model in fp32."""
+    text = _TEXT.format(distributed_type="DEEPSPEED", processes=processes, use_cpu="false")
+    before, mark, after = text.partition("distributed_type:")
+    return before + _DEEPSPEED.format(accumulation=accumulation) + mark + after
+
+
 def accelerate_yaml(processes: int, *, cpu: bool) -> str:
     """A DDP launch: for a LoRA the ranks share nothing but the adapters' gradients.
 

@@ -29,7 +29,7 @@ def accelerate_readable(case: Case) -> Iterator[Finding]:
         raise SkipCheck("no accelerate file was given or found (--accelerate-config)")
 
 
-@check("LA102", "the training file can be read")
+@check("LA102", "the training file can be read", needs=("trainer",))
 def train_readable(case: Case) -> Iterator[Finding]:
     """Every key is known and every value is of its type and in its range."""
     yield from (_problem(case, p.seen, p.hint) for p in case.job.problems if p.file == "train")
@@ -212,7 +212,7 @@ def accumulation_agrees(case: Case) -> Iterator[Finding]:
         )
 
 
-@check("LA110", "one Python launches and trains", needs=("packages",))
+@check("LA110", "one Python launches and trains", needs=("trainer", "packages"))
 def trainer_installed(case: Case) -> Iterator[Finding]:
     """`accelerate launch` runs in the chosen interpreter, which must have the trainer beside the stack."""
     assert case.facts.packages is not None
@@ -226,7 +226,7 @@ def trainer_installed(case: Case) -> Iterator[Finding]:
         )
 
 
-@check("LA111", "the trainer does the job's strategy", needs=("accelerate",))
+@check("LA111", "the trainer does the job's strategy", needs=("trainer", "accelerate"))
 def strategy_done(case: Case) -> Iterator[Finding]:
     """One process, DDP and DeepSpeed ZeRO 1 and 2 are what the bundled trainer does today."""
     kind, stage = case.job.distributed_type, case.job.section("deepspeed_config").get("zero_stage", 2)

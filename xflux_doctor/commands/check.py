@@ -29,6 +29,8 @@ def run(inputs: Inputs, *, form: str, output: str | None, strict: bool, verbose:
         report = text.render(summary, verbose=verbose)
     if output is None:
         click.echo(report, nl=False)
+        if form == "text" and case.job.xflux_nearby:
+            click.echo(f"To judge this job as X-Flux's own script would run it: --xflux {case.job.xflux_nearby}")
     else:
         if not Path(output).absolute().parent.is_dir():
             raise UsageError(f"There is no folder {Path(output).parent}.", "Check the path given to --output.")

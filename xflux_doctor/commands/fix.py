@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import click
+import yaml
 
 from xflux_doctor import choose, pins, repair, yamltext
 from xflux_doctor import matrix as matrices
@@ -25,7 +27,7 @@ from xflux_doctor.finding import Change, Finding
 from xflux_doctor.inputs import Inputs, build
 from xflux_doctor.plan import Plan, make
 from xflux_doctor.report import jsonreport, text
-from xflux_doctor.template import accelerate_yaml
+from xflux_doctor.template import accelerate_yaml, xflux_yaml
 
 NO_WRITING = frozenset({"HW101", "LA105", "LA114"})
 """Blockers under which nothing is written: a GPU job is never turned into a CPU job, a service's file never touched."""
@@ -74,14 +76,26 @@ def new_accelerate(case: Case) -> str:
     if case.job.use_cpu:
         cores = case.facts.host.cpus if case.facts.host else 1
         return accelerate_yaml(min(2, cores), cpu=True)
-    return accelerate_yaml(max(1, len(devices(case) or ())), cpu=False)
+    ranks = max(1, len(devices(case) or ()))
+    if case.job.xflux:
+        steps = case.job.xflux.get("gradient_accumulation_steps", 1)
+        return xflux_yaml(ranks, steps if isinstance(steps, int) else 1)
+    return accelerate_yaml(ranks, cpu=False)
+
+
+def _with_launch(case: Case) -> Case:
+    """With the accelerate file that will be made: X-Flux's script needs its DeepSpeed to fit."""
+    if not case.job.xflux or case.job.accelerate_path or case.job.problems:
+        return case
+    made = yaml.safe_load(new_accelerate(case))
+    return dataclasses.replace(case, job=dataclasses.replace(case.job, accelerate=made))
 
 
 def run(inputs: Inputs, *, form: str, write: bool, yes: bool) -> int:
     """Plan the repairs and show them; write them with `write`. Exit 1 while anything stays wrong."""
     case = build(inputs, matrices.load_with(inputs.matrix))
     before = summarize(case)
-    plan = plan_of(case)
+    plan = plan_of(_with_launch(case))
     refusal = _refusal(plan, case)
     files = [] if refusal else repairs(case, plan.edits)
     written: list[str] = []

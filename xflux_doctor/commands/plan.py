@@ -10,11 +10,13 @@ from xflux_trainer import memory
 from xflux_trainer.config import TrainConfig
 
 from xflux_doctor import matrix as matrices
+from xflux_doctor import xflux_bill
 from xflux_doctor.bill import need
 from xflux_doctor.check import Case, SkipCheck
 from xflux_doctor.checks.words import devices
 from xflux_doctor.errors import DoctorError, UsageError
 from xflux_doctor.inputs import Inputs, build
+from xflux_doctor.xflux import XFlux
 
 GIB = 1 << 30
 
@@ -22,6 +24,8 @@ GIB = 1 << 30
 def run(inputs: Inputs, *, gpu: str | None) -> int:
     """Print the bill and the alternatives; exit 1 when none fits the card."""
     case = build(inputs, matrices.load_with(inputs.matrix))
+    if case.job.xflux is not None:
+        return _xflux(case, case.job.xflux, gpu)
     config = case.job.train
     if config is None:
         problem = next((p for p in case.job.problems if p.file == "train"), None)
@@ -38,6 +42,32 @@ def run(inputs: Inputs, *, gpu: str | None) -> int:
         click.echo("No GPU to hold it against: name one with --gpu NAME:GIB.")
         return 0
     return _alternatives(case, config, name, size)
+
+
+def _xflux(case: Case, found: XFlux, gpu: str | None) -> int:
+    """What X-Flux's own script needs, as it is and under DeepSpeed; there are no other settings to choose from."""
+    if found.config is None:
+        raise DoctorError(f"{found.problem or 'No config was given'}.", "Give --config FILE.", code=2)
+    commit = f" at {found.commit[:7]}" if found.commit else ""
+    click.echo(f"{found.script.path}{commit} ({found.script.because}):")
+    try:
+        terms = xflux_bill.gpu_terms(case, found)
+    except SkipCheck as skip:
+        raise DoctorError(f"There is no bill: {skip}.", "Plan the bundled trainer's job without --xflux.") from skip
+    for term in terms:
+        click.echo(f"  GPU {term.bytes / GIB:9.3f} GiB  {term.name}")
+    ranks, wanted = case.job.local_processes, sum(term.bytes for term in terms)
+    click.echo(f"  host{xflux_bill.host_bytes(found) * ranks / GIB:9.3f} GiB  while loading, {ranks} x one whole copy")
+    click.echo(f"  disk{xflux_bill.checkpoint_bytes(case, found) / GIB:9.3f} GiB  each checkpoint")
+    name, size = _card(case, gpu)
+    rows = [("as it is", wanted)]
+    if xflux_bill.fp32_base(case, found):
+        rows.append(("under DeepSpeed in bf16", xflux_bill.gpu_bytes(case, found, deepspeed=True)))
+    verdicts = [fitting(bytes_, xflux_bill.ERROR_BAR, size) if size else "" for _, bytes_ in rows]
+    click.echo(f"\non a {name or 'GPU'} of {size / GIB:.0f} GiB:" if size else "\nper GPU:")
+    for verdict, (label, bytes_) in zip(verdicts, rows, strict=True):
+        click.echo(f"  {verdict:<13}{bytes_ / GIB:7.1f} GiB  {label}")
+    return 1 if size and all(verdict == "does not fit" for verdict in verdicts) else 0
 
 
 def _card(case: Case, gpu: str | None) -> tuple[str, int | None]:
@@ -99,6 +129,10 @@ def variants(config: TrainConfig) -> list[tuple[str, TrainConfig]]:
 
 
 def verdict_of(bill: memory.Bill, size: int) -> str:
-    if bill.gpu_total * (1 + bill.error_bar) <= size:
+    return fitting(bill.gpu_total, bill.error_bar, size)
+
+
+def fitting(wanted: int, error_bar: float, size: int) -> str:
+    if wanted * (1 + error_bar) <= size:
         return "fits"
-    return "tight" if bill.gpu_total * (1 - bill.error_bar) <= size else "does not fit"
+    return "tight" if wanted * (1 - error_bar) <= size else "does not fit"

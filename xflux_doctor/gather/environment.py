@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from xflux_doctor.gather.deadline import within
+
 PREFIXES = (
     "CUDA_",
     "NCCL_",
@@ -32,6 +34,8 @@ _PATH_LIBRARIES = ("libcuda.so.1", "libcudnn_graph.so.9")
 (readelf -d of libtorch_cuda.so 2.4.0 to 2.13.0); cuDNN loads its own parts by RUNPATH, which comes after."""
 _PRELOADED = re.compile(r"lib(cuda|cudart|cudnn|nccl|cublas|nvrtc)[^/]*\.so")
 _SECRET = ("TOKEN", "SECRET", "PASS", "AUTH", "KEY", "CREDENTIAL")
+_SECONDS = 0.5
+"""How long a file system may take to say whether a file is there: a home on a dead mount must not hold the doctor."""
 _LOGIN = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 """User and password in a URL."""
 
@@ -74,7 +78,8 @@ def has_hub_token(environ: Mapping[str, str]) -> bool:
     if environ.get("HF_TOKEN") or environ.get("HUGGING_FACE_HUB_TOKEN"):
         return True
     named = environ.get("HF_TOKEN_PATH")
-    return _expand(named).exists() if named else (hf_home(environ) / "token").exists()
+    path = _expand(named) if named else hf_home(environ) / "token"
+    return within(_SECONDS, {"": path.exists}).get("", False)
 
 
 def hf_home(environ: Mapping[str, str]) -> Path:
@@ -95,7 +100,5 @@ def _expand(path: str) -> Path:
 def default_accelerate_config(environ: Mapping[str, str]) -> Path | None:
     """The file that `accelerate launch` uses when it is given none, if it exists (JSON first, as accelerate)."""
     folder = hf_home(environ) / "accelerate"
-    for name in ("default_config.json", "default_config.yaml"):
-        if (folder / name).is_file():
-            return folder / name
-    return None
+    files = [folder / name for name in ("default_config.json", "default_config.yaml")]
+    return within(_SECONDS, {"": lambda: next((file for file in files if file.is_file()), None)}).get("")

@@ -16,7 +16,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from xflux_doctor.facts import PythonFacts, Toolchain
+from xflux_doctor.gather.deadline import within
 
+_LOCK_SECONDS = 0.5
+"""How long the cache's file system may take: ST101 names one that does not answer."""
 _LIBRARIES = ("usr/lib", "usr/lib64", "usr/local/lib", "lib", "lib64")
 
 
@@ -101,8 +104,12 @@ def _has_libaio(prefix: Path, root: Path) -> bool:
 
 def _locks(environ: Mapping[str, str]) -> dict[str, float]:
     """Locks of torch's extension builds with their age: a build that was killed leaves its lock (file_baton.py)."""
-    named = environ.get("TORCH_EXTENSIONS_DIR")
-    base = Path(named) if named else Path(environ.get("HOME", "/nowhere")) / ".cache/torch_extensions"
+    cache = environ.get("XDG_CACHE_HOME") or f"{environ.get('HOME', '/nowhere')}/.cache"
+    base = Path(environ.get("TORCH_EXTENSIONS_DIR") or f"{cache}/torch_extensions")
+    return within(_LOCK_SECONDS, {"": lambda: _locks_below(base)}).get("", {})
+
+
+def _locks_below(base: Path) -> dict[str, float]:
     now = time.time()
     found = {}
     for pattern in ("*/lock", "*/*/lock"):
