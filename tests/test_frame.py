@@ -64,7 +64,7 @@ def test_checks_are_well_formed() -> None:
     for item in ALL:
         assert re.fullmatch(r"(SW|TC|HO|HW|EN|LA|ME|DA|ST|WE|XF|NE)\d{3}", item.code)
         assert item.help and item.help.endswith(".") and item.title == item.title.strip()
-        known = (*Facts.__struct_fields__, "train", "accelerate", "stack", "xflux")
+        known = (*Facts.__struct_fields__, "train", "accelerate", "stack", "xflux", "trainer")
         assert all(need in known for need in item.needs)
 
 
