@@ -106,7 +106,8 @@ class Job:
         accelerate takes DeepSpeedCPUAdam where the optimizer is offloaded (0.30.1 and 1.15.0, accelerator.py,
         `_prepare_deepspeed`); NVMe offload needs async_io as well.
         """
-        if not self.deepspeed:
+        bundled = self.train is not None and self.xflux is None
+        if not self.deepspeed or bundled:  # the bundled trainer offloads nothing (trainer/zero.py)
             return ()
         section = self.section("deepspeed_config")
         devices = {str(section.get(f"offload_{what}_device", "none")).lower() for what in ("optimizer", "param")}

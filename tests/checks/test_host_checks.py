@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import msgspec
@@ -102,7 +103,9 @@ def test_container_without_gpus(matrix: Matrix) -> None:
 
 
 def compiling(matrix: Matrix, accelerate: str = OFFLOAD, **values: Any) -> Case:
-    return case(matrix, machine(matrix, toolchain=msgspec.structs.replace(TOOLS, **values)), job(accelerate))
+    """accelerate's file alone: some trainer that lets DeepSpeed offload. The bundled one does not."""
+    work = dataclasses.replace(job(accelerate), train=None)
+    return case(matrix, machine(matrix, toolchain=msgspec.structs.replace(TOOLS, **values)), work)
 
 
 def found(subject: Case, check: Check) -> Finding:
@@ -125,6 +128,13 @@ def test_toolchain(matrix: Matrix, check: Check, values: dict[str, Any], words: 
     # nothing is compiled, so nothing is asked for
     assert verdict(compiling(matrix, XFLUX_ACCELERATE, **values), check).status == "skipped"
     assert verdict(compiling(matrix, DDP.replace("device: none", "device: cpu"), **values), check).status == "skipped"
+
+
+def test_the_bundled_trainer_compiles_nothing(matrix: Matrix) -> None:
+    """It notes that offload is not used: a missing compiler must not stop its run."""
+    bare = machine(matrix, toolchain=Toolchain())
+    for check in (toolchain.nvcc, toolchain.compiler, toolchain.ninja, toolchain.headers):
+        assert verdict(case(matrix, bare, job(OFFLOAD)), check).status == "skipped"
 
 
 def test_the_toolkit_that_torch_wants_is_named(matrix: Matrix) -> None:
