@@ -76,7 +76,7 @@ def test_mount_table(tmp_path: Path) -> None:
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/self/mountinfo").write_text(TABLE)
     table = mounts(tmp_path)
-    places = {path: under(table, Path(path)) for path in ("/data/x", "/data/big/x", "/mnt/my share/x", "/databases")}
+    places = {path: under(table, path) for path in ("/data/x", "/data/big/x", "/mnt/my share/x", "/databases")}
     found = {path: (mount.place, mount.kind) for path, mount in places.items() if mount}
     assert found == {"/data/x": ("/data", "ext4"), "/data/big/x": ("/data/big", "xfs"),
                      "/mnt/my share/x": ("/mnt/my share", "nfs4"), "/databases": ("/", "overlay")}  # fmt: skip
