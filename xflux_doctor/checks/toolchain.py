@@ -19,7 +19,9 @@ def _compiling(case: Case) -> Toolchain:
     """The toolchain of a job that compiles; every other job skips."""
     assert case.facts.toolchain
     if not case.job.compiled_ops:
-        raise SkipCheck("this job compiles no operator (only DeepSpeed's offload does, which the bundled trainer does not use)")
+        raise SkipCheck(
+            "no operator is compiled: only DeepSpeed's offload does, which the bundled trainer does not use"
+        )
     return case.facts.toolchain
 
 
