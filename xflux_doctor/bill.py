@@ -16,6 +16,16 @@ def need(case: Case) -> memory.Bill:
 
     Raises SkipCheck where the forecast does not know the job's strategy, or where a file system does not answer.
     """
+    if not _LATEST or _LATEST[0][0] is not case:
+        _LATEST[:] = [(case, _forecast(case))]
+    return _LATEST[0][1]
+
+
+_LATEST: list[tuple[Case, memory.Bill]] = []
+"""Of the case that was asked last: five checks ask for one bill, and a case never changes."""
+
+
+def _forecast(case: Case) -> memory.Bill:
     config = case.job.train
     assert config is not None
     if case.job.strategy not in memory.STRATEGIES:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import math
 import os
@@ -21,7 +22,6 @@ import click
 from xflux_doctor import __version__
 from xflux_doctor.checks import ALL
 from xflux_doctor.commands import check as check_command
-from xflux_doctor.commands import explain as explain_command
 from xflux_doctor.commands import fix as fix_command
 from xflux_doctor.commands import matrix as matrix_command
 from xflux_doctor.commands import plan as plan_command
@@ -139,7 +139,9 @@ def plan(gpu: str | None, **options: Any) -> int:
 @click.option("--format", "form", type=click.Choice(["text", "json"]), default="text")
 def explain(log: str, form: str) -> int:
     """The cause of a failed run, from its LOG, its run FOLDER, or - for standard input."""
-    return explain_command.run(log, form=form)
+    # Loaded here: its rules are half a thousand patterns that no other command needs.
+    command: Any = importlib.import_module("xflux_doctor.commands.explain")
+    return int(command.run(log, form=form))
 
 
 @cli.command()

@@ -244,4 +244,4 @@ def test_what_the_doctor_says(
 def test_eight_healthy_cards_have_no_finding_of_theirs(libraries: dict[str, Path], tmp_path: Path) -> None:
     verdicts = check(libraries, "count 8\n", tmp_path, 1)  # no stack is installed beside these tests
     bad = {name for name, verdict in verdicts.items() if name.startswith("HW") and verdict["findings"]}
-    assert bad <= {"HW102", "HW103"}
+    assert bad <= {"HW102", "HW103", "HW108"}  # a machine with cards of its own has device files of another number

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -19,7 +20,6 @@ from xflux_doctor import facts as facts_module
 from xflux_doctor import matrix as matrices
 from xflux_doctor import remember, yamltext
 from xflux_doctor.check import Case
-from xflux_doctor.commands import explain
 from xflux_doctor.commands.check import summarize
 from xflux_doctor.commands.fix import confirm, new_accelerate, plan_of
 from xflux_doctor.errors import DoctorError, UsageError
@@ -203,6 +203,7 @@ def _finish(folder: Path, log: Path, end: End) -> None:
     """Write result.json and say how it ended."""
     cause = None
     if end.exit_code != 0 and not end.interrupted:
+        explain: Any = importlib.import_module("xflux_doctor.commands.explain")  # not for every start of the doctor
         diagnosis = explain.of_file(log)
         cause = explain.as_dict(diagnosis)
         click.echo(f"\nThe training ended with {end.exit_code} after {end.seconds:.0f} s.")
