@@ -204,7 +204,7 @@ def test_a_call_that_hangs(libraries: dict[str, Path], tmp_path: Path, script: s
     assert facts.unknown["gpus"] == "NVML did not answer within 1 s: a GPU or the driver hangs"
 
 
-def check(libraries: dict[str, Path], script: str, place: Path, code: int) -> dict[str, Any]:
+def check(libraries: dict[str, Path], script: str, place: Path, *codes: int) -> dict[str, Any]:
     """The whole quick check over the fake library: {code: its findings' texts}."""
     (place / "accelerate.yaml").write_text(XFLUX_ACCELERATE)
     command = [sys.executable, "-m", "xflux_doctor.cli", "check", "--quick", "--format", "json"]
@@ -213,7 +213,7 @@ def check(libraries: dict[str, Path], script: str, place: Path, code: int) -> di
         env={**environment(libraries["new"], script, place), "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True, timeout=60, cwd=place, stdin=subprocess.DEVNULL,
     )  # fmt: skip
-    assert done.returncode == code, done.stdout + done.stderr
+    assert done.returncode in codes, done.stdout + done.stderr
     report = json.loads(done.stdout)
     crashed = [verdict for verdict in report["results"] if verdict["status"] == "crashed"]
     assert crashed == []
@@ -242,6 +242,7 @@ def test_what_the_doctor_says(
 
 @needs_compiler
 def test_eight_healthy_cards_have_no_finding_of_theirs(libraries: dict[str, Path], tmp_path: Path) -> None:
-    verdicts = check(libraries, "count 8\n", tmp_path, 1)  # no stack is installed beside these tests
+    # 1 where no stack for these cards is installed beside the tests
+    verdicts = check(libraries, "count 8\n", tmp_path, 0, 1)
     bad = {name for name, verdict in verdicts.items() if name.startswith("HW") and verdict["findings"]}
     assert bad <= {"HW102", "HW103", "HW108"}  # a machine with cards of its own has device files of another number
