@@ -13,7 +13,7 @@ from xflux_trainer.config import TrainConfig
 
 from xflux_doctor import matrix as matrices
 from xflux_doctor.check import Case, Check, examine
-from xflux_doctor.facts import Driver, Facts, Gpu, Host, Package, PythonFacts
+from xflux_doctor.facts import Driver, Facts, Gpu, Host, Package, PythonFacts, to_json
 from xflux_doctor.finding import Finding, Verdict
 from xflux_doctor.gather.folders import with_folders
 from xflux_doctor.job import Job
@@ -165,3 +165,33 @@ def findings(subject: Case, check: Check) -> tuple[Finding, ...]:
     result = verdict(subject, check)
     assert result.status not in ("crashed", "skipped"), result.reason
     return result.findings
+
+
+def tree(root: Path, files: dict[str, str]) -> Path:
+    """Files below a root, for gatherers that take one in the place of `/`."""
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+PHOTOS = ROOT / "examples/demo/photos"
+TRAIN = f"model_name: flux-dev\ngradient_accumulation_steps: 2\ndata_config:\n  img_dir: {PHOTOS}\n  img_size: 512\n"
+"""A training file of X-Flux's form, on the demo's photographs."""
+
+
+@pytest.fixture
+def place(tmp_path: Path, matrix: matrices.Matrix) -> Path:
+    """A folder with a job and recorded machines with 0, 1, 2 and 8 devices, for two stacks."""
+    (tmp_path / "accelerate.yaml").write_text("# X-Flux's own\n" + XFLUX_ACCELERATE)
+    (tmp_path / "train.yaml").write_text(TRAIN)
+    for stack in ("xflux-2024", "cuda13"):
+        for count in (0, 1, 2, 8):
+            facts = machine(matrix, card="H100" if count else None, count=count or 1, stack=stack)
+            record(tmp_path / f"{stack}-{count}.json", facts)
+    return tmp_path
+
+
+def record(path: Path, facts: Facts) -> None:
+    path.write_text(to_json(facts))

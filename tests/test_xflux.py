@@ -15,13 +15,19 @@ from xflux_doctor import xflux, yamltext
 from xflux_doctor.cli import cli
 from xflux_doctor.errors import UsageError
 from xflux_doctor.finding import Edit, Remove
+from xflux_doctor.job import Job
 from xflux_doctor.plan import lay
 from xflux_doctor.xflux_config import read_config
 from xflux_doctor.xflux_images import list_images, shape
 
 
+def script_of(work: Job) -> xflux.Script:
+    assert work.xflux is not None
+    return work.xflux.script
+
+
 def test_what_a_script_reads_is_taken_from_its_text(tmp_path: Path) -> None:
-    script = kit.job(tmp_path).xflux.script  # type: ignore[union-attr]
+    script = script_of(kit.job(tmp_path))
     assert script.reads["model_name"] == "start" and script.reads["rank"] == "setup"
     assert script.reads["sample_every"] == "steps"
     assert "nothing" not in script.reads and "written" not in script.reads
@@ -38,7 +44,7 @@ def test_a_patched_script_is_read_as_it_is(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("dit = dit.to(torch.float32)", "# dit = dit.to(torch.float32)"))
     loader = root / "image_datasets/dataset.py"
     loader.write_text("def loader(folder): return walk(folder)\n")
-    script = kit.job(root).xflux.script  # type: ignore[union-attr]
+    script = script_of(kit.job(root))
     assert not script.upcasts and script.loader_keys is None
 
 

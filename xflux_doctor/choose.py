@@ -88,11 +88,16 @@ def _glibc_reason(stack: Stack, facts: Facts) -> str:
     return ""
 
 
+def driver_need(stack: Stack, gpus: tuple[Gpu, ...]) -> str:
+    """The specifier of drivers that run the stack on these cards; Blackwell wants a newer one."""
+    blackwell = any(gpu.capability[0] >= 10 for gpu in gpus)
+    return (stack.driver_blackwell if blackwell else None) or stack.driver or ""
+
+
 def _driver_reason(stack: Stack, facts: Facts) -> str:
     if facts.driver is None or not facts.gpus:
         return "the driver's version is unknown"
-    blackwell = any(gpu.capability[0] >= 10 for gpu in facts.gpus)
-    need = (stack.driver_blackwell if blackwell else None) or stack.driver or ""
+    need = driver_need(stack, facts.gpus)
     if not SpecifierSet(need).contains(facts.driver.version):
         return f"wants driver {need}; this one is {facts.driver.version}"
     return ""

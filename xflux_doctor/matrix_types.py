@@ -132,13 +132,12 @@ def has_kernels(archs: tuple[str, ...], capability: tuple[int, int]) -> bool:
     return any(major == capability[0] and minor <= capability[1] for major, minor in pairs)
 
 
-def requirements(stack: Stack, *, with_optional: bool = True) -> list[str]:
+def requirements(stack: Stack) -> list[str]:
     """Lines of a pip requirements file that installs the stack, lines about indexes first.
 
     A wheel that only another index has is named with its build, and only that project's page of the index is given
     (`--find-links`): with `--extra-index-url` pip would look there for every other package as well, and take the public
     index's wheel without a word when the index does not answer.
     """
-    pins = {n: p for n, p in stack.packages.items() if with_optional or p.role in ("core", "install")}
-    pages = [page for name, pin in pins.items() if (page := pin.page(name))]
-    return [f"--find-links {page}" for page in pages] + [f"{name}=={pin.exact}" for name, pin in pins.items()]
+    pages = [page for name, pin in stack.packages.items() if (page := pin.page(name))]
+    return [f"--find-links {page}" for page in pages] + [f"{name}=={pin.exact}" for name, pin in stack.packages.items()]

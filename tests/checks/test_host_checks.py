@@ -10,7 +10,7 @@ import pytest
 from conftest import GIB, XFLUX_ACCELERATE, case, findings, job, machine, packages, verdict
 
 from xflux_doctor.check import Case, Check
-from xflux_doctor.checks import host, launch, toolchain
+from xflux_doctor.checks import hardware, host, launch, toolchain
 from xflux_doctor.facts import Listener, Toolchain
 from xflux_doctor.finding import Edit, Finding
 from xflux_doctor.job import Job
@@ -92,7 +92,8 @@ def test_stack_limit_hurts_old_nccl_only(matrix: Matrix) -> None:
 
 
 def test_container_without_gpus(matrix: Matrix) -> None:
-    facts = machine(matrix, card=None, environment={"NVIDIA_VISIBLE_DEVICES": "void"})
+    """The library is there, as in a CUDA image, and lists nothing."""
+    facts = machine(matrix, card=None, environment={"NVIDIA_VISIBLE_DEVICES": "void"}, gpus=(), unknown={})
     assert facts.host
     inside = msgspec.structs.replace(facts, host=msgspec.structs.replace(facts.host, container="docker"))
     (finding,) = findings(case(matrix, inside, job()), host.container_has_gpus)
@@ -100,6 +101,15 @@ def test_container_without_gpus(matrix: Matrix) -> None:
     closed = msgspec.structs.replace(inside.host, device_nodes={"nvidia0": "denied", "nvidiactl": "ok"})
     assert findings(case(matrix, msgspec.structs.replace(inside, host=closed), job()), host.container_has_gpus) == ()
     assert verdict(case(matrix, facts, job()), host.container_has_gpus).status == "skipped"
+
+
+def test_a_container_without_the_driver_is_told_once(matrix: Matrix) -> None:
+    facts = machine(matrix, card=None, environment={"NVIDIA_VISIBLE_DEVICES": "void"})
+    assert facts.host
+    inside = msgspec.structs.replace(facts, host=msgspec.structs.replace(facts.host, container="docker"))
+    (finding,) = findings(case(matrix, inside, job()), hardware.driver_answers)
+    assert "--gpus all" in finding.hint and "NVIDIA_VISIBLE_DEVICES is 'void'" in finding.hint
+    assert "see HW101" in verdict(case(matrix, inside, job()), host.container_has_gpus).reason
 
 
 def compiling(matrix: Matrix, accelerate: str = OFFLOAD, **values: Any) -> Case:
@@ -185,3 +195,21 @@ def test_port(matrix: Matrix) -> None:
     one = job(XFLUX_ACCELERATE.replace("num_processes: 8", "num_processes: 1"))
     assert verdict(case(matrix, facts, one, "xflux-2024"), launch.port_free).status == "skipped"
     assert verdict(case(matrix, machine(matrix), job()), launch.port_free).status == "skipped"
+
+
+def test_port_when_the_next_ones_are_taken_too(matrix: Matrix) -> None:
+    """Nothing free was seen: the finding stays, without an edit."""
+    taken = tuple(Listener(29500 + number, "0.0.0.0") for number in range(16))
+    facts = machine(matrix, count=8, listeners=taken, packages=packages(matrix, "xflux-2024"))
+    finding = found(case(matrix, facts, job(), "xflux-2024"), launch.port_free)
+    assert finding.edits == () and finding.severity == "error"
+
+
+@pytest.mark.parametrize("stack", ["xflux-2024", "cuda13"])
+def test_aarch64(matrix: Matrix, stack: str) -> None:
+    """No stack was tested there (SW101 refuses all), so none is recommended."""
+    facts = machine(matrix)
+    assert facts.host
+    arm = msgspec.structs.replace(facts, host=msgspec.structs.replace(facts.host, machine="aarch64"))
+    finding = found(case(matrix, arm, job(), stack), host.system)
+    assert "Linux on aarch64" in finding.seen and "cuda13" not in finding.hint

@@ -257,3 +257,15 @@ def test_a_service_s_file_is_left_alone(matrix: Matrix) -> None:
     assert {verdict(subject, item).status for item in (words.keys_known, words.values_known)} == {"skipped"}
     for text in (XFLUX_ACCELERATE, "distributed_type: NO\n"):
         assert findings(case(matrix, machine(matrix), job(text)), words.for_this_machine) == ()
+
+
+@pytest.mark.parametrize(
+    ("word", "value"), [("local_machine", "LOCAL_MACHINE"), ("LOCAL", "LOCAL_MACHINE"), ("slurm", None)]
+)
+def test_a_compute_environment_that_accelerate_does_not_know(matrix: Matrix, word: str, value: str | None) -> None:
+    """It is a slip of the pen and not a service's file: the rest of it is judged, and the word is mended."""
+    subject = case(matrix, machine(matrix, count=8), job(changed("LOCAL_MACHINE", word)))
+    (finding,) = findings(subject, words.values_known)
+    assert f"compute_environment is {word!r}" in finding.seen and "takes the file for SageMaker's" in finding.because
+    assert [getattr(edit, "value", None) for edit in finding.edits] == ([value] if value else [])
+    assert findings(subject, words.for_this_machine) == ()

@@ -64,13 +64,13 @@ def test_room_is_summed_by_mount(matrix: Matrix) -> None:
     """A small root disk beside a big volume: the download does not fit where the caches are."""
     small: dict[str, Any] = {"mount": "/", "kind": "overlay", "total": 40 * GIB, "free": 20 * GIB, "device": "0:30"}
     empty = HubCache("black-forest-labs/FLUX.1-dev")
-    subject = on(matrix, None, empty, hub=place("/root/.cache/huggingface/hub", **small))
+    subject = on(matrix, None, empty, hub=place("/home/me/.cache/huggingface/hub", **small))
     finding = one(subject, room.room)
     assert "/ (overlay) has 20.0 GiB free" in finding.seen and "the model's download 31" in finding.seen
     assert finding.hint == "Point HF_HOME at /data, which has 1000 GiB free."
     # what is cached already need not be fetched
-    whole = HubCache("black-forest-labs/FLUX.1-dev", snapshot="/root/snapshot")
-    fine = on(matrix, None, whole, hub=place("/root/.cache/huggingface/hub", **small))
+    whole = HubCache("black-forest-labs/FLUX.1-dev", snapshot="/home/me/snapshot")
+    fine = on(matrix, None, whole, hub=place("/home/me/.cache/huggingface/hub", **small))
     assert findings(fine, room.room) == ()
 
 

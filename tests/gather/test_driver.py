@@ -8,19 +8,11 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from conftest import tree
 
 from xflux_doctor.gather.cards import process_facts
 from xflux_doctor.gather.driver import library_version, module_version, pci_addresses, same_place
 from xflux_doctor.gather.kernel_log import xids
-
-
-def tree(root: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return root
-
 
 MODULES = [
     ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.129.03  Thu Oct 19 18:56:32 UTC 2023\n", "535.129.03"),

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import stat
+import tempfile
 import time
 from pathlib import Path
 
-import pytest
 from conftest import case, job, machine
 from xflux_trainer.config import TrainConfig
 
@@ -26,7 +25,7 @@ TABLE = """\
 
 
 def look(tmp_path: Path, **train: object) -> dict[str, Folder]:
-    config = TrainConfig(**{"img_dir": str(tmp_path), "output_dir": str(tmp_path / "out/deep"), **train})  # type: ignore[arg-type]
+    config = TrainConfig(**{"img_dir": str(tmp_path), "output_dir": str(tmp_path / "out/deep"), **train})
     facts = with_folders(case_facts(), config, {"HOME": str(tmp_path / "home")})
     assert facts.folders is not None
     return facts.folders
@@ -102,7 +101,18 @@ def test_a_half_downloaded_snapshot_is_not_complete(matrix: Matrix, tmp_path: Pa
     assert case(matrix, machine(matrix), job()).facts.hub_cache is None
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_of_another_user(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir(mode=stat.S_IRUSR | stat.S_IXUSR)
-    assert not look(tmp_path)["output"].writable
+    """Root may write everywhere, so the test becomes nobody for a moment; os.access asks the real user."""
+    with tempfile.TemporaryDirectory() as base:
+        folder = Path(base, "out")
+        folder.mkdir(mode=0o555)
+        Path(base).chmod(0o755)
+        assert look(tmp_path)["output"].writable  # everything that the gatherer loads is loaded now
+        if os.geteuid() == 0:
+            os.setresuid(65534, 65534, 0)
+        try:
+            output = look(tmp_path, output_dir=str(folder))["output"]
+        finally:
+            if os.getresuid()[2] == 0:
+                os.setresuid(0, 0, 0)
+    assert output.existing == str(folder) and not output.writable

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import tree
 
 from xflux_doctor.facts import PythonFacts
 from xflux_doctor.gather.host import host_facts
@@ -15,14 +16,6 @@ from xflux_doctor.gather.ports import listeners
 from xflux_doctor.gather.toolchain import toolchain_facts
 
 MIB = 1 << 20
-
-
-def tree(root: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return root
 
 
 @pytest.mark.parametrize(("files", "expected"), [

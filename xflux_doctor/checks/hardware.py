@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from packaging.specifiers import SpecifierSet
 
 from xflux_doctor.check import Case, SkipCheck, check
+from xflux_doctor.choose import driver_need
 from xflux_doctor.finding import Edit, Finding, error, warning
 from xflux_doctor.matrix import has_kernels
 from xflux_doctor.visible import selected
@@ -62,8 +63,7 @@ def driver_new_enough(case: Case) -> Iterator[Finding]:
     assert case.stack and case.facts.driver and case.facts.gpus is not None
     if case.job.use_cpu or case.stack.is_cpu:
         raise SkipCheck("the job runs on the CPU")
-    blackwell = any(gpu.capability[0] >= 10 for gpu in case.facts.gpus)
-    need = (case.stack.driver_blackwell if blackwell else None) or case.stack.driver or ""
+    need = driver_need(case.stack, case.facts.gpus)
     if not SpecifierSet(need).contains(case.facts.driver.version):
         yield error(
             f"The driver is {case.facts.driver.version}; stack {case.stack.name} wants {need}.",

@@ -17,22 +17,16 @@ _SHM_WANTED = GIB
 _NCCL_DOCS = "https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/troubleshooting.html"
 
 
-@check("HO101", "the system is one that the wheels are built for", needs=("host",))
+@check("HO101", "the system is the one that the stacks were tested on", needs=("host",))
 def system(case: Case) -> Iterator[Finding]:
-    """torch's CUDA wheels exist for Linux on x86_64 and aarch64 (source: the wheel tags of torch 2.4 to 2.15)."""
+    """Linux on x86_64; up to torch 2.10 the public index's wheels for aarch64 are CPU builds (their METADATA)."""
     host = case.facts.host
     assert host
-    if host.system != "Linux" or host.machine not in ("x86_64", "aarch64"):
+    if (host.system, host.machine) != ("Linux", "x86_64"):
         yield warning(
             f"This is {host.system} on {host.machine}.",
-            "The stacks were tested on Linux, x86_64; CUDA wheels exist for Linux on x86_64 and aarch64 only.",
-            "Train on a Linux machine.",
-        )
-    elif host.machine == "aarch64" and case.stack and not case.stack.is_cpu and case.stack.cuda == "12.1":
-        yield warning(
-            f"This is an aarch64 machine and stack {case.stack.name} has torch {case.stack.packages['torch'].version}.",
-            "Up to torch 2.10 the public index's wheels for aarch64 are CPU builds.",
-            "Choose the stack cuda13: `xflux-doctor matrix list`.",
+            "No stack was tested there, and torch has CUDA wheels for Linux only.",
+            "Train on a Linux machine with x86_64 cores.",
         )
 
 
@@ -219,6 +213,8 @@ def container_has_gpus(case: Case) -> Iterator[Finding]:
     if case.job.use_cpu or not host.container:
         raise SkipCheck("this is no container" if not host.container else "the job runs on the CPU")
     asked = case.facts.environment.get("NVIDIA_VISIBLE_DEVICES")
+    if case.facts.gpus is None:
+        raise SkipCheck("the driver does not answer (see HW101)")
     if case.facts.gpus or any(name.startswith("nvidia") for name in host.device_nodes) or host.wsl:
         return
     named = f"NVIDIA_VISIBLE_DEVICES is {asked!r}" if asked is not None else "NVIDIA_VISIBLE_DEVICES is not set"

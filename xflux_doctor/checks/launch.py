@@ -260,7 +260,7 @@ def port_free(case: Case) -> Iterator[Finding]:
     if holder is None or port == 0 or (version is not None and version >= _STANDALONE and case.job.num_machines <= 1):
         return
     taken = {item.port for item in case.facts.listeners}
-    free = next(number for number in range(port + 1, port + 16) if number not in taken)
+    free = next((number for number in range(port + 1, port + 16) if number not in taken), None)
     who, commands = "another user's process or one outside this container", tuple[str, ...]()
     if holder.pid is not None:
         age = f", {holder.seconds / 3600:.1f} h old" if holder.seconds is not None else ""
@@ -270,6 +270,6 @@ def port_free(case: Case) -> Iterator[Finding]:
         f"'ConnectionError: Tried to launch distributed communication on port `{port}`, but another process is "
         "utilizing it'.",
         "If it is left over from a run of yours, end it (the doctor never does); or take another port.",
-        edits=(Edit("accelerate", ("main_process_port",), free, f"port {port} is taken"),),
+        edits=(Edit("accelerate", ("main_process_port",), free, f"port {port} is taken"),) if free else (),
         commands=commands,
     )

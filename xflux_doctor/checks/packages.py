@@ -9,14 +9,12 @@ from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
 from xflux_doctor.check import Case, SkipCheck, check
-from xflux_doctor.checks.rules import broken, look
+from xflux_doctor.checks.rules import LINKED, broken, look
 from xflux_doctor.checks.software import role_needed
 from xflux_doctor.facts import Package
 from xflux_doctor.finding import Finding, error, warning
 
 _INSTALL = "xflux-doctor fix --install"
-_LINKED = ("nvidia-", "triton")
-"""Names of the wheels that torch's own libraries are linked to."""
 
 
 def _declared(case: Case, package: Package) -> Iterator[Requirement]:
@@ -56,7 +54,7 @@ def linked_wheels(case: Case) -> Iterator[Finding]:
         raise SkipCheck("torch is not installed, or declares nothing")
     for wanted in _declared(case, torch):
         name = canonicalize_name(wanted.name)
-        if not name.startswith(_LINKED):
+        if not name.startswith(LINKED):
             continue
         found = packages.get(name)
         if found is None:
@@ -94,7 +92,7 @@ def declared(case: Case) -> Iterator[Finding]:
         for wanted in _declared(case, package):
             name = canonicalize_name(wanted.name)
             found = packages.get(name)
-            if package.name == "torch" and name.startswith(_LINKED):
+            if package.name == "torch" and name.startswith(LINKED):
                 continue  # SW108
             if found is None and package.location:
                 yield make(
@@ -118,7 +116,7 @@ def whole(case: Case) -> Iterator[Finding]:
     """Libraries and first modules against RECORD: a broken download, a full disk, two packages in one folder."""
     for package in (case.facts.packages or {}).values():
         if package.damaged and package.files:
-            make = error if _needed(case, package.name) or package.name.startswith(_LINKED) else warning
+            make = error if _needed(case, package.name) or package.name.startswith(LINKED) else warning
             more = f" and {len(package.damaged) - 1} more" if len(package.damaged) > 1 else ""
             yield make(
                 f"{package.damaged[0]}{more} of {package.name} {package.version} is missing or has another size than "

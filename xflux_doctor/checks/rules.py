@@ -26,7 +26,8 @@ _HINTS = {
     "nvcc": "Install the CUDA toolkit of torch's own CUDA and point CUDA_HOME at it, or do not offload the optimizer.",
     "gcc": "Install that compiler and point CXX at it, or do not offload the optimizer.",
 }
-_LINKED = ("nvidia-", "triton")
+LINKED = ("nvidia-", "triton")
+"""Names of the wheels that torch's own libraries are linked to."""
 _ROLES = {"deepspeed": "deepspeed", "optimum-quanto": "quantized"}
 """Packages that only some jobs use, and the word for those jobs."""
 
@@ -127,7 +128,7 @@ def _used(rule: Rule, job: frozenset[str]) -> bool:
 def _told_by_torch(rule: Rule, case: Case) -> bool:
     """Whether the installed torch names this library itself: then SW108 judges by that exact version."""
     torch = (case.facts.packages or {}).get("torch")
-    if torch is None or not rule.what.startswith(_LINKED) or "torch" not in rule.when:
+    if torch is None or not rule.what.startswith(LINKED) or "torch" not in rule.when:
         return False
     names = (re.match(r"[\w.-]+", line) for line in torch.requires)
     return rule.what in {canonicalize_name(name[0]) for name in names if name}

@@ -49,6 +49,8 @@ _KEYS = {
     "throw_on_cudamalloc_oom": "2.13",
 }
 """Keys by the first of the wheels 2.4.0, 2.6.0, 2.10.0, 2.11.0 and 2.13.0 whose libc10 and libc10_cuda hold it."""
+_FLAG_WORDS = frozenset("y yes 1 t true n no 0 f false".split())
+"""What torch takes for a switch (torch/csrc/distributed/c10d/Utils.hpp, getCvarBool)."""
 _MEGABYTES = ("max_split_size_mb", "max_non_split_rounding_mb")
 _NUMBERS = (*_MEGABYTES, "garbage_collection_threshold", "roundup_power2_divisions", "pinned_num_register_threads")
 
@@ -267,18 +269,7 @@ def torch_nccl_known(case: Case) -> Iterator[Finding]:
         if not name.startswith("TORCH_NCCL_"):
             continue
         lowered = value.strip().lower()
-        flag_bad = name in TORCH_NCCL_FLAGS and lowered not in (
-            "y",
-            "yes",
-            "1",
-            "t",
-            "true",
-            "n",
-            "no",
-            "0",
-            "f",
-            "false",
-        )
+        flag_bad = name in TORCH_NCCL_FLAGS and lowered not in _FLAG_WORDS
         if flag_bad or (name in TORCH_NCCL_NUMBERS and not re.match(r"[+-]?\d", lowered)):
             yield error(
                 f"{name} is {value!r}.",

@@ -21,7 +21,7 @@ _ALIASES = {"GPU": "MULTI_GPU", "DDP": "MULTI_GPU", "CPU": "NO", "SINGLE_GPU": "
 
 def _foreign(case: Case) -> bool:
     """Whether the file is for a service: its keys are then others, and none of ours to judge or to change."""
-    return case.job.get("compute_environment") not in (None, "LOCAL_MACHINE", "LOCAL")
+    return bool(case.job.get("compute_environment") == "AMAZON_SAGEMAKER")
 
 
 @check("LA114", "accelerate's file is for this machine", needs=("accelerate",))
@@ -103,6 +103,7 @@ def values_known(case: Case) -> Iterator[Finding]:
     job = case.job
     if _foreign(case):
         raise SkipCheck("the file is not for this machine (see LA114)")
+    yield from _compute_environment(case)
     # A misspelt key is renamed first (LA103): it is not missing.
     coming = set(unknown_keys(case, installed(case, "accelerate")).values())
     if "distributed_type" not in (job.accelerate or {}):
@@ -143,6 +144,17 @@ def values_known(case: Case) -> Iterator[Finding]:
         edit = Edit("accelerate", ("gpu_ids",), str(job.get("gpu_ids")), "accelerate splits it as text")
         because = "accelerate dies with: 'int' object has no attribute 'split'."
         yield error(f"gpu_ids is the number {job.get('gpu_ids')}.", because, "Quote it.", edits=(edit,))
+
+
+def _compute_environment(case: Case) -> Iterator[Finding]:
+    """accelerate reads a file with any word but LOCAL_MACHINE as SageMaker's (0.30.1 and 1.15.0, config_args.py)."""
+    value = case.job.get("compute_environment", "LOCAL_MACHINE")
+    if value == "LOCAL_MACHINE":
+        return
+    near = difflib.get_close_matches(str(value).upper(), ["LOCAL_MACHINE"], n=1, cutoff=0.5)
+    edits = (Edit("accelerate", ("compute_environment",), near[0], "accelerate's own word"),) if near else ()
+    because = "accelerate takes the file for SageMaker's, whose keys are others: The config file had unknown keys."
+    yield error(f"compute_environment is {value!r}.", because, "Use LOCAL_MACHINE.", edits=edits)
 
 
 def _meant(case: Case) -> str:

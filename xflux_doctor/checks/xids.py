@@ -27,22 +27,9 @@ _BROKEN = {
 _PROGRAM = {13: "a program's kernel failed", 31: "a program touched memory that is not its own"}
 """These come from the program on the card; 43 and 45 only say that such a program was ended."""
 _HARDWARE = frozenset(
-    [
-        56,
-        57,
-        58,
-        63,
-        *range(68, 78),
-        *range(80, 87),
-        88,
-        89,
-        92,
-        94,
-        *range(96, 106),
-        *range(110, 119),
-        *range(121, 126),
-    ]
-)
+    [56, 57, 58, 63, *range(68, 78), *range(80, 87), 88, 89, 92, 94, *range(96, 106), *range(110, 119),
+     *range(121, 126)]
+)  # fmt: skip
 """Source: github.com/imbue-ai/cluster-health, its host checks' list, without those that _BROKEN names."""
 
 
