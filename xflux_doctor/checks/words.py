@@ -9,14 +9,16 @@ from collections.abc import Iterator
 
 from packaging.version import Version
 
-from xflux_doctor.accelerate_keys import DISTRIBUTED_TYPES, PRECISIONS, accepted_keys, in_section
+from xflux_doctor.accelerate_keys import PRECISIONS, accepted_keys, distributed_types, in_section, section_of
 from xflux_doctor.check import Case, SkipCheck, check
+from xflux_doctor.checks.releases import key_span, local, release, stops_with, type_span
 from xflux_doctor.facts import Gpu
-from xflux_doctor.finding import Change, Edit, Finding, Nest, Remove, Rename, error
+from xflux_doctor.finding import Comment, Edit, Finding, Nest, Rename, error
 from xflux_doctor.visible import selected
 
-_ALIASES = {"GPU": "MULTI_GPU", "DDP": "MULTI_GPU", "CPU": "NO", "SINGLE_GPU": "NO", "NONE": "NO"}
-"""Words that people write for a distributed_type."""
+_ALIASES = {"GPU": "MULTI_GPU", "DDP": "MULTI_GPU", "CPU": "NO", "SINGLE_GPU": "NO", "NONE": "NO", "FALSE": "NO",
+            "TPU": "XLA", "MPS": "NO"}  # fmt: skip
+"""Words that people or older releases write for a distributed_type."""
 
 
 def _foreign(case: Case) -> bool:
@@ -38,25 +40,34 @@ def for_this_machine(case: Case) -> Iterator[Finding]:
 
 @check("LA103", "accelerate knows every key of its file", needs=("accelerate",))
 def keys_known(case: Case) -> Iterator[Finding]:
-    """An unknown top-level key stops accelerate 0.23 and newer; most come from a file of another release."""
+    """An unknown top-level key stops accelerate. A slip of the pen is renamed, a key that lost its section goes back
+    into it, and a key that no release has is commented out; what another release knows is LA202's."""
     assert case.job.accelerate is not None
-    version = installed(case, "accelerate")
-    if version is None:
-        raise SkipCheck("accelerate is not installed, so its keys are not known")
-    if _foreign(case):
-        raise SkipCheck("the file is not for this machine (see LA114)")
+    version = release(case)
+    local(case)
     for key, near in unknown_keys(case, version).items():
-        edit: Change = Remove("accelerate", (str(key),), f"unknown to accelerate {version}")
-        hint = "Remove it, or use the accelerate release that wrote this file."
+        seen, because = f"accelerate {version} does not know the key {key!r}.", stops_with(version, key)
         if near:
-            edit = Rename("accelerate", (str(key),), near, f"unknown to accelerate {version}")
-            hint = f"Did you mean {near}?"
-        yield error(
-            f"accelerate {version} does not know the key {key!r}.",
-            f"It stops with: The config file had unknown keys (['{key}']).",
-            hint,
-            edits=(edit,),
-        )
+            rename = Rename("accelerate", (key,), near, f"unknown to accelerate {version}")
+            yield error(seen, because, f"Did you mean {near}?", edits=(rename,))
+        elif key_span(key) is None:
+            yield _stray(case, key, seen, because)
+
+
+def _stray(case: Case, key: str, seen: str, because: str) -> Finding:
+    """A key that no release has at the top of its file."""
+    section, value = section_of(key), case.job.get(key)
+    if section and (value is None or isinstance(value, str | int | float)):
+        held = case.job.get(section)
+        if held is None or (isinstance(held, dict) and held.get(key, value) == value):
+            move = Edit("accelerate", (section, key), value, f"it is one of {section}'s keys")
+            out = Comment("accelerate", (key,), f"it stands in {section} now")
+            return error(seen, because, f"Move it into {section}.", edits=(move, out))
+        return error(seen, because, f"Move it into {section}, which has another value for it, or is none.")
+    if isinstance(value, dict) and value:
+        return error(seen, because, f"No accelerate up to 1.15.0 has {key}. Say what it is meant for, or remove it.")
+    out = Comment("accelerate", (key,), "no accelerate up to 1.15.0 has such a key")
+    return error(seen, because, "Remove it: no release has ever read it.", edits=(out,))
 
 
 def unknown_keys(case: Case, version: Version | None) -> dict[str, str]:
@@ -64,14 +75,15 @@ def unknown_keys(case: Case, version: Version | None) -> dict[str, str]:
     if version is None:
         return {}
     lost = {member for members in flattened(case).values() for member in members}  # LA113 moves them back
-    present = {key: value for key, value in (case.job.accelerate or {}).items() if key not in lost}
+    present = {str(key) for key in case.job.accelerate or {} if key not in lost}
     known = accepted_keys(version)
-    near = {
-        key: difflib.get_close_matches(str(key), sorted(known - set(present)), n=1, cutoff=0.8)
-        for key in present
-        if key not in known
-    }
-    return {str(key): found[0] if found else "" for key, found in near.items()}
+    found: dict[str, str] = {}
+    for key in sorted(present - known, key=list(map(str, case.job.accelerate or {})).index):
+        # The name of another release's key is no slip of the pen, and two keys cannot both be one.
+        taken = present | set(found.values())
+        close = difflib.get_close_matches(key, sorted(known - taken), n=1, cutoff=0.8)
+        found[key] = close[0] if close and key_span(key) is None and not section_of(key) else ""
+    return found
 
 
 def flattened(case: Case) -> dict[str, tuple[str, ...]]:
@@ -151,7 +163,8 @@ def _compute_environment(case: Case) -> Iterator[Finding]:
     value = case.job.get("compute_environment", "LOCAL_MACHINE")
     if value == "LOCAL_MACHINE":
         return
-    near = difflib.get_close_matches(str(value).upper(), ["LOCAL_MACHINE"], n=1, cutoff=0.5)
+    word = "LOCAL_MACHINE" if value is None else str(value).upper()  # without a value it says nothing
+    near = difflib.get_close_matches(word, ["LOCAL_MACHINE"], n=1, cutoff=0.5)
     edits = (Edit("accelerate", ("compute_environment",), near[0], "accelerate's own word"),) if near else ()
     because = "accelerate takes the file for SageMaker's, whose keys are others: The config file had unknown keys."
     yield error(f"compute_environment is {value!r}.", because, "Use LOCAL_MACHINE.", edits=edits)
@@ -165,13 +178,20 @@ def _meant(case: Case) -> str:
 
 
 def _distributed_type(case: Case) -> Iterator[Finding]:
-    """accelerate takes these words in upper case only; a bare no is read as False, which it takes."""
-    value = case.job.get("distributed_type")
-    if value is False or value in DISTRIBUTED_TYPES:
+    """accelerate takes these words in upper case only; a bare no is read as False, which it takes.
+
+    What another release takes is LA202's, unless it has a word of today: TPU became XLA in 0.28.0, and since 0.20.0
+    a Mac's GPU is found without MPS.
+    """
+    value, version = case.job.get("distributed_type"), installed(case, "accelerate")
+    known = distributed_types(version)
+    if value is False or (isinstance(value, str) and value in known):
         return
     word = str(value).strip().upper().replace("-", "_")
+    near = [word] if word in known else [_ALIASES[word]] if _ALIASES.get(word) in known else []
+    if not near and type_span(word) is not None:
+        return
     usual = ("NO", "MULTI_GPU", "DEEPSPEED", "FSDP")
-    near = [word] if word in DISTRIBUTED_TYPES else [_ALIASES[word]] if word in _ALIASES else []
     near = near or difflib.get_close_matches(word, usual, n=1, cutoff=0.6)
     edits = (Edit("accelerate", ("distributed_type",), near[0], "accelerate's own word"),) if near else ()
     seen = f"distributed_type is {value!r}."
@@ -193,7 +213,10 @@ def _precision(case: Case) -> Iterator[Finding]:
     guess = near.get(str(value).lower())
     edits = (Edit("accelerate", ("mixed_precision",), guess, "accelerate's own word"),) if guess else ()
     seen = f"mixed_precision is {value!r}."
-    yield error(seen, "accelerate: Unknown mixed_precision mode.", _one_of(PRECISIONS), edits=edits)
+    because = "accelerate: Unknown mixed_precision mode."
+    if not isinstance(value, str):
+        because = f"accelerate dies with: '{type(value).__name__}' object has no attribute 'lower'."
+    yield error(seen, because, _one_of(PRECISIONS), edits=edits)
 
 
 def _one_of(words: tuple[str, ...]) -> str:

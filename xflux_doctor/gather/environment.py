@@ -20,13 +20,15 @@ PREFIXES = (
     "TORCHELASTIC_",
     "DS_BUILD_",
     "DS_SKIP_",
+    "SLURM_STEP_",
 )
 NAMES = frozenset(
     "NVIDIA_VISIBLE_DEVICES OMP_NUM_THREADS MASTER_ADDR MASTER_PORT RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE "
     "NODE_RANK HF_HOME HF_HUB_CACHE HUGGINGFACE_HUB_CACHE HF_HUB_OFFLINE TRANSFORMERS_OFFLINE HF_ENDPOINT "
     "TRANSFORMERS_CACHE XDG_CACHE_HOME TMPDIR TRITON_CACHE_DIR TORCHINDUCTOR_CACHE_DIR "
     "FLUX_DEV FLUX_SCHNELL FLUX_DEV_FP8 AE SLURM_JOB_ID SLURM_NTASKS SLURM_PROCID SLURM_LOCALID SLURM_NNODES "
-    "SLURM_GPUS_ON_NODE SLURM_JOB_NODELIST SLURM_NODEID HF_HUB_ENABLE_HF_TRANSFER PYTHONHOME NVIDIA_TF32_OVERRIDE "
+    "SLURM_GPUS_ON_NODE SLURM_JOB_NODELIST SLURM_NODEID SLURM_STEPID SLURM_TASKS_PER_NODE SLURM_NTASKS_PER_NODE "
+    "SLURM_GPUS_PER_TASK SLURM_CPUS_PER_TASK GROUP_RANK HF_HUB_ENABLE_HF_TRANSFER PYTHONHOME NVIDIA_TF32_OVERRIDE "
     "COMPUTE_PROFILE NSIGHT_CUDA_DEBUGGER TP_SOCKET_IFNAME".split()
 )
 _PATH_LIBRARIES = ("libcuda.so.1", "libcudnn_graph.so.9")
@@ -98,7 +100,10 @@ def _expand(path: str) -> Path:
 
 
 def default_accelerate_config(environ: Mapping[str, str]) -> Path | None:
-    """The file that `accelerate launch` uses when it is given none, if it exists (JSON first, as accelerate)."""
-    folder = hf_home(environ) / "accelerate"
-    files = [folder / name for name in ("default_config.json", "default_config.yaml")]
-    return within(_SECONDS, {"": lambda: next((file for file in files if file.is_file()), None)}).get("")
+    """The file that `accelerate launch` uses when it is given none, if it exists.
+
+    Only the YAML file: accelerate's name for the JSON one is `default_config.yaml` too (0.10.0 to 1.15.0,
+    commands/config/config_args.py, default_json_config_file), so that a default_config.json is never read.
+    """
+    file = hf_home(environ) / "accelerate" / "default_config.yaml"
+    return file if within(_SECONDS, {"": file.is_file}).get("") else None

@@ -19,6 +19,7 @@ OF_INTEREST = frozenset(
     "torch torchvision torchaudio triton deepspeed accelerate transformers tokenizers huggingface-hub diffusers "
     "peft optimum-quanto safetensors numpy pydantic setuptools sentencepiece protobuf pillow tensorboard wandb "
     "bitsandbytes torchao xformers flash-attn flash-attn-4 ninja nvidia-ml-py pynvml pip xflux-doctor "
+    "transformer-engine ms-amp megatron-core megatron-lm torch-xla "
     "nvidia-nccl-cu12 nvidia-nccl-cu13 nvidia-cudnn-cu12 nvidia-cudnn-cu13 hf-transfer".split()
 )
 PRESENT = frozenset(
