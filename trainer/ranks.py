@@ -50,8 +50,10 @@ class Launch:
         world_size = int(environ.get("WORLD_SIZE", "1"))
         others = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
         accumulation = environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "")
-        # accelerate sets its variable to 1 when a DeepSpeed file is named: what that file says is what is meant.
-        accumulation = _from_deepspeed_file(environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")) or accumulation
+        # Where a DeepSpeed file is named, accelerate takes neither accumulation nor precision from its own file.
+        file = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+        precision = environ.get("ACCELERATE_MIXED_PRECISION", "").lower() if file in ("", "none") else ""
+        accumulation = _from_deepspeed_file(file) or accumulation
         return cls(
             rank=int(environ.get("RANK", "0")),
             local_rank=int(environ.get("LOCAL_RANK", "0")),
@@ -60,7 +62,7 @@ class Launch:
             use_cpu=true("ACCELERATE_USE_CPU"),
             deepspeed=true("ACCELERATE_USE_DEEPSPEED"),
             accumulation=int(accumulation) if accumulation.isdigit() and int(accumulation) > 0 else None,
-            mixed_precision=environ.get("ACCELERATE_MIXED_PRECISION", "").lower(),
+            mixed_precision=precision,
             unsupported=next((name for variable, name in others.items() if true(variable)), ""),
         )
 

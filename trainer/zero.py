@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -127,25 +129,34 @@ def deepspeed_settings(
 ) -> tuple[dict[str, Any], list[str]]:
     """DeepSpeed's config from what `accelerate launch` leaves in the environment, and notes on what was changed."""
     settings, notes = _deepspeed_file(environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")), []
-    zero = dict(settings.pop("zero_optimization", {}))
+    zero = settings.pop("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise Unsupported(f"The DeepSpeed file's zero_optimization is {zero!r}.", "Write keys and values there.")
+    zero = dict(zero)
     stage = zero.get("stage", environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
+    stage = "2" if stage == "auto" else stage  # what accelerate writes there
     stage = int(stage) if str(stage).isdigit() else stage
     if stage not in (1, 2):
         raise Unsupported(
             f"The accelerate config asks for ZeRO stage {stage}, which this trainer does not do.",
             "Set zero_stage to 2: adapters are so small that stage 3 saves nothing but costs time.",
         )
+    notes += _overruled(settings, config)
+    settings = {key: value for key, value in settings.items() if value != "auto" or key == "gradient_clipping"}
     for name in ("optimizer", "scheduler"):
         if settings.pop(name, None) is not None:
             notes.append(f"the DeepSpeed file's {name} is not used: the train config names it.")
     for name in ("optimizer", "param"):
         device = environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{name.upper()}_DEVICE", "none")
-        if zero.pop(f"offload_{name}", None) or device != "none":
+        old = zero.pop("cpu_offload" if name == "optimizer" else "cpu_offload_param", None)
+        named = zero.pop(f"offload_{name}", None) or (old and "cpu")
+        if (named.get("device", "none") if isinstance(named, dict) else named or "none") != "none" or device != "none":
             notes.append(f"offload_{name} is not used: the optimizer of {trained:,} parameters fits on the device.")
+    where = "DeepSpeed file" if "gradient_clipping" in settings else "accelerate config"
     clipping = settings.pop("gradient_clipping", environ.get("ACCELERATE_GRADIENT_CLIPPING", "auto"))
-    limit = config.max_grad_norm if clipping in ("auto", "none", "") else float(clipping)
+    limit = config.max_grad_norm if clipping in ("auto", "none", "", None) else _limit(clipping, where)
     if limit != config.max_grad_norm:
-        notes.append(f"gradients are clipped to {limit:g}, as the accelerate config says; max_grad_norm is ignored.")
+        notes.append(f"gradients are clipped to {limit:g}, as the {where} says; max_grad_norm is ignored.")
     if zero.get("reduce_bucket_size", "auto") == "auto":
         # The default of 5e8 elements would allocate a gigabyte for a few million gradients.
         zero["reduce_bucket_size"] = max(trained, 1 << 20)
@@ -164,13 +175,53 @@ def deepspeed_settings(
     return settings, notes
 
 
+def _overruled(settings: Mapping[str, Any], config: TrainConfig) -> list[str]:
+    """A note for each thing that the DeepSpeed file says otherwise and the train config decides."""
+    notes = []
+    for name in ("bf16", "fp16", "bfloat16"):
+        block = settings.get(name)
+        on = block.get("enabled") if isinstance(block, dict) else block
+        if str(on).lower() == "true" and config.mixed_precision != ("bf16" if name == "bfloat16" else name):
+            own = config.mixed_precision
+            notes.append(f"mixed_precision is {own}, as the train config says; the DeepSpeed file's {name} is ignored.")
+    own, other = config.train_batch_size, settings.get("train_micro_batch_size_per_gpu", "auto")
+    if other not in ("auto", None, own):
+        notes.append(f"train_batch_size is {own}, as the train config says; the DeepSpeed file's {other} is ignored.")
+    return notes
+
+
+def _limit(value: Any, where: str) -> float:
+    """A number, also one that is written as text."""
+    try:
+        limit = float(value)
+    except (TypeError, ValueError, OverflowError):
+        limit = math.nan
+    if not math.isfinite(limit) or isinstance(value, bool):
+        raise Unsupported(f"The {where}'s gradient_clipping is {value!r}.", "Set it to a number; 0 clips nothing.")
+    return limit
+
+
 def _deepspeed_file(name: str) -> dict[str, Any]:
+    """A path, or base64 of JSON, or (from accelerate 1.4.0 on) JSON itself: as accelerate takes it."""
     if name in ("", "none"):
         return {}
     try:
-        settings = json.loads(Path(name).read_text(encoding="utf-8"))
+        settings = json.loads(_text(name))
     except (OSError, ValueError) as error:
         raise Unsupported(f"The DeepSpeed file {name} cannot be read: {error}.", "Correct or remove it.") from error
     if not isinstance(settings, dict):
         raise Unsupported(f"The DeepSpeed file {name} is not a JSON object.", "Correct or remove it.")
     return settings
+
+
+def _text(name: str) -> str:
+    if os.path.exists(name):  # noqa: PTH110 - base64 may be too long for a path, on which Path.exists raises
+        return Path(name).read_text(encoding="utf-8")
+    if name.lstrip().startswith("{"):
+        return name
+    try:
+        text = base64.urlsafe_b64decode(name).decode("utf-8")
+        json.loads(text)
+    except ValueError:
+        return Path(name).read_text(encoding="utf-8")  # its error is the one to show
+    return text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from dataclasses import replace
@@ -207,11 +208,53 @@ def test_a_deepspeed_file(tmp_path: Path) -> None:
     assert settings["gradient_clipping"] == CONFIG.max_grad_norm
     assert settings["wall_clock_breakdown"] is True
     assert len(notes) == 1
-    assert Launch.read({**environ, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}).accumulation == 8
+    launch = Launch.read({**environ, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1", "ACCELERATE_MIXED_PRECISION": "no"})
+    assert launch.accumulation == 8
+    assert launch.mixed_precision == ""  # the launcher's own default: its file may not name one beside a DeepSpeed file
     for text in ("", "[]"):
         path.write_text(text)
         with pytest.raises(Unsupported, match=r"ds\.json"):
             zero(environ)
+
+
+def of_file(**values: Any) -> tuple[dict[str, Any], list[str]]:
+    """The settings from a DeepSpeed file, given as base64 as accelerate takes it."""
+    text = base64.urlsafe_b64encode(json.dumps(values).encode()).decode()
+    return zero({"ACCELERATE_DEEPSPEED_CONFIG_FILE": text})
+
+
+def test_a_deepspeed_file_that_says_otherwise_is_told() -> None:
+    settings, notes = of_file(
+        zero_optimization={"stage": "auto", "cpu_offload": True}, fp16={"enabled": True}, gradient_clipping=0.25,
+        train_micro_batch_size_per_gpu=7, wall_clock_breakdown="auto",
+    )  # fmt: skip
+    assert settings["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 5_000_000}
+    assert (settings["fp16"], settings["gradient_clipping"]) == ({"enabled": False}, 0.25)
+    assert settings["train_micro_batch_size_per_gpu"] == CONFIG.train_batch_size
+    assert "wall_clock_breakdown" not in settings  # nobody fills "auto" there, and DeepSpeed fails with it
+    assert [note.split()[0] for note in notes] == ["mixed_precision", "train_batch_size", "offload_optimizer",
+                                                   "gradients"]  # fmt: skip
+    assert "DeepSpeed file" in notes[-1]
+
+
+def test_a_deepspeed_file_that_agrees_is_not_told() -> None:
+    _, notes = of_file(
+        zero_optimization={"stage": 2, "offload_optimizer": {"device": "none"}}, fp16={"enabled": "auto"},
+        gradient_clipping=CONFIG.max_grad_norm, train_micro_batch_size_per_gpu="auto", train_batch_size="auto",
+        **{CONFIG.mixed_precision: {"enabled": True}} if CONFIG.mixed_precision != "no" else {},
+    )  # fmt: skip
+    assert notes == []
+
+
+@pytest.mark.parametrize(("values", "told"), [
+    ({"gradient_clipping": "none of it"}, "gradient_clipping is 'none of it'"),
+    ({"gradient_clipping": True}, "gradient_clipping is True"),
+    ({"zero_optimization": True}, "zero_optimization is True"),
+    ({"zero_optimization": {"stage": 3}}, "ZeRO stage 3"),
+])  # fmt: skip
+def test_a_deepspeed_file_that_cannot_be_used_is_refused(values: dict[str, Any], told: str) -> None:
+    with pytest.raises(Unsupported, match=told):
+        of_file(**values)
 
 
 @pytest.mark.parametrize("stage", ["0", "3"])

@@ -21,7 +21,10 @@ def strategy(case: Case) -> Iterator[Finding]:
         return
     edits: tuple[Change, ...] = ()
     if case.job.deepspeed:
-        edits = (Edit("accelerate", ("deepspeed_config", "zero_stage"), 2, "X-Flux's own recommendation"),)
+        file, key = ("accelerate", ("deepspeed_config", "zero_stage"))
+        if case.job.zero_file is not None:
+            file, key = "deepspeed", ("zero_optimization", "stage")
+        edits = (Edit(file, key, 2, "X-Flux's own recommendation"),)
     yield error(
         f"The accelerate file asks for {'ZeRO stage 3' if case.job.deepspeed else 'FSDP'}.",
         "The saved adapter or weights are rank 0's empty placeholders, and where sampling is on rank 0 waits for the "

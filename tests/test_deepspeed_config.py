@@ -1,0 +1,457 @@
+"""LA301 to LA317 by values: who runs the job decides what is wrong, what is mended and what is only offered."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import xflux_kit
+import yaml
+from conftest import XFLUX_ACCELERATE, case, findings, job, machine
+from deepspeed_kit import inline, named, write
+
+from xflux_doctor import deepspeed_file as reader
+from xflux_doctor import job as jobs
+from xflux_doctor.check import Case, examine
+from xflux_doctor.checks import (
+    ALL,
+    deepspeed,
+    deepspeed_file,
+    deepspeed_memory,
+    deepspeed_section,
+    deepspeed_stages,
+    deepspeed_wins,
+)
+from xflux_doctor.finding import Change, Comment, Edit, Finding, Remove
+from xflux_doctor.job import Job
+from xflux_doctor.matrix import Matrix
+from xflux_doctor.plan import lay, make
+from xflux_doctor.report.text import describe
+
+MINE = [check for check in ALL if check.code.startswith("LA3")]
+Z: dict[str, Any] = {
+    "zero_optimization": {"stage": 2}, "bf16": {"enabled": True}, "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": 2, "gradient_clipping": 1.0,
+}  # fmt: skip
+BUCKET = ("zero_optimization", "reduce_bucket_size")
+
+
+def with_file(work: Job, zero: dict[str, Any] | None, accelerate: str | None = None) -> Job:
+    """The job with a DeepSpeed file of these values."""
+    text = accelerate or named()
+    return dataclasses.replace(
+        work, accelerate=yaml.safe_load(text), accelerate_text=text, deepspeed_path=Path("ds.json"), zero_file=zero,
+        zero_text=json.dumps(zero),
+    )  # fmt: skip
+
+
+def ours(zero: dict[str, Any] | None = None, accelerate: str | None = None, **train: Any) -> Job:
+    """A job of the bundled trainer."""
+    return with_file(job(**{"gradient_accumulation_steps": 2, **train}), Z if zero is None else zero, accelerate)
+
+
+def theirs(root: Path, zero: dict[str, Any] | None = None, accelerate: str | None = None, **changes: Any) -> Job:
+    """A job of X-Flux's own script."""
+    return with_file(xflux_kit.job(root, **changes), Z if zero is None else zero, accelerate)
+
+
+def neither(zero: dict[str, Any] | None = None, accelerate: str | None = None) -> Job:
+    """A job of which only accelerate's file is known."""
+    return with_file(Job(accelerate_path=Path("accelerate.yaml")), Z if zero is None else zero, accelerate)
+
+
+def one(matrix: Matrix, work: Job, check: Any, stack: str = "cuda13", count: int = 2, **facts: Any) -> Finding | None:
+    found = findings(case(matrix, machine(matrix, count=count, stack=stack, **facts), work, stack), check)
+    assert len(found) < 2, found
+    return found[0] if found else None
+
+
+def sets(changes: tuple[Change, ...]) -> dict[str, Any]:
+    """{file:key: value}; None for what goes."""
+    return {f"{c.file}:{'.'.join(c.key)}": c.value if isinstance(c, Edit) else None for c in changes}
+
+
+# --- right files ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stack", ["cuda13", "xflux-2024"])
+def test_xfluxs_own_file_on_eight_h100_is_well(matrix: Matrix, tmp_path: Path, stack: str) -> None:
+    facts = machine(matrix, count=8, stack=stack)
+    for work in (job(gradient_accumulation_steps=2), xflux_kit.job(tmp_path, accelerate=XFLUX_ACCELERATE),
+                 dataclasses.replace(job(), train=None)):  # fmt: skip
+        verdicts = examine(case(matrix, facts, work, stack), MINE)
+        assert [f.seen for verdict in verdicts for f in verdict.findings] == []
+        assert not [verdict for verdict in verdicts if verdict.status == "crashed"]
+
+
+@pytest.mark.parametrize("stack", ["cuda13", "xflux-2024"])
+def test_a_right_file_is_well_for_every_script(matrix: Matrix, tmp_path: Path, stack: str) -> None:
+    for work in (ours(), theirs(tmp_path), neither()):
+        verdicts = examine(case(matrix, machine(matrix, count=2, stack=stack), work, stack), MINE)
+        assert [f.seen for verdict in verdicts for f in verdict.findings] == []
+
+
+def test_other_jobs_are_not_looked_at(matrix: Matrix) -> None:
+    plain = dataclasses.replace(ours(), accelerate={"distributed_type": "MULTI_GPU", "num_processes": 2})
+    problem = dataclasses.replace(plain, problems=(jobs.Problem("deepspeed", "it is odd", ""),), zero_file=None)
+    for work in (plain, problem):
+        verdicts = examine(case(matrix, machine(matrix, count=2), work), MINE)
+        assert [f for verdict in verdicts for f in verdict.findings] == []
+
+
+ODD: list[Any] = [None, True, 0, -1, 2.5, float("nan"), float("inf"), "", "auto", "x", [], [1], {}, {"a": {}}, 10**400]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=lambda odd: repr(odd)[:20])
+def test_no_check_falls_over_odd_values(matrix: Matrix, tmp_path: Path, odd: Any) -> None:
+    zero_keys = ["stage", "reduce_bucket_size", "offload_optimizer", "offload_param", "overlap_comm", "cpu_offload",
+                 "contiguous_gradients", "stage3_gather_fp16_weights_on_model_save", "odd"]  # fmt: skip
+    others = ("zero3_init_flag", "deepspeed_moe_layer_cls_names", "odd", "num_processes", "mixed_precision")
+    section = dict.fromkeys((*deepspeed.PLACES, *others), odd)
+    zero = dict.fromkeys([*Z, "optimizer", "scheduler", "fp16", "bfloat16", "elasticity", "odd"], odd)
+    inside = {**Z, "zero_optimization": dict.fromkeys(zero_keys, odd), "bf16": {"enabled": odd}, "compile": odd}
+    head = yaml.safe_load(named())
+    for values in (zero, inside, {}, {"zero_optimization": odd}):
+        for base in (ours(values), theirs(tmp_path, values), neither(values)):
+            for keys in ({}, section):
+                both = {
+                    **head,
+                    "mixed_precision": odd,
+                    "deepspeed_config": {"deepspeed_config_file": "ds.json", **keys},
+                }
+                alone = {**head, "mixed_precision": "bf16", "deepspeed_config": keys or odd}
+                none = dataclasses.replace(base, accelerate=alone, zero_file=None, deepspeed_path=None)
+                for work in (dataclasses.replace(base, accelerate=both), none):
+                    subject = case(matrix, machine(matrix, count=2), work)
+                    crashed = [v for v in examine(subject, MINE) if v.status == "crashed"]
+                    assert not crashed, crashed[0].reason
+                    lay(work, [edit for v in examine(subject, MINE) for f in v.findings for edit in f.edits])
+
+
+# --- reading ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("content", "seen", "hint"), [
+    (b"\xff\xfe{\0", "is not UTF-8 text", "UTF-8"),
+    (b'{"a": "\0"}', "is binary", ""),
+    (b" " * ((1 << 20) + 1), "holds 1048577 bytes", ""),
+    (b"", "is empty (accelerate: Expecting value", ""),
+    (b"[1]", "holds list", "Begin it with {"),
+    (b"\xef\xbb\xbf{}", "byte order mark", "without a byte order mark"),
+    (b'{"a": 1, /* b */ "c": 2}', "is not JSON", ""),
+    (b'{\n# a\n"c": 2}', "is not JSON", "Remove the comments"),
+    (b'{"a": [1,]}', "is not JSON", "Remove the comma"),
+    (b'{"a": {"b": 1, "b": 1}}', "says 'b' twice", "Keep one"),
+    (b"{'a': 1}", "is not JSON", "json.load"),
+    (b"[" * 100_000, "is not JSON", ""),
+])  # fmt: skip
+def test_a_file_that_cannot_be_read(tmp_path: Path, content: bytes, seen: str, hint: str) -> None:
+    write(tmp_path, named())
+    (tmp_path / "ds.json").write_bytes(content)
+    work = jobs.read(None, str(tmp_path / "accelerate.yaml"), folder=tmp_path)
+    (problem,) = work.problems
+    assert problem.file == "deepspeed" and seen in problem.seen and hint in problem.hint
+    assert work.zero_file is None and work.deepspeed_path == tmp_path / "ds.json"
+
+
+def test_a_file_that_is_not_there(tmp_path: Path, matrix: Matrix) -> None:
+    write(tmp_path / "configs", named(), {})
+    work = jobs.read(None, str(tmp_path / "configs/accelerate.yaml"), folder=tmp_path)
+    finding = one(matrix, work, deepspeed.file_readable)
+    assert finding and f"there is no file {tmp_path / 'ds.json'}" in finding.seen
+    assert str(tmp_path / "configs/ds.json") in finding.hint  # it lies beside accelerate's file
+    for name, hint in (("~/ds.json", "expands no ~"), ("x" * 5000, "Correct the path"), (".", "Name DeepSpeed's")):
+        found = reader.read({"deepspeed_config": {"deepspeed_config_file": name}}, tmp_path)
+        assert found and found.seen and hint in found.hint
+    for odd in (3, True, [], {"a": 1}):
+        found = reader.read({"deepspeed_config": {"deepspeed_config_file": odd}}, tmp_path)
+        assert found and "not the name of a file" in found.seen
+    for nothing in (None, "none"):
+        assert reader.read({"deepspeed_config": {"deepspeed_config_file": nothing}}, tmp_path) is None
+    assert reader.read({"deepspeed_config": "ds.json"}, tmp_path) is None
+
+
+def test_values_as_base64_are_read_and_never_edited(tmp_path: Path, matrix: Matrix) -> None:
+    wrong = {**Z, "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto", "odd": 1}, "train_batch_size": 5,
+             "train_micro_batch_size_per_gpu": 1}  # fmt: skip
+    text = base64.urlsafe_b64encode(json.dumps(wrong).encode()).decode()
+    write(tmp_path, inline(f"deepspeed_config_file: {text}", "gradient_clipping: 0.5", precision=None))
+    work = jobs.read(None, str(tmp_path / "accelerate.yaml"), folder=tmp_path)
+    assert work.zero_file == wrong and work.deepspeed_path is None and not work.problems
+    verdicts = examine(case(matrix, machine(matrix, count=2), work), MINE)
+    found = [f for verdict in verdicts for f in verdict.findings]
+    assert {"LA302", "LA308", "LA310", "LA312"} <= {f.code for f in found}
+    assert not [edit for f in found for edit in (*f.edits, *f.offers) if edit.file == "deepspeed"]
+
+
+def test_the_file_is_found_where_the_training_is_launched(tmp_path: Path) -> None:
+    write(tmp_path, named(), Z)
+    assert jobs.read(None, str(tmp_path / "accelerate.yaml"), folder=tmp_path).zero_file == Z
+    root = xflux_kit.checkout(tmp_path / "x-flux")
+    (root / "ds.json").write_text('{"zero_optimization": {"stage": 1}}')
+    config = xflux_kit.config(root / "own.yaml", **xflux_kit.LORA)
+    work = jobs.read(str(config), str(tmp_path / "accelerate.yaml"), folder=tmp_path, xflux=str(root))
+    assert work.deepspeed_path == root / "ds.json" and work.zero_stage == 1
+
+
+def test_the_file_decides_stage_and_offload() -> None:
+    work = neither({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}})
+    assert (work.zero_stage, work.strategy, work.compiled_ops) == (3, "zero3", ("cpu_adam", "async_io"))
+    assert neither({"zero_optimization": {"stage": "auto"}}).zero_stage == 2
+    assert neither({"zero_optimization": {}}).zero_stage == 0
+
+
+# --- LA302 ------------------------------------------------------------------------------------------------------
+
+
+def test_the_bundled_trainer_is_warned_of_what_would_stop_others(matrix: Matrix) -> None:
+    finding = one(matrix, ours(accelerate=named("zero_stage: 2", precision="bf16")), deepspeed.alone)
+    assert (
+        finding and finding.severity == "warning" and "The bundled trainer takes what ds.json says" in finding.because
+    )
+    assert [type(edit) for edit in finding.edits] == [Comment, Comment]
+    finding = one(matrix, ours(accelerate=named("zero_stage: 1")), deepspeed.alone)
+    assert finding and finding.severity == "error" and not finding.edits
+    assert "zero_stage is 1 in accelerate's file and 2 in ds.json" in finding.seen
+    assert sets(finding.offers) == {"accelerate:deepspeed_config.zero_stage": None}
+
+
+def test_other_scripts_stop(matrix: Matrix) -> None:
+    finding = one(matrix, neither(accelerate=named("gradient_clipping: '1.0'")), deepspeed.alone)
+    assert finding and finding.severity == "error"
+    assert sets(finding.edits) == {"accelerate:deepspeed_config.gradient_clipping": None}
+    assert "ValueError: When using `deepspeed_config_file`" in finding.because
+
+
+@pytest.mark.parametrize(("line", "zero", "edits"), [
+    ("zero_stage: 0", {"zero_optimization": {}}, {}),
+    ("zero_stage: 2", {"zero_optimization": {}}, {"deepspeed:zero_optimization.stage": 2}),
+    ("zero_stage: 2", {"zero_optimization": {"stage": "auto"}}, {}),
+    ("zero_stage: 1", {"zero_optimization": {"stage": "auto"}}, {"deepspeed:zero_optimization.stage": 1}),
+    ("zero_stage: auto", {}, {}),
+    ("gradient_accumulation_steps: 1", {"zero_optimization": {}}, {}),
+    ("gradient_accumulation_steps: 1", {"gradient_accumulation_steps": "auto"},
+     {"deepspeed:gradient_accumulation_steps": 1}),
+    ("gradient_clipping: 1.0", {"gradient_clipping": "auto"}, {}),
+    ("gradient_clipping: 1.0", {}, {"deepspeed:gradient_clipping": 1.0}),
+    ("offload_param_device: no", {}, {}),
+    ("offload_param_device: none", {"zero_optimization": {"offload_param": None}}, {}),
+    ("offload_param_nvme_path: /nvme", {}, {}),
+    ("zero3_save_16bit_model: false", {}, {}),
+    ("zero3_save_16bit_model: true", {"zero_optimization": {"stage3_gather_fp16_weights_on_model_save": True}}, {}),
+])  # fmt: skip
+def test_what_becomes_of_an_inline_key(matrix: Matrix, line: str, zero: Any, edits: dict[str, Any]) -> None:
+    finding = one(matrix, neither(zero, named(line)), deepspeed.alone)
+    assert finding, line
+    commented = {f"accelerate:deepspeed_config.{line.split(':')[0]}": None}
+    assert sets(finding.edits) == {**edits, **commented}
+
+
+def test_mixed_precision_of_the_launch_command_may_stand_beside_a_file(matrix: Matrix) -> None:
+    work = dataclasses.replace(neither(), overrides={"mixed_precision": jobs.Override("bf16", "--mixed_precision")})
+    assert one(matrix, work, deepspeed.alone) is None
+
+
+def test_xflux_has_its_precision_from_its_own_config(matrix: Matrix, tmp_path: Path) -> None:
+    silent = {key: value for key, value in Z.items() if key != "bf16"}
+    finding = one(matrix, theirs(tmp_path, silent, named(precision="fp16")), deepspeed.alone)
+    assert finding and sets(finding.edits) == {"accelerate:mixed_precision": None}  # its YAML says bf16
+    finding = one(matrix, theirs(tmp_path, silent, named(precision="bf16"), mixed_precision=None), deepspeed.alone)
+    assert finding and sets(finding.edits)["deepspeed:bf16.enabled"] is True
+
+
+# --- the section ------------------------------------------------------------------------------------------------
+
+
+def test_unknown_keys_and_flags(matrix: Matrix) -> None:
+    text = inline("overlap_comm: true", "num_processes: 4", "module: true", "zero_stage: 2")
+    work = dataclasses.replace(neither(accelerate=text), zero_file=None, deepspeed_path=None)
+    found = findings(case(matrix, machine(matrix, count=2), work), deepspeed_section.keys_read)
+    assert [(f.severity, sets(f.edits)) for f in found] == [
+        ("warning", {}),
+        ("error", {"accelerate:num_processes": 4, "accelerate:deepspeed_config.num_processes": None}),
+        ("error", {}),
+    ]
+    plan = make(case(matrix, machine(matrix, count=2), work), lambda mended: examine(mended, ALL))
+    assert plan.job.num_processes == 2  # four start, and then there are two devices
+
+
+def test_a_zero_of_clipping(matrix: Matrix) -> None:
+    work = dataclasses.replace(neither(accelerate=inline("gradient_clipping: 0")), zero_file=None, deepspeed_path=None)
+    assert one(matrix, work, deepspeed_section.values_taken, "xflux-2024") is None
+    finding = one(matrix, work, deepspeed_section.values_taken)
+    assert finding and "clips at its own 1.0" in finding.because and not finding.edits
+    assert sets(finding.offers) == {"accelerate:deepspeed_config.gradient_clipping": 1e9}
+    mine = dataclasses.replace(job(), accelerate=work.accelerate)
+    assert one(matrix, mine, deepspeed_section.values_taken) is None  # the bundled trainer hands it on
+
+
+def test_transformers_for_zero3_init(matrix: Matrix) -> None:
+    work = dataclasses.replace(neither(accelerate=inline("zero_stage: 3")), zero_file=None, deepspeed_path=None)
+    assert one(matrix, work, deepspeed_stages.stage_three_flags) is None
+    facts = machine(matrix, count=2)
+    assert facts.packages is not None
+    facts.packages.pop("transformers")
+    (finding,) = findings(case(matrix, facts, work), deepspeed_stages.stage_three_flags)
+    assert "requires Transformers" in finding.because and not finding.edits
+
+
+# --- who runs it ------------------------------------------------------------------------------------------------
+
+
+def test_the_bundled_trainers_stages(matrix: Matrix) -> None:
+    for stage, meant in ((3, 2), (0, 2), ("2", 2), (True, 1), (None, 2), (2.0, 2)):
+        finding = one(matrix, ours({**Z, "zero_optimization": {"stage": stage}}), deepspeed_file.values_known)
+        assert finding and sets(finding.edits) == {"deepspeed:zero_optimization.stage": meant}, stage
+    for stage in (1, 2, "auto"):
+        assert one(matrix, ours({**Z, "zero_optimization": {"stage": stage}}), deepspeed_file.values_known) is None
+    auto = ours({**Z, "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto", "sub_group_size": "auto"}})
+    assert one(matrix, auto, deepspeed_file.values_known) is None  # it fills them, or DeepSpeed does
+
+
+def test_zero3_of_a_file_is_mended_in_the_file(matrix: Matrix, tmp_path: Path) -> None:
+    work = theirs(tmp_path, {**Z, "zero_optimization": {"stage": 3}})
+    plan = make(case(matrix, machine(matrix, count=2), work), lambda mended: examine(mended, ALL))
+    assert {key: value for key, value in sets(plan.edits).items() if "stage" in key} == {
+        "deepspeed:zero_optimization.stage": 2
+    }
+
+
+@pytest.mark.parametrize(("zero", "severity", "edits", "offers"), [
+    ({"bf16": {"enabled": True}}, None, {}, {}),
+    ({"bf16": {"enabled": "auto"}}, None, {}, {}),
+    ({}, None, {}, {}),
+    ({"fp16": {"enabled": True}}, "error", {}, {"deepspeed:fp16.enabled": False, "deepspeed:bf16.enabled": True}),
+    ({"bf16": {"enabled": False}}, "error", {}, {"deepspeed:bf16.enabled": True}),
+    ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "error", {"deepspeed:fp16.enabled": False}, {}),
+])  # fmt: skip
+def test_precision_of_xflux(
+    matrix: Matrix, tmp_path: Path, zero: Any, severity: str | None, edits: Any, offers: Any
+) -> None:
+    finding = one(matrix, theirs(tmp_path, zero), deepspeed_wins.precision_agrees)
+    assert (finding.severity if finding else None) == severity
+    if finding:
+        assert (sets(finding.edits), sets(finding.offers)) == (edits, offers)
+        if severity == "error" and "fp16" in zero:
+            assert "arg cannot be set to `bf16` when `fp16` is set" in finding.because
+
+
+def test_precision_of_the_bundled_trainer(matrix: Matrix) -> None:
+    finding = one(
+        matrix, ours({**Z, "bf16": {"enabled": True}}, mixed_precision="fp16"), deepspeed_wins.precision_agrees
+    )
+    assert finding and finding.severity == "warning"
+    assert sets(finding.edits) == {"deepspeed:bf16.enabled": False, "deepspeed:fp16.enabled": True}
+    assert one(matrix, ours({**Z, "bf16": {"enabled": False}}), deepspeed_wins.precision_agrees) is None
+
+
+def test_the_batch_follows_the_ranks(matrix: Matrix, tmp_path: Path) -> None:
+    eight = named(ranks=8)
+    work = theirs(tmp_path, {**Z, "train_batch_size": 16, "train_micro_batch_size_per_gpu": 1}, eight)
+    plan = make(case(matrix, machine(matrix, count=2), work), lambda mended: examine(mended, ALL))
+    assert plan.job.num_processes == 2 and plan.job.zero_file is not None
+    total, steps = plan.job.zero_file["train_batch_size"], plan.job.zero_file["gradient_accumulation_steps"]
+    assert total == 2 * steps and not [f for f in plan.blockers if f.code == "LA312"]
+    finding = one(matrix, theirs(tmp_path, {**Z, "train_batch_size": 7}), deepspeed_wins.batch_adds_up)
+    assert finding and "7 != 1 * 2 * 2" in finding.because
+    assert sets(finding.edits) == {"deepspeed:train_batch_size": 4}
+
+
+def test_an_optimizer_in_the_file(matrix: Matrix, tmp_path: Path) -> None:
+    for params, same in (({}, True), ({"lr": "auto", "betas": "auto"}, True), ({"lr": 1e-5}, True), ({"lr": 1}, False)):
+        zero = {**Z, "optimizer": {"type": "AdamW", "params": params}}
+        finding = one(matrix, theirs(tmp_path, zero), deepspeed_wins.no_optimizer)
+        assert finding and finding.severity == "error" and "in the config file and in the code" in finding.because
+        gone = (Remove("deepspeed", ("optimizer",), "the script has its own optimizer"),)
+        assert (finding.edits, finding.offers) == ((gone, ()) if same else ((), gone))
+    for work in (ours(zero), neither(zero)):
+        finding = one(matrix, work, deepspeed_wins.no_optimizer)
+        assert finding and finding.severity == "warning" and not finding.edits
+
+
+def test_accumulation_in_the_file(matrix: Matrix, tmp_path: Path) -> None:
+    check, steps = deepspeed_wins.accumulation_agrees, "gradient_accumulation_steps"
+    finding = one(matrix, ours({**Z, steps: 4}), check)
+    assert finding and finding.severity == "warning" and sets(finding.edits) == {f"train:{steps}": 4}
+    for silent in ({**Z, steps: "auto"}, {key: value for key, value in Z.items() if key != steps}):
+        assert one(matrix, ours(silent), check) is None  # the bundled trainer takes its own number
+    four = theirs(tmp_path, {**Z, steps: 4})
+    finding = one(matrix, four, check, "xflux-2024")
+    assert finding and "DeepSpeed steps after 4 passes" in finding.because
+    assert sets(finding.edits) == {f"train:{steps}": 4}
+    finding = one(matrix, four, check)
+    assert finding and "DeepSpeed divides each gradient by 4" in finding.because
+    assert sets(finding.edits) == {f"deepspeed:{steps}": 2}
+    finding = one(
+        matrix, theirs(tmp_path, {key: value for key, value in Z.items() if key != steps}), check, "xflux-2024"
+    )
+    assert finding and finding.severity == "error" and "which means 1" in finding.seen
+    assert sets(finding.edits) == {f"deepspeed:{steps}": 2}
+    assert one(matrix, theirs(tmp_path, {**Z, steps: "auto"}), check) is None
+
+
+@pytest.mark.parametrize(("stack", "zero", "line", "limit", "where"), [
+    ("cuda13", {"gradient_clipping": 0.5}, "", 0.5, "by ds.json"),
+    ("cuda13", {}, "", None, ""),  # 1.0 is DeepSpeed's own now
+    ("xflux-2024", {}, "", 0.0, "not clipped, by DeepSpeed 0.14.4's own default"),
+    ("xflux-2024", {"gradient_clipping": "auto"}, "", None, ""),
+    ("xflux-2024", None, "gradient_clipping: '2'", 2.0, "by accelerate's file"),
+    ("xflux-2024", None, "gradient_clipping: 0", 0.0, "not clipped"),
+    ("cuda13", None, "gradient_clipping: auto", None, ""),
+    ("cuda13", None, "zero_stage: 2", None, ""),
+])  # fmt: skip
+def test_clipping_of_xflux(
+    matrix: Matrix, tmp_path: Path, stack: str, zero: Any, line: str, limit: float | None, where: str
+) -> None:
+    work = theirs(tmp_path, zero or {})
+    if zero is None:
+        work = dataclasses.replace(work, accelerate=yaml.safe_load(inline(line)), zero_file=None, deepspeed_path=None)
+    finding = one(matrix, work, deepspeed_wins.clipping_agrees, stack)
+    assert (finding is None) == (limit is None)
+    if finding:
+        assert where in finding.seen and sets(finding.edits) == {"train:max_grad_norm": limit}
+
+
+def test_clipping_of_the_bundled_trainer(matrix: Matrix) -> None:
+    check = deepspeed_wins.clipping_agrees
+    finding = one(matrix, ours({**Z, "gradient_clipping": 0.25}), check)
+    assert finding and sets(finding.edits) == {"train:max_grad_norm": 0.25}
+    assert one(matrix, ours({**Z, "gradient_clipping": "auto"}, max_grad_norm=3.0), check) is None
+    assert one(matrix, ours({}, max_grad_norm=3.0), check) is None  # it writes its own number
+    off = dataclasses.replace(job(max_grad_norm=0.0), accelerate=yaml.safe_load(inline("gradient_clipping: 0")))
+    assert one(matrix, off, check) is None
+
+
+def test_a_large_bucket(matrix: Matrix, tmp_path: Path) -> None:
+    big = {**Z, "zero_optimization": {"stage": 2, "reduce_bucket_size": 5e8, "overlap_comm": True}}
+    for work in (ours(big), theirs(tmp_path, big)):
+        finding = one(matrix, work, deepspeed_memory.bucket_fits)
+        assert finding and finding.severity == "warning" and not finding.edits and "about 1907 MiB" in finding.because
+        (offer,) = finding.offers
+        assert offer.key == BUCKET and isinstance(offer, Edit) and 10_000_000 < int(offer.value or 0) < 40_000_000
+        assert one(matrix, lay(work, [offer]), deepspeed_memory.bucket_fits) is None
+    small = {**Z, "zero_optimization": {"stage": 2, "reduce_bucket_size": 50_000_000}}
+    assert one(matrix, theirs(tmp_path, small), deepspeed_memory.bucket_fits) is None
+
+
+def test_zero_is_no_help_on_small_cards(matrix: Matrix, tmp_path: Path) -> None:
+    check = deepspeed_memory.zero_saves_little
+    assert one(matrix, theirs(tmp_path), check) is None
+    finding = one(matrix, theirs(tmp_path), check, card="A10")
+    assert finding and finding.severity == "warning" and not finding.edits
+    assert "ZeRO on 2 ranks takes 75 MiB off each" in finding.seen and "954 MiB more" in finding.because
+    finding = one(matrix, ours(), check, card="T4")
+    assert finding and "gradient_checkpointing" in finding.hint and "954" not in finding.because
+    assert findings(_single(matrix, ours(accelerate=named(ranks=1))), deepspeed_file.values_known) == ()
+
+
+def _single(matrix: Matrix, work: Job) -> Case:
+    return case(matrix, machine(matrix, count=1), work)
+
+
+def test_an_edit_of_the_file_is_named_in_words() -> None:
+    assert describe(Edit("deepspeed", ("bf16", "enabled"), True)) == "bf16.enabled: true in the DeepSpeed file"
