@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from xflux_doctor.facts import Facts
-from xflux_doctor.finding import Finding, Status, Verdict
+from xflux_doctor.finding import Edit, Finding, Status, Verdict
 from xflux_doctor.finding import error as finding_of_error
 from xflux_doctor.job import Job
 from xflux_doctor.matrix import Matrix, Stack
@@ -31,6 +31,8 @@ class Case:
     stack_because: str = ""
     accepted: frozenset[str] = frozenset()
     """Codes that the user accepts: their errors become warnings."""
+    taken: frozenset[str] = frozenset()
+    """Codes whose offers the user takes: they are edits then."""
 
 
 Body = Callable[[Case], Iterator[Finding]]
@@ -65,6 +67,8 @@ _NOT_PROBED = {
     "hub": "the hub was not asked",
     "torch": "torch was not imported (quick level)",
     "allreduce": "no all-reduce was run (quick level)",
+    "cluster": "the job is for one machine, or names no main_process_ip",
+    "meeting": "no launch over several machines was begun",
     "train": "no readable training file was given (--config)",
     "accelerate": "no readable accelerate file was given (--accelerate-config)",
     "stack": "no stack of the matrix fits this machine",
@@ -129,8 +133,36 @@ class SkipCheck(Exception):
 
 def _accept(case: Case, code: str, finding: Finding) -> Finding:
     """Give the finding its check's code; an accepted error becomes a warning that the tool will not repair."""
-    named = msgspec.structs.replace(finding, code=code)
+    named = _where_it_is_said(case, _taken(case, msgspec.structs.replace(finding, code=code)))
     if code not in case.accepted or code in _NEVER_ACCEPTED or finding.severity == "warning":
         return named
     because = f"{finding.because} (accepted by --accept {code})".strip()
-    return msgspec.structs.replace(named, severity="warning", because=because, edits=())
+    return msgspec.structs.replace(named, severity="warning", because=because, edits=(), offers=())
+
+
+def _taken(case: Case, finding: Finding) -> Finding:
+    """What was offered is an edit like any other once the user has asked for it by --take."""
+    if finding.code not in case.taken or not finding.offers:
+        return finding
+    return msgspec.structs.replace(finding, edits=(*finding.edits, *finding.offers), offers=())
+
+
+def _where_it_is_said(case: Case, finding: Finding) -> Finding:
+    """An edit of accelerate's file has no effect where a flag or a variable wins: that is what must change then.
+
+    Edits that belong together are made together or not at all.
+    """
+    job = case.job
+    won = [edit for edit in finding.edits if edit.file == "accelerate" and job.source(edit.key[0])]
+    if not won:
+        return finding
+    sources = ", ".join(dict.fromkeys(f"{edit.key[0]} comes from {job.source(edit.key[0])}" for edit in won))
+    command, flags = job.command, job.command.named if job.command else {}
+    for edit in won:
+        if command is not None and isinstance(edit, Edit) and edit.key[0] in flags:
+            machines = job.num_machines if flags[edit.key[0]] in ("nproc_per_node", "num_gpus") else 1
+            value = edit.value // max(1, machines) if isinstance(edit.value, int) else edit.value
+            command = command.rewritten(flags[edit.key[0]], value)
+    commands = (*finding.commands, str(command)) if command != job.command else finding.commands
+    hint = f"{finding.hint} {sources}: no file is changed for it.".strip()
+    return msgspec.structs.replace(finding, hint=hint, edits=(), offers=(), commands=commands)

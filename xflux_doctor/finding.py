@@ -20,7 +20,7 @@ class Edit(msgspec.Struct, frozen=True, tag="set"):
     """One key of one of the job's files gets one value."""
 
     file: str
-    """`accelerate` or `train`: which of the job's files."""
+    """Which of the job's files: `accelerate`, `train`, or `deepspeed` (the file that deepspeed_config_file names)."""
     key: tuple[str, ...]
     """The path of keys, for example `("deepspeed_config", "zero_stage")`."""
     value: Scalar
@@ -55,7 +55,15 @@ class Nest(msgspec.Struct, frozen=True, tag="nest"):
     reason: str = ""
 
 
-Change = Edit | Rename | Remove | Nest
+class Comment(msgspec.Struct, frozen=True, tag="comment"):
+    """One key of one of the job's files is commented out, with its value, and the reason is written above it."""
+
+    file: str
+    key: tuple[str, ...]
+    reason: str = ""
+
+
+Change = Edit | Rename | Remove | Nest | Comment
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -70,6 +78,8 @@ class Finding(msgspec.Struct, frozen=True):
     hint: str = ""
     """What to do next."""
     edits: tuple[Change, ...] = ()
+    offers: tuple[Change, ...] = ()
+    """Edits that change the training itself: made only when the user asks for them by `--take CODE`."""
     commands: tuple[str, ...] = ()
     """Shell lines for a person to run; the tool never runs them by itself, except pip after a yes."""
     docs: str = ""
@@ -81,11 +91,12 @@ def error(
     hint: str = "",
     *,
     edits: tuple[Change, ...] = (),
+    offers: tuple[Change, ...] = (),
     commands: tuple[str, ...] = (),
     docs: str = "",
 ) -> Finding:
     """A finding that stops the job. The frame gives it its check's code."""
-    return Finding("", "error", seen, because, hint, edits, commands, docs)
+    return Finding("", "error", seen, because, hint, edits, offers, commands, docs)
 
 
 def warning(
@@ -94,11 +105,12 @@ def warning(
     hint: str = "",
     *,
     edits: tuple[Change, ...] = (),
+    offers: tuple[Change, ...] = (),
     commands: tuple[str, ...] = (),
     docs: str = "",
 ) -> Finding:
     """A finding that costs time, memory or quality but stops nothing."""
-    return Finding("", "warning", seen, because, hint, edits, commands, docs)
+    return Finding("", "warning", seen, because, hint, edits, offers, commands, docs)
 
 
 class Verdict(msgspec.Struct, frozen=True):

@@ -6,17 +6,20 @@ of its own; nothing is written here.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+from xflux_trainer.config import TrainConfig
 from xflux_trainer.memory import Bill
 
 from xflux_doctor.bill import need
 from xflux_doctor.check import Case, SkipCheck
-from xflux_doctor.finding import Change, Edit, Finding, Nest, Remove, Rename, Verdict
+from xflux_doctor.finding import Change, Comment, Edit, Finding, Remove, Verdict
 from xflux_doctor.job import Job
+from xflux_doctor.meaning import Unchanged, after, difference, everywhere
+from xflux_doctor.yamlnodes import CannotEdit
 
 Examine = Callable[[Case], tuple[Verdict, ...]]
 _ROUNDS = 4
@@ -34,6 +37,8 @@ class Plan:
     verdicts: tuple[Verdict, ...]
     """Of the mended job."""
     bill: Bill | None
+    conflicts: tuple[Change, ...] = ()
+    """Edits that the mended job asks for still, or again: another edit takes them back."""
 
 
 def make(case: Case, examine: Examine) -> Plan:
@@ -41,14 +46,20 @@ def make(case: Case, examine: Examine) -> Plan:
     edits: list[Change] = []
     verdicts = examine(case)
     for _ in range(_ROUNDS):
-        new = [edit for edit in _edits(verdicts) if edit not in edits]
+        job, new = case.job, list[Change]()
+        for edit in _edits(verdicts):
+            laid = job if edit in edits or edit in new else lay(job, [edit])
+            if changed(job, laid):  # what says nothing new, or is refused, is no part of the plan: its finding stays
+                job = laid
+                new.append(edit)
         if not new:
             break
         edits += new
-        case = dataclasses.replace(case, job=lay(case.job, new))
+        case = dataclasses.replace(case, job=job)
         verdicts = examine(case)
     blockers = tuple(f for v in verdicts for f in v.findings if f.severity == "error")
-    return Plan(tuple(_last_of_each(edits)), blockers, case.job, verdicts, _bill(case))
+    again = {edit.key: edit for edit in _edits(verdicts) if changed(case.job, lay(case.job, [edit]))}
+    return Plan(tuple(_last_of_each(edits)), blockers, case.job, verdicts, _bill(case), tuple(again.values()))
 
 
 def _bill(case: Case) -> Bill | None:
@@ -67,41 +78,56 @@ def _edits(verdicts: tuple[Verdict, ...]) -> list[Change]:
 
 def _last_of_each(edits: list[Change]) -> list[Change]:
     """Two rounds may set one key twice: the later value is the one to write."""
-    kept: dict[tuple[str, tuple[str, ...]], Change] = {}
+    kept: dict[tuple[type[Change], str, tuple[str, ...]], Change] = {}
     for edit in edits:
-        kept[(edit.file, edit.key)] = edit
+        kept.pop((type(edit), edit.file, edit.key), None)
+        kept[(type(edit), edit.file, edit.key)] = edit
     return list(kept.values())
 
 
 def lay(job: Job, edits: list[Change]) -> Job:
     """The job as it would read with the edits made. The files are not touched."""
-    mapping = copy.deepcopy(job.accelerate)
-    train = job.train
-    own = copy.deepcopy(dict(job.xflux.config)) if job.xflux and job.xflux.config is not None else None
+    mapping, train, zero = job.accelerate, job.train, job.zero_file
+    own = dict(job.xflux.config) if job.xflux and job.xflux.config is not None else None
     for edit in edits:
         if edit.file == "accelerate" and mapping is not None:
-            _lay_mapping(mapping, edit)
-        elif edit.file == "train" and train is not None and isinstance(edit, Edit):
-            train = dataclasses.replace(train, **{edit.key[-1]: edit.value})
+            mapping = _laid(mapping, edit)
+        elif edit.file == "deepspeed" and zero is not None:
+            zero = _laid(zero, edit)
+        elif edit.file == "train" and train is not None:
+            train = _trained(train, edit)
         elif edit.file == "train" and own is not None:
-            _lay_mapping(own, edit)
+            for place in everywhere(own, edit, bundled=False):
+                own = _laid(own, place)
     checkout = dataclasses.replace(job.xflux, config=own) if job.xflux else None
-    return dataclasses.replace(job, accelerate=mapping, train=train, xflux=checkout)
+    return dataclasses.replace(job, accelerate=mapping, train=train, zero_file=zero, xflux=checkout)
 
 
-def _lay_mapping(mapping: dict[str, object], edit: Change) -> None:
-    if isinstance(edit, Nest):
-        mapping[edit.key[0]] = {member: mapping.pop(member) for member in edit.members if member in mapping}
-        return
-    *parents, last = edit.key
-    for name in parents:
-        inner = mapping.setdefault(name, {})
-        if not isinstance(inner, dict):
-            return
-        mapping = inner
+def changed(before: Job, after_: Job) -> bool:
+    """Whether the files of the one job say something else than those of the other; 1 is not true."""
+    return difference(_values(before), _values(after_)) is not None
+
+
+def _values(job: Job) -> dict[str, Any]:
+    own = dict(job.xflux.config) if job.xflux and job.xflux.config is not None else None
+    train = vars(job.train) if job.train is not None else None
+    return {"accelerate": job.accelerate, "deepspeed": job.zero_file, "train": train, "xflux": own}
+
+
+def _laid(mapping: dict[str, Any], edit: Change) -> dict[str, Any]:
+    """As the text's own edit would be read; what the text will refuse changes nothing, so that its finding stays."""
+    try:
+        return dict(after(mapping, edit))
+    except (Unchanged, CannotEdit):
+        return mapping
+
+
+def _trained(train: TrainConfig, edit: Change) -> TrainConfig:
+    """The bundled trainer's config; a key that goes has its default value."""
+    name = edit.key[-1]
     if isinstance(edit, Edit):
-        mapping[last] = edit.value
-    elif isinstance(edit, Remove):
-        mapping.pop(last, None)
-    elif isinstance(edit, Rename) and last in mapping:
-        mapping[edit.new] = mapping.pop(last)
+        return dataclasses.replace(train, **{name: edit.value})
+    default = {field.name: field.default for field in dataclasses.fields(TrainConfig)}.get(name, dataclasses.MISSING)
+    if isinstance(edit, Remove | Comment) and default is not dataclasses.MISSING:
+        return dataclasses.replace(train, **{name: default})
+    return train

@@ -3,7 +3,12 @@
 A reader of the file sees the old text or the new text, never a part of one: the new text is written beside it
 under another name, flushed to the disk and then renamed over it. Before that, a copy of the old text (`.bak-…`)
 and a small record of what is about to be written (`.bak-….json`) are on the disk in the same way, so that `undo`
-knows what to put back, and whether somebody else has changed the file since.
+knows what to put back, and whether somebody else has changed the file since. A file that is made where there was
+none has such a record without a copy, and `undo` removes it.
+
+A symbolic link stays one: what it leads to is written. Of a file with several names (hard links) only the name that
+was given gets the new text, as with `sed -i` and git: the others, which are often somebody's copies (`cp -al`), keep
+the old text, and `Backup.names` lets the command say so.
 """
 
 from __future__ import annotations
@@ -15,7 +20,9 @@ import glob
 import hashlib
 import json
 import os
+import re
 import stat
+import time
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -25,6 +32,9 @@ import msgspec
 from xflux_doctor.files import replace
 
 _MARK = ".xflux-doctor.bak-"
+_TEMPORARY = re.compile(r"(\.xflux-doctor\.bak-[0-9TZ.-]*(\.json)?)?\.[a-z0-9_]{8}\.tmp")
+_STALE = 3600.0
+"""Seconds; no write of a few kilobytes takes longer."""
 
 
 class RepairError(Exception):
@@ -34,6 +44,10 @@ class RepairError(Exception):
         super().__init__(f"{seen}. {hint}")
         self.seen = seen
         self.hint = hint
+
+
+class NoBackup(RepairError):
+    """There is nothing that could be undone."""
 
 
 class Backup(msgspec.Struct, frozen=True):
@@ -46,6 +60,10 @@ class Backup(msgspec.Struct, frozen=True):
     old_sha256: str
     new_sha256: str
     """Of what was written: a file with another sum was changed by somebody else since."""
+    created: bool = False
+    """There was no file before: no copy either, and undo removes the file."""
+    names: int = 1
+    """How many names (hard links) the file had."""
 
 
 def read(path: Path) -> str:
@@ -61,8 +79,8 @@ def read(path: Path) -> str:
 
 def diff(old: str, new: str, name: str) -> str:
     """The change as a unified diff that `patch` and `git apply` take; empty when there is none."""
-    lines = difflib.unified_diff(_lines(old), _lines(new), f"a/{name}", f"b/{name}")
-    return "".join(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n" for line in lines)
+    found = difflib.unified_diff(lines(old), lines(new), f"a/{name}", f"b/{name}")
+    return "".join(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n" for line in found)
 
 
 def write(path: Path, text: str, was: str | None = None) -> Backup | None:
@@ -87,6 +105,27 @@ def write(path: Path, text: str, was: str | None = None) -> Backup | None:
         return _exchange(real, old, text.encode("utf-8"), status)
 
 
+def create(path: Path, text: str) -> Backup:
+    """Make a file that is not there yet, in a way that `undo` can take back."""
+    data = text.encode("utf-8")
+    with _told(path):
+        real = path.resolve()
+        if os.path.lexists(real):
+            raise RepairError(f"{path} was made while the repair was being prepared", "Run the command again.")
+        for old in backups(real):
+            if old.created:  # left behind by a kill, or its file was removed by hand
+                _record(old.copy).unlink(missing_ok=True)
+        backup = Backup(real, _free_name(real), "", _sum(data), created=True)
+        try:
+            replace(_record(backup.copy), _to_json(backup))
+            replace(real, data)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                _record(backup.copy).unlink()
+            raise
+    return backup
+
+
 def undo(path: Path, force: bool = False) -> Backup:
     """Put back the text before the latest write, and forget that write; what came before can be undone next.
 
@@ -96,8 +135,10 @@ def undo(path: Path, force: bool = False) -> Backup:
         real = path.resolve(strict=True)
         found = backups(real)
     if not found:
-        raise RepairError(f"{path} has no backup beside it", "Only a change made by this tool can be undone.")
+        raise NoBackup(f"{path} has no backup beside it", "Only a change made by this tool can be undone.")
     backup = found[-1]
+    if backup.created:
+        return _unmake(path, backup, force)
     with _told(path):
         now, old, status = real.read_bytes(), backup.copy.read_bytes(), real.stat()
     if _sum(old) != backup.old_sha256:
@@ -112,9 +153,14 @@ def undo(path: Path, force: bool = False) -> Backup:
             _exchange(real, now, old, status)
         elif now != old:
             replace(real, old, status)
-        _record(backup.copy).unlink()
-        backup.copy.unlink()
+        _forget(backup)
     return backup
+
+
+def _forget(backup: Backup) -> None:
+    """The record first: a copy alone is nothing to undo, a record alone would be a lie."""
+    _record(backup.copy).unlink()
+    backup.copy.unlink(missing_ok=True)
 
 
 def backups(path: Path) -> list[Backup]:
@@ -125,18 +171,31 @@ def backups(path: Path) -> list[Backup]:
         copy = record.with_suffix("")
         try:
             data = json.loads(record.read_bytes())
-            backup = Backup(real, copy, str(data["old_sha256"]), str(data["new_sha256"]))
-        except (ValueError, KeyError, TypeError):
+            created = data.get("created") is True
+            backup = Backup(real, copy, str(data["old_sha256"]), str(data["new_sha256"]), created)
+        except (ValueError, KeyError, TypeError, AttributeError):
             continue  # not one of ours: ours are complete or absent
-        if copy.exists():
+        if created or copy.exists():
             found.append(backup)
     return sorted(found, key=lambda backup: backup.copy.name)
+
+
+def _unmake(path: Path, backup: Backup, force: bool) -> Backup:
+    """Remove a file that this tool made, unless somebody wrote into it since."""
+    with _told(path):
+        if _sum(backup.file.read_bytes()) != backup.new_sha256 and not force:
+            seen = f"{path} was changed after this tool made it"
+            raise RepairError(seen, "Remove it by hand if you do not want it.")
+        backup.file.unlink()
+        _record(backup.copy).unlink()
+    return backup
 
 
 def _exchange(real: Path, old: bytes, new: bytes, status: os.stat_result) -> Backup | None:
     if old == new:
         return None
-    backup = Backup(real, _free_name(real), _sum(old), _sum(new))
+    _tidy(real, old)
+    backup = Backup(real, _free_name(real), _sum(old), _sum(new), names=status.st_nlink)
     try:
         replace(backup.copy, old, status)
         replace(_record(backup.copy), _to_json(backup), status)
@@ -147,6 +206,27 @@ def _exchange(real: Path, old: bytes, new: bytes, status: os.stat_result) -> Bac
                 path.unlink()
         raise
     return backup
+
+
+def _tidy(real: Path, text: bytes) -> None:
+    """Remove what a kill in the middle of an earlier write left behind.
+
+    These are backups that would put back what the file says anyway, with or without their record, and parts of texts
+    under temporary names (of `files.replace`) that nobody has written to for an hour.
+    """
+    for backup in reversed(backups(real)):
+        if backup.old_sha256 != _sum(text):
+            break
+        _forget(backup)
+    for path in real.parent.glob(glob.escape(real.name) + _MARK + "*"):
+        with contextlib.suppress(OSError):
+            if path.suffix != ".json" and not _record(path).exists() and path.read_bytes() == text:
+                path.unlink()
+    for path in real.parent.glob("." + glob.escape(real.name[:100]) + "*.tmp"):
+        with contextlib.suppress(OSError):
+            ours = _TEMPORARY.fullmatch(path.name[1 + len(real.name[:100]) :])
+            if ours and time.time() - path.stat().st_mtime > _STALE:
+                path.unlink()
 
 
 def _free_name(real: Path) -> Path:
@@ -164,11 +244,13 @@ def _record(copy: Path) -> Path:
 
 
 def _to_json(backup: Backup) -> bytes:
-    data = {
+    data: dict[str, str | bool] = {
         "file": backup.file.name,
         "old_sha256": backup.old_sha256,
         "new_sha256": backup.new_sha256,
     }
+    if backup.created:
+        data["created"] = True
     return json.dumps(data, indent=1).encode() + b"\n"
 
 
@@ -176,7 +258,7 @@ def _sum(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _lines(text: str) -> list[str]:
+def lines(text: str) -> list[str]:
     """Lines as `patch` counts them: by \\n alone, which str.splitlines does not."""
     lines = text.split("\n")
     return [line + "\n" for line in lines[:-1]] + ([lines[-1]] if lines[-1] else [])

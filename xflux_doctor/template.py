@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 _TEXT = """\
-# Written by xflux-doctor: one rank per device.
+# Written by xflux-doctor: one rank per device; {because}.
 compute_environment: LOCAL_MACHINE
 debug: false
 distributed_type: {distributed_type}
@@ -30,14 +30,16 @@ deepspeed_config:
 """
 
 
-def xflux_yaml(processes: int, accumulation: int) -> str:
-    """X-Flux's own launch, by its README: without DeepSpeed its script keeps the frozen model in fp32."""
-    text = _TEXT.format(distributed_type="DEEPSPEED", processes=processes, use_cpu="false")
+def deepspeed_yaml(processes: int, accumulation: int, because: str) -> str:
+    """A launch under DeepSpeed ZeRO-2, as X-Flux's README has it."""
+    text = _TEXT.format(distributed_type="DEEPSPEED", processes=processes, use_cpu="false", because=because)
     before, mark, after = text.partition("distributed_type:")
     return before + _DEEPSPEED.format(accumulation=accumulation) + mark + after
 
 
-def accelerate_yaml(processes: int, *, cpu: bool) -> str:
+def accelerate_yaml(
+    processes: int, *, cpu: bool, because: str = "the ranks share the adapters' gradients alone"
+) -> str:
     """A DDP launch: for a LoRA the ranks share nothing but the adapters' gradients.
 
     CPU ranks are launched as MULTI_GPU with use_cpu: accelerate starts only one process for MULTI_CPU without
@@ -47,4 +49,5 @@ def accelerate_yaml(processes: int, *, cpu: bool) -> str:
         distributed_type="MULTI_GPU" if processes > 1 else "NO",
         processes=processes,
         use_cpu=str(cpu).lower(),
+        because=because,
     )

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import yaml
 
-from xflux_doctor.finding import Change, Edit, Nest, Remove, Rename
+from xflux_doctor.finding import Change, Comment, Edit, Nest, Remove, Rename
+from xflux_doctor.meaning import Unchanged, after, difference
+from xflux_doctor.yamlcomment import comment_out
 from xflux_doctor.yamlnodes import (
     BREAKS,
     Alias,
@@ -59,8 +61,8 @@ def _apply_one(text: str, edit: Change) -> str:
         raise CannotEdit(edit.key, "the change names no key")
     old = read(text)
     try:
-        new = _expected(old, edit, edit.key)
-    except _Unchanged:
+        new = after(old, edit)
+    except Unchanged:
         return text
     start, end, replacement = _splice(text, edit)
     result = text[:start] + replacement + text[end:]
@@ -68,81 +70,10 @@ def _apply_one(text: str, edit: Change) -> str:
         got = read(result)
     except CannotEdit as error:
         raise CannotEdit(edit.key, f"the edited text would not read back ({error.seen})") from error
-    where = _difference(new, got, ())
+    where = difference(new, got)
     if where is not None:
         raise CannotEdit(edit.key, f"the change would also reach {'.'.join(where) or 'the whole file'}")
     return result
-
-
-class _Unchanged(Exception):
-    """The data already say what the edit wants."""
-
-
-def _expected(data: Any, edit: Change, rest: tuple[str, ...]) -> Any:
-    """The data after the edit. Only the mappings on the path are copied, so that aliased data stay cheap."""
-    if isinstance(data, list) and len(rest) > 1:
-        at = index_of(data, rest[0])
-        if at is not None:
-            return [*data[:at], _expected(data[at], edit, rest[1:]), *data[at + 1 :]]
-    if isinstance(edit, Nest):
-        return _nested(data, edit)
-    if data is None and isinstance(edit, Edit):
-        data = {}
-    if not isinstance(data, dict):
-        if not isinstance(edit, Edit):
-            raise _Unchanged
-        seen = "a list" if isinstance(data, list) else f"the value {data!r}"
-        raise CannotEdit(edit.key, f"holds {seen} where a mapping is needed to reach {rest[0]!r}")
-    key = rest[0]
-    if len(rest) > 1:
-        if key not in data and not isinstance(edit, Edit):
-            raise _Unchanged
-        return {**data, key: _expected(data.get(key), edit, rest[1:])}
-    if isinstance(edit, Edit):
-        if key in data and _difference(data[key], edit.value, ()) is None:
-            raise _Unchanged
-        return {**data, key: edit.value}
-    if key not in data or (isinstance(edit, Rename) and edit.new == key):
-        raise _Unchanged
-    if isinstance(edit, Remove):
-        return {name: value for name, value in data.items() if name != key}
-    if edit.new in data:
-        raise CannotEdit(edit.key, f"both {key!r} and {edit.new!r} are set", "Remove the wrong one.")
-    return {edit.new if name == key else name: value for name, value in data.items()}
-
-
-def _nested(data: Any, edit: Nest) -> Any:
-    """The data with the members moved into their section."""
-    name = edit.key[0]
-    if not isinstance(data, dict) or name not in data or not all(member in data for member in edit.members):
-        raise _Unchanged
-    if data[name] is not None:
-        raise CannotEdit(edit.key, "it has a value already")
-    kept = {key: value for key, value in data.items() if key not in edit.members}
-    return {**kept, name: {member: data[member] for member in edit.members}}
-
-
-def _difference(
-    want: Any, got: Any, path: tuple[str, ...], seen: set[tuple[int, int]] | None = None
-) -> tuple[str, ...] | None:
-    """The path of the first place where two values differ in value or type (1 is not True), or None."""
-    if type(want) is not type(got):
-        return path
-    if not isinstance(want, (dict, list)):
-        return None if want == got or (want != want and got != got) else path
-    seen = set() if seen is None else seen
-    if (id(want), id(got)) in seen:  # aliases share values, in circles even: each pair is compared once
-        return None
-    seen.add((id(want), id(got)))
-    wants = want if isinstance(want, dict) else dict(enumerate(want))
-    gots = got if isinstance(got, dict) else dict(enumerate(got))
-    for key in {**wants, **gots}:
-        if key not in wants or key not in gots:
-            return (*path, str(key))
-        where = _difference(wants[key], gots[key], (*path, str(key)), seen)
-        if where is not None:
-            return where
-    return None
 
 
 def _splice(text: str, edit: Change) -> tuple[int, int, str]:
@@ -160,7 +91,9 @@ def _splice(text: str, edit: Change) -> tuple[int, int, str]:
     key, value = place.mapping.value[place.entry]
     if isinstance(edit, Rename):
         return _rename(text, key, edit)
-    if isinstance(edit, Remove):
+    if isinstance(edit, Comment) and not place.mapping.flow_style:
+        return comment_out(text, root, place.mapping, place.entry, edit)
+    if isinstance(edit, Remove | Comment):  # in { }, as in JSON, a comment has no place: the key goes
         return _remove(text, place.mapping, place.entry, edit)
     if place.depth < len(edit.key) - 1:
         return _fill_null(text, root, place, edit)
@@ -239,7 +172,7 @@ def _rename(text: str, key: yaml.ScalarNode, edit: Rename) -> tuple[int, int, st
     return start, end, _write(edit.new, edit, key.style, "")
 
 
-def _remove(text: str, mapping: yaml.MappingNode, at: int, edit: Remove) -> tuple[int, int, str]:
+def _remove(text: str, mapping: yaml.MappingNode, at: int, edit: Remove | Comment) -> tuple[int, int, str]:
     key, value = mapping.value[at]
     if len(mapping.value) == 1:
         return _empty(text, mapping, edit)
@@ -268,7 +201,7 @@ def _remove(text: str, mapping: yaml.MappingNode, at: int, edit: Remove) -> tupl
     return start, following, ""
 
 
-def _empty(text: str, mapping: yaml.MappingNode, edit: Remove) -> tuple[int, int, str]:
+def _empty(text: str, mapping: yaml.MappingNode, edit: Remove | Comment) -> tuple[int, int, str]:
     """Remove the only key: the mapping is written as {}."""
     if mapping.flow_style:
         start, end = mapping.start_mark.index, mapping.end_mark.index
@@ -299,7 +232,12 @@ def _indent(text: str, root: yaml.Node, edit: Nest) -> tuple[int, int, str]:
     last_key, last = members[-1]
     end = end_of_line(text, max(end_of(text, last), after_colon(text, last_key, edit.key)))
     lines = text[start:end].splitlines(keepends=True)
-    return start, end, "".join(" " * step_of(root) + line if line.strip() else line for line in lines)
+    moved = "".join(" " * step_of(root) + line if line.strip() else line for line in lines)
+    section, null = place.mapping.value[place.entry]
+    if null.start_mark.index == null.end_mark.index:
+        return start, end, moved
+    colon = after_colon(text, section, edit.key)  # the word null, or ~, goes
+    return colon, end, text[null.end_mark.index : start] + moved
 
 
 def _fill_null(text: str, root: yaml.Node, place: _Place, edit: Edit) -> tuple[int, int, str]:

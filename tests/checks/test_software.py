@@ -9,7 +9,7 @@ import pytest
 from conftest import XFLUX_ACCELERATE, case, findings, job, machine, packages, verdict
 
 from xflux_doctor.checks import software
-from xflux_doctor.commands import fix
+from xflux_doctor.commands import install
 from xflux_doctor.facts import Package, TorchFacts
 from xflux_doctor.matrix import Matrix
 
@@ -120,9 +120,9 @@ def test_pip_is_forced_where_it_would_be_content(matrix: Matrix, tmp_path: Path)
     found = packages(matrix, "xflux-2024", torch="2.4.0+cpu")
     found["peft"] = msgspec.structs.replace(found["peft"], files=False)
     subject = case(matrix, machine(matrix, packages=found), job(), "xflux-2024")
-    anew = fix.broken(subject)
+    anew = install.broken(subject)
     assert anew == {"torch": "2.4.0", "peft": "0.13.2"}
-    shown = [line for _, line in fix.pip_commands(matrix.stack("xflux-2024"), "python", tmp_path, anew)]
+    shown = [line for _, line in install.pip_commands(matrix.stack("xflux-2024"), "python", tmp_path, anew)]
     assert len(shown) == 3 and all("--force-reinstall" in line and "--no-deps" in line for line in shown[:2])
     assert "--force-reinstall" not in shown[2]
 
@@ -133,7 +133,7 @@ def test_torn_files_are_installed_again(matrix: Matrix, tmp_path: Path) -> None:
     found["nvidia-nccl-cu12"] = msgspec.structs.replace(found["nvidia-nccl-cu12"], damaged=("nvidia/nccl/lib/x.so.2",))
     found["torch"] = msgspec.structs.replace(found["torch"], module_version="2.3.1")
     subject = case(matrix, machine(matrix, packages=found), job(), "xflux-2024")
-    anew = fix.broken(subject)
+    anew = install.broken(subject)
     assert anew == {"torch": "2.4.0", "nvidia-nccl-cu12": "2.20.5"}
-    shown = [line for _, line in fix.pip_commands(matrix.stack("xflux-2024"), "python", tmp_path, anew)]
+    shown = [line for _, line in install.pip_commands(matrix.stack("xflux-2024"), "python", tmp_path, anew)]
     assert any(line.endswith("--no-deps --force-reinstall nvidia-nccl-cu12==2.20.5") for line in shown)

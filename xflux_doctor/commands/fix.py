@@ -1,36 +1,39 @@
-"""`xflux-doctor fix`: show the repairs, write them, install packages, or put the old files back."""
+"""`xflux-doctor fix`: show the repairs and write them."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
 import sys
-import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
+from typing import Any
 
 import click
 import yaml
 
-from xflux_doctor import choose, pins, repair, yamltext
+from xflux_doctor import batch, jsontext, repair, strategy, yamltext
 from xflux_doctor import matrix as matrices
 from xflux_doctor.check import Case, examine
 from xflux_doctor.checks import ALL
 from xflux_doctor.checks.words import devices
 from xflux_doctor.commands.check import summarize
-from xflux_doctor.errors import DoctorError, UsageError
-from xflux_doctor.files import write_atomic
-from xflux_doctor.finding import Change, Finding
+from xflux_doctor.errors import DoctorError
+from xflux_doctor.finding import Change, Finding, Verdict
 from xflux_doctor.inputs import Inputs, build
+from xflux_doctor.job import Job
+from xflux_doctor.meaning import everywhere
 from xflux_doctor.plan import Plan, make
-from xflux_doctor.report import jsonreport, text
-from xflux_doctor.template import accelerate_yaml, xflux_yaml
+from xflux_doctor.report import difference, jsonreport, text
+from xflux_doctor.template import accelerate_yaml, deepspeed_yaml
+from xflux_doctor.yamlnodes import read as read_yaml
 
-NO_WRITING = frozenset({"HW101", "LA105", "LA114"})
-"""Blockers under which nothing is written: a GPU job is never turned into a CPU job, a service's file never touched."""
+NO_WRITING = frozenset({"HW101", "LA103", "LA104", "LA105", "LA113", "LA114"}).union(
+    f"LA{code}" for code in (*range(201, 213), *range(301, 314))
+)
+"""Blockers under which nothing is written: a GPU job is never turned into a CPU job, a service's file never touched,
+and a file of accelerate's that no edit makes right stays as it is, whole."""
+_ROUNDS = 3
+"""Writes until the files must be right; each is looked at again as it lies on the disk."""
 
 
 @dataclass(frozen=True)
@@ -40,35 +43,64 @@ class FileRepair:
     path: Path
     old: str | None
     new: str
+    edits: tuple[Change, ...] = ()
 
     @property
     def diff(self) -> str:
         return repair.diff(self.old or "", self.new, str(self.path))
 
 
+@dataclass(frozen=True)
+class Look:
+    """The job as its files are now, and what would be written."""
+
+    plan: Plan
+    refusal: Finding | None
+    """Why nothing may be written, if there is a reason."""
+    files: list[FileRepair]
+
+
 def plan_of(case: Case) -> Plan:
     return make(case, lambda mended: examine(mended, ALL))
+
+
+def files_of(job: Job) -> dict[str, Path]:
+    """The job's files by the names that edits have for them."""
+    files = {"accelerate": job.accelerate_path, "train": job.train_path, "deepspeed": job.deepspeed_path}
+    return {name: path for name, path in files.items() if path is not None}
 
 
 def repairs(case: Case, edits: tuple[Change, ...]) -> list[FileRepair]:
     """The files with the edits spliced into their text; everything else in them is kept."""
     found = []
-    for name, path in (("accelerate", case.job.accelerate_path), ("train", case.job.train_path)):
+    for name, path in files_of(case.job).items():
         mine = [edit for edit in edits if edit.file == name]
-        if path is None or not mine:
+        if not mine:
             continue
         try:
             old = repair.read(path)
-            new = yamltext.apply(old, mine)
+            made = _places(old, mine, bundled=case.job.xflux is None) if name == "train" else tuple(mine)
+            new = _apply(path, made)(old, made)
         except repair.RepairError as error:
             raise DoctorError(f"{error.seen}.", error.hint) from error
         except yamltext.CannotEdit as error:
             raise DoctorError(f"{path} cannot be edited safely: {error}", "Make the change by hand.") from error
         if new != old:
-            found.append(FileRepair(path, old, new))
-    if case.job.accelerate_path is None and not case.job.problems:
+            found.append(FileRepair(path, old, new, made))
+    if case.job.accelerate_path is None and not case.job.problems and case.job.command is None:
         found.append(FileRepair(Path("accelerate_config.yaml"), None, new_accelerate(case)))
     return found
+
+
+def _apply(path: Path, edits: tuple[Change, ...]) -> difference.Apply:
+    json = path.suffix == ".json" or any(edit.file == "deepspeed" for edit in edits)
+    return jsontext.apply if json else yamltext.apply
+
+
+def _places(old: str, edits: list[Change], *, bundled: bool) -> tuple[Change, ...]:
+    """The edits of the training file, each for every place that holds its key."""
+    data = read_yaml(old)
+    return tuple(place for edit in edits for place in everywhere(data, edit, bundled=bundled))
 
 
 def new_accelerate(case: Case) -> str:
@@ -77,10 +109,10 @@ def new_accelerate(case: Case) -> str:
         cores = case.facts.host.cpus if case.facts.host else 1
         return accelerate_yaml(min(2, cores), cpu=True)
     ranks = max(1, len(devices(case) or ()))
-    if case.job.xflux:
-        steps = case.job.xflux.get("gradient_accumulation_steps", 1)
-        return xflux_yaml(ranks, steps if isinstance(steps, int) else 1)
-    return accelerate_yaml(ranks, cpu=False)
+    choice = strategy.best(case, ranks)
+    if choice.strategy.startswith("zero"):
+        return deepspeed_yaml(ranks, batch.accumulation(case.job), choice.because)
+    return accelerate_yaml(ranks, cpu=False, because=choice.because)
 
 
 def _with_launch(case: Case) -> Case:
@@ -95,26 +127,32 @@ def run(inputs: Inputs, *, form: str, write: bool, yes: bool) -> int:
     """Plan the repairs and show them; write them with `write`. Exit 1 while anything stays wrong."""
     case = build(inputs, matrices.load_with(inputs.matrix))
     before = summarize(case)
+    looks = [_look(case)]
+    written: list[str] = []
+    while write and looks[-1].files and len(looks) <= _ROUNDS:
+        if form == "text":
+            _show(looks[-1].files)
+        confirm(yes, "Write these files?" if not written else "This follows from what was written. Write it too?")
+        for item in looks[-1].files:
+            _write(item, form)
+            written.append(str(item.path))
+        looks.append(_look(build(inputs, matrices.load_with(inputs.matrix))))
+    code = _exit_code(looks[-1])
+    if form == "json":
+        report = jsonreport.document(before)
+        click.echo(jsonreport.encode(_with_fix(report, looks, written, code)), nl=False)
+        return code
+    if not write and not looks[-1].refusal:
+        _show(looks[-1].files)
+    _offers(before.verdicts, looks[-1].plan)
+    _last_words(looks, bool(written))
+    return code
+
+
+def _look(case: Case) -> Look:
     plan = plan_of(_with_launch(case))
     refusal = _refusal(plan, case)
-    files = [] if refusal else repairs(case, plan.edits)
-    written: list[str] = []
-    if write and files:
-        if form == "text":
-            _show(files, plan)
-        confirm(yes, "Write these files?")
-        for item in files:
-            written += _write(item, form)
-    code = _exit_code(plan, refusal, files, written)
-    if form == "json":
-        diffs = {str(item.path): item.diff for item in files}
-        report = jsonreport.document(before)
-        click.echo(jsonreport.encode(jsonreport.with_fix(report, plan.edits, diffs, written, code)), nl=False)
-        return code
-    if not write and not refusal:
-        _show(files, plan)
-    _last_words(plan, refusal, files, written)
-    return code
+    return Look(plan, refusal, [] if refusal or plan.conflicts else repairs(case, plan.edits))
 
 
 def _refusal(plan: Plan, case: Case) -> Finding | None:
@@ -124,53 +162,115 @@ def _refusal(plan: Plan, case: Case) -> Finding | None:
     return next((f for f in plan.blockers if f.code in NO_WRITING), None)
 
 
-def _show(files: list[FileRepair], plan: Plan) -> None:
+def _show(files: list[FileRepair]) -> None:
+    """The diff, the reason beside each change."""
     for item in files:
-        for line in item.diff.splitlines():
+        if item.old is None:
+            lines = [(line, "") for line in item.diff.splitlines()]
+        else:
+            lines = list(difference.reasoned(item.old, item.edits, str(item.path), _apply(item.path, item.edits)))
+        for line, reason in lines:
             color = "green" if line.startswith("+") else "red" if line.startswith("-") else None
-            click.echo(click.style(line, fg=color))
-    for edit in plan.edits:
-        click.echo(f"  {text.describe(edit)}")
+            why = click.style(f"  # why: {reason}", fg="bright_black") if reason else ""
+            click.echo(click.style(line, fg=color) + why)
 
 
-def _write(item: FileRepair, form: str) -> list[str]:
-    kept = ""
-    if item.old is None:
-        write_atomic(item.path, item.new)
-    else:
-        try:
-            backup = repair.write(item.path, item.new, item.old)
-        except repair.RepairError as error:
-            raise DoctorError(f"{error.seen}.", error.hint) from error
-        kept = f" (the old one is {backup.copy})" if backup else ""
-    if form == "text":
-        click.echo(f"Wrote {item.path}{kept}.")
-    return [str(item.path)]
+def _write(item: FileRepair, form: str) -> None:
+    try:
+        backup = repair.create(item.path, item.new) if item.old is None else repair.write(item.path, item.new, item.old)
+    except repair.RepairError as error:
+        raise DoctorError(f"{error.seen}.", error.hint) from error
+    if form == "text" and backup is not None:
+        kept = "" if backup.created else f" (the old one is {backup.copy})"
+        linked = f" Its {backup.names - 1} other names (hard links) keep the old text." if backup.names > 1 else ""
+        click.echo(f"Wrote {item.path}{kept}.{linked}")
 
 
-def _exit_code(plan: Plan, refusal: Finding | None, files: list[FileRepair], written: list[str]) -> int:
-    pending = len(files) > len(written)
-    if refusal or plan.blockers or pending:
+def _exit_code(look: Look) -> int:
+    plan = look.plan
+    if look.refusal or look.files or plan.blockers or plan.conflicts:
         return 1
     return 3 if any(verdict.status == "crashed" for verdict in plan.verdicts) else 0
 
 
-def _last_words(plan: Plan, refusal: Finding | None, files: list[FileRepair], written: list[str]) -> None:
+def _with_fix(report: dict[str, Any], looks: list[Look], written: list[str], code: int) -> dict[str, Any]:
+    """The report as JSON has it: the files' diffs from what they said first to what they say, or would say, last."""
+    first: dict[Path, str] = {}
+    last: dict[Path, str] = {}
+    for item in [item for look in looks for item in look.files]:
+        first.setdefault(item.path, item.old or "")
+        last[item.path] = item.new
+    diffs = {str(path): repair.diff(first[path], last[path], str(path)) for path in first}
+    edits = tuple(dict.fromkeys(edit for look in looks for edit in look.plan.edits))
+    left = tuple(finding for verdict in looks[-1].plan.verdicts for finding in verdict.findings)
+    return jsonreport.with_fix(report, edits, diffs, list(dict.fromkeys(written)), left, code)
+
+
+def _last_words(looks: list[Look], written: bool) -> None:
+    """What is left: of the files as they were written, or as they would be."""
+    plan, refusal, files = looks[-1].plan, looks[-1].refusal, looks[-1].files
     for verdict in plan.verdicts:
         if verdict.status == "crashed":
             click.echo(click.style(f"✗ {verdict.check} crashed: {verdict.reason}", fg="magenta"))
     for finding in plan.blockers:
-        click.echo(click.style(f"✗ {finding.code} {finding.seen}", fg="red"))
-        if finding.hint:
-            click.echo(f"    → {finding.hint}")
-        for command in finding.commands:
-            click.echo(f"    $ {command}")
+        _blocker(finding)
+    _conflicts(looks)
     if refusal:
         click.echo("Nothing was written: the job cannot be repaired while this stands.")
-    elif files and not written:
+    elif plan.conflicts or (files and written):
+        click.echo(
+            "These repairs take each other back. Decide by hand, or accept one of the findings by --accept CODE."
+        )
+    elif files:
         click.echo("Nothing was written. `xflux-doctor fix --write-config` writes these files.")
-    elif not files:
+    elif written:
+        _warnings(plan)
+    else:
         click.echo("The files need no repair." if not plan.blockers else "No edit of the files can mend this.")
+
+
+def _offers(verdicts: tuple[Verdict, ...], plan: Plan) -> None:
+    """What the repairs leave to the user, such as a learning rate for another number of samples a step."""
+    blocking = {finding.code for finding in plan.blockers}
+    for finding in (f for verdict in verdicts for f in verdict.findings):
+        if finding.offers and finding.code not in blocking:
+            click.echo(click.style(f"? {finding.code} {finding.hint}", fg="yellow"))
+            for edit in finding.offers:
+                click.echo(text.offer(finding.code, edit))
+
+
+def _blocker(finding: Finding) -> None:
+    click.echo(click.style(f"✗ {finding.code} {finding.seen}", fg="red"))
+    if finding.hint:
+        click.echo(f"    → {finding.hint}")
+    for edit in finding.offers:
+        click.echo(text.offer(finding.code, edit))
+    for command in finding.commands:
+        click.echo(f"    $ {command}")
+
+
+def _conflicts(looks: list[Look]) -> None:
+    """Which edits keep changing which key: those that the plan takes back itself, or those of later writes."""
+    plan = looks[-1].plan
+    for edit in plan.conflicts:
+        click.echo(click.style(f"✗ {'.'.join(edit.key)} does not come to rest:", fg="red"))
+        for change in [*(other for other in plan.edits if (other.file, other.key) == (edit.file, edit.key)), edit]:
+            click.echo(f"    {text.describe(change)}")
+    if looks[-1].files and len(looks) > _ROUNDS:
+        rounds = [edit for look in looks for item in look.files for edit in item.edits]
+        for place in dict.fromkeys((edit.file, edit.key) for edit in looks[-1].files[0].edits):
+            click.echo(click.style(f"✗ {'.'.join(place[1])} does not come to rest:", fg="red"))
+            for change in dict.fromkeys(edit for edit in rounds if (edit.file, edit.key) == place):
+                click.echo(f"    {text.describe(change)}")
+
+
+def _warnings(plan: Plan) -> None:
+    """The files were looked at again as they were written."""
+    warnings = [f for verdict in plan.verdicts for f in verdict.findings if f.severity == "warning"]
+    for finding in warnings:
+        click.echo(click.style(f"! {finding.code} {finding.seen}", fg="yellow"))
+    if not plan.blockers:
+        click.echo("Looked again: nothing of this stops the job." if warnings else "Looked again: nothing is left.")
 
 
 def confirm(yes: bool, question: str) -> None:
@@ -180,119 +280,3 @@ def confirm(yes: bool, question: str) -> None:
     if sys.stdin is None or not sys.stdin.isatty():
         raise DoctorError(f"{question} There is no terminal to answer at.", "Give --yes to agree.", code=2)
     click.confirm(question, abort=True)
-
-
-def undo(inputs: Inputs) -> int:
-    """Put the latest backup of each of the job's files back."""
-    case = build(inputs, matrices.load_with(inputs.matrix))
-    paths = [path for path in (case.job.accelerate_path, case.job.train_path) if path is not None]
-    restored = 0
-    problems: list[repair.RepairError] = []
-    for path in paths:
-        try:
-            backup = repair.undo(path)
-        except repair.RepairError as error:
-            problems.append(error)
-            continue
-        restored += 1
-        click.echo(f"Restored {path} from {backup.copy}.")
-    if not restored:
-        if problems:
-            raise DoctorError(f"{problems[0].seen}.", problems[0].hint)
-        raise DoctorError(
-            "No accelerate or training file was found.", "Name them with --accelerate-config or --config."
-        )
-    return 0
-
-
-def install(inputs: Inputs, *, yes: bool) -> int:
-    """Install the stack with pip in the chosen interpreter, after showing the exact commands; check again."""
-    if inputs.facts:
-        raise UsageError("Recorded facts are of another machine or another time.", "Install without --facts.")
-    case = build(inputs, matrices.load_with(inputs.matrix))
-    python = case.facts.python
-    if case.stack is None or python is None:
-        raise DoctorError(case.stack_because, "See `xflux-doctor matrix list`.")
-    why = choose.why_not(case.stack, case.facts, cpu=case.job.use_cpu)
-    if why:
-        raise DoctorError(f"Stack {case.stack.name} {why}.", "See `xflux-doctor matrix list`.")
-    if python.externally_managed:
-        raise DoctorError(
-            f"{python.executable} is managed by the operating system (EXTERNALLY-MANAGED).",
-            "Make a venv (`python3 -m venv venv`) and name its Python by --python.",
-        )
-    if inputs.offline and not os.environ.get("PIP_FIND_LINKS"):
-        raise DoctorError(
-            "--offline was given, and pip fetches packages.", "Name a folder of wheels by PIP_FIND_LINKS.", code=2
-        )
-    if "pip" not in (case.facts.packages or {}):
-        raise DoctorError(
-            f"{python.executable} has no pip.", f"Run `{python.executable} -m ensurepip`, then try again."
-        )
-    if not python.venv and not python.conda:
-        click.echo(f"! {python.executable} is no venv: other programs of {python.prefix} will use these packages too.")
-    with tempfile.TemporaryDirectory(prefix="xflux-doctor-") as folder:
-        commands = pip_commands(case.stack, python.executable, Path(folder), broken(case), offline=inputs.offline)
-        click.echo(f"Stack {case.stack.name} ({case.stack_because}) into {python.prefix}:")
-        for _, shown in commands:
-            click.echo(f"  $ {shown}")
-        confirm(yes, "Run these commands?")
-        for argv, shown in commands:
-            code = subprocess.call(argv, stdin=subprocess.DEVNULL)
-            if code != 0:
-                raise DoctorError(f"pip ended with {code}: {shown}", "Its last lines above say why.")
-    after = summarize(build(inputs, matrices.load_with(inputs.matrix)))
-    wrong = [v for v in after.verdicts if v.check.startswith("SW") and v.status in ("error", "crashed")]
-    for verdict in wrong:
-        for finding in verdict.findings:
-            click.echo(click.style(f"✗ {finding.code} {finding.seen}", fg="red"))
-    click.echo("The packages are the stack's." if not wrong else "Some packages are still not the stack's.")
-    return 1 if wrong else 0
-
-
-def broken(case: Case) -> dict[str, str]:
-    """Packages that pip takes for installed and that are not right, each with the version that is to come.
-
-    Another build, no files, torn files, two copies, files of another release: pip would say "already satisfied".
-    """
-    assert case.stack is not None
-    found = {}
-    for name, package in (case.facts.packages or {}).items():
-        pin = case.stack.packages.get(name)
-        mixed = bool(package.module_version) and package.module_version != package.version.partition("+")[0]
-        if pin is not None and (mixed or pins.judge(pin, package) in ("broken", "wrong build", "shadowed")):
-            found[name] = pin.version
-        elif pin is None and package.damaged:
-            found[name] = package.version
-    return found
-
-
-def pip_commands(
-    stack: matrices.Stack,
-    python: str,
-    folder: Path,
-    anew: Mapping[str, str] = MappingProxyType({}),
-    *,
-    offline: bool = False,
-) -> list[tuple[list[str], str]]:
-    """The pip calls: first, alone, packages whose build lives on another index and those to be installed `anew`,
-    then the rest from the default index.
-
-    Asking the second index only for the packages that need it keeps everything else off it.
-    """
-    pip = [python, "-m", "pip", "install", "--disable-pip-version-check", *(["--no-index"] if offline else [])]
-    commands: list[tuple[list[str], str]] = []
-    for name in dict.fromkeys((*stack.packages, *anew)):
-        pin = stack.packages.get(name)
-        page = pin.page(name) if pin and not offline else ""
-        elsewhere = ["--find-links", page] if page else []
-        forced = ["--force-reinstall"] if name in anew else []
-        if elsewhere or forced:
-            argv = [*pip, "--no-deps", *forced, *elsewhere, f"{name}=={pin.exact if pin else anew[name]}"]
-            commands.append((argv, " ".join(argv)))
-    file = folder / f"{stack.name}.txt"
-    lines = [line for line in matrices.requirements(stack) if not line.startswith("--")]
-    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    argv = [*pip, "--requirement", str(file)]
-    commands.append((argv, " ".join([*pip, *lines])))
-    return commands

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from xflux_doctor.finding import Change
+from xflux_doctor.finding import Change, Finding
 from xflux_doctor.report.summary import Summary
 
 SCHEMA = 1
@@ -35,6 +35,7 @@ def document(summary: Summary) -> dict[str, Any]:
             {"name": name, "installed": installed, "wanted": wanted, "verdict": word}
             for name, installed, wanted, word in summary.packages
         ],
+        "launch": summary.placement,
         "summary": summary.counts,
         "results": results,
         "facts": msgspec.to_builtins(summary.facts),
@@ -42,10 +43,20 @@ def document(summary: Summary) -> dict[str, Any]:
 
 
 def with_fix(
-    report: dict[str, Any], edits: tuple[Change, ...], files: dict[str, str], written: list[str], code: int
+    report: dict[str, Any],
+    edits: tuple[Change, ...],
+    files: dict[str, str],
+    written: list[str],
+    left: tuple[Finding, ...],
+    code: int,
 ) -> dict[str, Any]:
-    """The report of `fix`: the same, with the edits, the files that they touch, and those written."""
-    extra = {"edits": [msgspec.to_builtins(edit) for edit in edits], "files": files, "written": written}
+    """The report of `fix`: the same, with the edits, the files that they touch, those written, and what is left."""
+    extra = {
+        "edits": [msgspec.to_builtins(edit) for edit in edits],
+        "files": files,
+        "written": written,
+        "left": [msgspec.to_builtins(finding) for finding in left],
+    }
     return {**report, "exit_code": code, **extra}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from xflux_doctor import __version__
 from xflux_doctor.facts import Facts
@@ -22,6 +23,10 @@ class Summary:
     version: str = __version__
     packages: tuple[tuple[str, str, str, Word], ...] = ()
     """Rows (name, installed, wanted, word) of the stack's packages."""
+    launch: tuple[str, ...] = ()
+    """What would run where, in words; empty where nothing says how the job is launched."""
+    placement: dict[str, Any] | None = None
+    """The same as values."""
 
     @property
     def counts(self) -> dict[str, int]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import click
 
-from xflux_doctor.finding import Change, Edit, Finding, Nest, Remove, Status, Verdict
+from xflux_doctor.finding import Change, Comment, Edit, Finding, Nest, Remove, Status, Verdict
 from xflux_doctor.pins import GOOD
 from xflux_doctor.report.summary import Summary
 
@@ -27,6 +27,7 @@ def render(summary: Summary, *, verbose: bool = False) -> str:
     blocks = [
         [_stack_line(summary)],
         _packages(summary) if verbose else [],
+        _launch(summary, verbose),
         [line for v in shown for line in _verdict(v, verbose)],
     ]
     blocks.append([_last_line(summary, verbose)])
@@ -46,6 +47,14 @@ def _packages(summary: Summary) -> list[str]:
         pin = "" if word == "exact" else f", the stack has {wanted}"
         lines.append(click.style(f"  {name:<16} {installed or '-':<16} {word}{pin}", dim=word in GOOD))
     return lines
+
+
+def _launch(summary: Summary, verbose: bool) -> list[str]:
+    """The launch plan: its headline, and every rank where a person asks, the launch is wrong or the files are not all
+    that decides."""
+    wrong = any(v.check.startswith("LA") and v.status in ("error", "warning") for v in summary.verdicts)
+    overridden = bool(summary.placement and summary.placement["overrides"])
+    return list(summary.launch) if verbose or wrong or overridden else list(summary.launch[:1])
 
 
 def _verdict(verdict: Verdict, verbose: bool) -> Iterator[str]:
@@ -68,10 +77,17 @@ def _finding(finding: Finding) -> Iterator[str]:
         yield from textwrap.wrap(finding.hint, _WIDTH, initial_indent="    → ", subsequent_indent="      ")
     for edit in finding.edits:
         yield f"    fix: {describe(edit)}"
+    for edit in finding.offers:
+        yield offer(finding.code, edit)
     for command in finding.commands:
         yield f"    $ {command}"
     if finding.docs:
         yield click.style(f"    {finding.docs}", fg="bright_black")
+
+
+def offer(code: str, edit: Change) -> str:
+    """A change of the training itself, which only the user can want."""
+    return f"    offer: {describe(edit)}   (--take {code})"
 
 
 def describe(edit: Change) -> str:
@@ -82,11 +98,14 @@ def describe(edit: Change) -> str:
         text = f"{key}: {shown}"
     elif isinstance(edit, Remove):
         text = f"remove {key}"
+    elif isinstance(edit, Comment):
+        text = f"comment out {key}"
     elif isinstance(edit, Nest):
         text = f"indent {', '.join(edit.members)} below {key}"
     else:
         text = f"rename {key} to {edit.new}"
-    return f"{text} in the {edit.file} file" + (f" ({edit.reason})" if edit.reason else "")
+    file = "DeepSpeed" if edit.file == "deepspeed" else edit.file
+    return f"{text} in the {file} file" + (f" ({edit.reason})" if edit.reason else "")
 
 
 def _last_line(summary: Summary, verbose: bool) -> str:
