@@ -305,6 +305,70 @@ class AllReduce(msgspec.Struct, frozen=True):
     seconds: float = 0.0
 
 
+class Cluster(msgspec.Struct, frozen=True):
+    """This machine's names and addresses, and where the job's main_process_ip leads."""
+
+    names: tuple[str, ...] = ()
+    addresses: tuple[str, ...] | None = None
+    """None: they cannot be read here."""
+    own_addresses: tuple[str, ...] | None = None
+    """Where this host's own name leads; None: not known, or not asked for."""
+    main: str = ""
+    """The job's main_process_ip as it was looked up."""
+    main_addresses: tuple[str, ...] | None = None
+    """None: it was not looked up, see `main_error`."""
+    main_error: str = ""
+
+    @property
+    def here(self) -> bool | None:
+        """Whether the job's main machine is this one; None: unknown."""
+        if self.main_addresses is None or self.addresses is None or not self.main:
+            return None
+        return any(address in self.addresses or address.startswith("127.") for address in self.main_addresses)
+
+
+class Peer(msgspec.Struct, frozen=True):
+    """What one of the others said of itself when the machines met."""
+
+    rank: int
+    host: str = ""
+    devices: int | None = None
+
+
+class Meeting(msgspec.Struct, frozen=True):
+    """How the job's machines, or its ranks, met before the launch."""
+
+    kind: str
+    """`machine` or `rank`: whose numbers these are."""
+    rank: int
+    count: int
+    address: str
+    """Where number 0 listens, `host:port`."""
+    trouble: str = ""
+    """Why there was no meeting: refused, timeout, no route, unknown name, other service, busy, gone; empty: met."""
+    detail: str = ""
+    missing: tuple[int, ...] = ()
+    left: tuple[int, ...] = ()
+    """Who came and went before all were ready."""
+    stopped: tuple[int, ...] = ()
+    """Whose own checks say no."""
+    twice: tuple[int, ...] = ()
+    """Numbers that two came with."""
+    unlike: dict[str, dict[str, tuple[str, str]]] = {}
+    """{number: {key: (number 0's value, its own)}}, of those who would run something else."""
+    peers: tuple[Peer, ...] = ()
+    seconds: float = 0.0
+
+    @property
+    def met(self) -> bool:
+        """Whether they came together, alike or not."""
+        return not (self.trouble or self.missing or self.left or self.stopped or self.twice)
+
+    @property
+    def together(self) -> bool:
+        return self.met and not self.unlike
+
+
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that the doctor saw. `None` or an absent key means: look in `unknown`."""
 
@@ -331,6 +395,10 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     hub_cache: HubCache | None = None
     """None: the model is a local folder, or the cache does not answer."""
     listeners: tuple[Listener, ...] | None = None
+    cluster: Cluster | None = None
+    """Only for a job of several machines."""
+    meeting: Meeting | None = None
+    """None: no launch of several machines was tried."""
     hub: HubAccess | None = None
     torch: TorchFacts | None = None
     allreduce: AllReduce | None = None

@@ -1,10 +1,12 @@
-"""NE: the collective that every step of a several-rank job stands on."""
+"""NE: the collective that every step of a several-rank job stands on, and the meeting of its machines before it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from xflux_doctor.check import Case, check
+from xflux_doctor.check import Case, Check, check
+from xflux_doctor.cluster import task
+from xflux_doctor.facts import Meeting
 from xflux_doctor.finding import Finding, error
 
 _MEANING = {
@@ -39,3 +41,112 @@ def all_reduce(case: Case) -> Iterator[Finding]:
         f"{stage[0].upper()}{stage[1:]}: training would hang or stop at the same place.",
         hint,
     )
+
+
+_ENDLESS = "The others would wait until their own deadline, which is ten minutes and more."
+
+
+@check("NE102", "everybody came to the launch", needs=("meeting",))
+def all_came(case: Case) -> Iterator[Finding]:
+    """Before a launch over several machines `run` has them meet, for --wait-for-nodes seconds."""
+    meeting = case.facts.meeting
+    assert meeting
+    if meeting.missing:
+        hint = "Start the same command there, with its own machine_rank; --wait-for-nodes S waits longer."
+        if meeting.kind == "rank":
+            hint = "See whether it was started, and what it says."
+        yield error(
+            f"{_named(meeting, meeting.missing)} of {meeting.count} did not come to {meeting.address} within "
+            f"{meeting.seconds:.0f} s.",
+            _ENDLESS,
+            f"{hint}{_leftover(case)}",
+        )
+    if meeting.left:
+        yield error(
+            f"{_named(meeting, meeting.left)} of {meeting.count} came and left before all were ready.",
+            _ENDLESS,
+            "Look at what it says.",
+        )
+    elsewhere = tuple(number for number in meeting.stopped if number != meeting.rank)
+    if elsewhere:
+        yield error(
+            f"The checks of {_named(meeting, elsewhere).lower()} stop the launch.",
+            "Nothing was started anywhere.",
+            "Look at what it says.",
+        )
+
+
+_TROUBLES = {
+    "refused": ("nothing listens on that port (connection refused)",
+                "Start number 0 first; if it runs, main_process_ip or main_process_port is another machine's."),
+    "timeout": ("no answer came",
+                "The address is wrong, or a firewall drops what is sent to that port."),
+    "no route": ("there is no route to it",
+                 "The address is wrong, or this machine is in another network."),
+    "unknown name": ("its name is not known here",
+                     "Correct main_process_ip, or write the address in place of the name."),
+    "no resolver": ("its name could not be looked up",
+                    "Write the address in place of the name, or mend this machine's name service."),
+    "other service": ("something listens there that is no xflux-doctor",
+                      "Another program has the port, or number 0 has launched already: take another port, or end both "
+                      "and start them again."),
+    "busy": ("this machine's port is in use already",
+             "End what holds it, or take another main_process_port in the files of all machines."),
+    "no port": ("the port cannot be opened here", "Take a port of 1024 to 32767 that is free."),
+    "gone": ("it ended the meeting", "Look at what number 0 says."),
+}  # fmt: skip
+
+
+@check("NE103", "number 0 answers at main_process_ip", needs=("meeting",))
+def main_answers(case: Case) -> Iterator[Finding]:
+    """The others connect to number 0 at main_process_ip and main_process_port, where the ranks will meet."""
+    meeting = case.facts.meeting
+    assert meeting
+    if not meeting.trouble:
+        return
+    what, hint = _TROUBLES.get(meeting.trouble, (meeting.trouble, ""))
+    detail = f": {meeting.detail}" if meeting.detail and meeting.detail not in what else ""
+    where = "This is number 0, to listen" if meeting.rank == 0 else f"{meeting.kind.capitalize()} 0 was looked for"
+    yield error(
+        f"{where} at {meeting.address}, and {what}{detail} ({meeting.seconds:.0f} s).",
+        "The launcher would try the same address until its deadline.",
+        f"{hint}{_leftover(case)}",
+    )
+
+
+@check("NE104", "everybody would run the same", needs=("meeting",))
+def all_alike(case: Case) -> Iterator[Finding]:
+    """The machines compare their launch, their training file and their packages; paths may differ."""
+    meeting = case.facts.meeting
+    assert meeting
+    for number, keys in meeting.unlike.items():
+        shown = [f"{key}: {theirs} ({own} on number 0)" for key, (own, theirs) in list(keys.items())[:8]]
+        more = f", and {len(keys) - 8} more" if len(keys) > 8 else ""
+        yield error(
+            f"{meeting.kind.capitalize()} {number} has another {', '.join(shown)}{more}.",
+            "Ranks that disagree wait for each other for ever, or train something else together.",
+            "Give all machines the same files and packages.",
+        )
+    if meeting.twice:
+        yield error(
+            f"{_named(meeting, meeting.twice)} came twice.",
+            "Two of them take the same ranks, and others are missing.",
+            "Give each machine its own machine_rank, counted from 0.",
+        )
+
+
+MEETING: tuple[Check, ...] = (all_came, main_answers, all_alike)
+
+
+def _named(meeting: Meeting, numbers: tuple[int, ...]) -> str:
+    kind = meeting.kind + ("s" if len(numbers) > 1 else "")
+    more = f" and {len(numbers) - 8} more" if len(numbers) > 8 else ""
+    return f"{kind.capitalize()} {', '.join(map(str, numbers[:8]))}{more}"
+
+
+def _leftover(case: Case) -> str:
+    """RANK and its like, set by no launcher that is known: perhaps nobody else was started."""
+    found = task(case.facts.environment)
+    if found is None or found.source != "the environment":
+        return ""
+    return " RANK and WORLD_SIZE are set here: if they are left over from another run, unset them."

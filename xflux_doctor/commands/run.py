@@ -16,29 +16,36 @@ import msgspec
 import yaml
 from xflux_trainer import config as train_config
 
+from xflux_doctor import cluster, jsontext, remember, yamltext
 from xflux_doctor import facts as facts_module
 from xflux_doctor import matrix as matrices
-from xflux_doctor import remember, yamltext
-from xflux_doctor.check import Case
+from xflux_doctor.check import Case, examine
+from xflux_doctor.checks import network
+from xflux_doctor.checks.words import devices
+from xflux_doctor.commands import together
 from xflux_doctor.commands.check import summarize
 from xflux_doctor.commands.fix import confirm, new_accelerate, plan_of
+from xflux_doctor.commands.together import Self
+from xflux_doctor.deepspeed_file import KEY, SECTION
 from xflux_doctor.errors import DoctorError, UsageError
+from xflux_doctor.facts import Meeting
 from xflux_doctor.files import write_atomic
-from xflux_doctor.finding import Finding
+from xflux_doctor.finding import Change, Edit, Finding
 from xflux_doctor.inputs import Inputs, build, probed
-from xflux_doctor.launch import Launch
+from xflux_doctor.launch import Launch, build_rank
 from xflux_doctor.launch import build as build_launch
-from xflux_doctor.plan import Plan
+from xflux_doctor.plan import Plan, lay
 from xflux_doctor.report import jsonreport, text
 from xflux_doctor.report.summary import Summary
 from xflux_doctor.supervise import End
 from xflux_doctor.supervise import run as supervise
 
 GIB = 1 << 30
+_DEEPSPEED = "deepspeed.json"
 
 
-def run(inputs: Inputs, *, dry_run: bool, yes: bool, extra: tuple[str, ...]) -> int:
-    """The gate, then the training. Exit 1 and nothing started when the gate refuses."""
+def run(inputs: Inputs, *, dry_run: bool, yes: bool, extra: tuple[str, ...], wait: float = 20.0) -> int:
+    """The gate, then the training. Exit 1 and nothing started when the gate refuses, here or on another machine."""
     if inputs.facts and not dry_run:
         raise UsageError("Recorded facts are of another machine or another time.", "Give --dry-run with --facts.")
     case = build(inputs, matrices.load_with(inputs.matrix))
@@ -47,20 +54,47 @@ def run(inputs: Inputs, *, dry_run: bool, yes: bool, extra: tuple[str, ...]) -> 
     case, accelerate_text = _with_accelerate(case)
     plan = plan_of(case)
     case = dataclasses.replace(case, job=plan.job)
-    if not plan.blockers:
-        case = _probe(case, inputs)
-    summary = summarize(case)
+    me = together.who(case)
+    meeting = None if plan.blockers or dry_run else together.gathering(case, me, wait)
+    with contextlib.closing(meeting) if meeting else contextlib.nullcontext():
+        if meeting is not None:
+            case = together.with_meeting(case, meeting.open(tolerant="NE104" in case.accepted))
+        if not plan.blockers and (case.facts.meeting is None or case.facts.meeting.met):
+            case = _probe(case, inputs, me)
+        summary = summarize(case)
+        if not me.quiet or summary.exit_code:
+            _show(case, plan, summary)
+        if not summary.exit_code and plan.edits and not dry_run:
+            confirm(yes, "Train with these repairs? (Your files stay as they are.)")
+        if meeting is not None and case.facts.meeting is not None and case.facts.meeting.met:
+            ended = meeting.agree(not summary.exit_code, inputs.timeout + wait)
+            if not summary.exit_code:
+                case, summary = _met(case, ended, summary, me)
+    if summary.exit_code:
+        if case.job.train is not None and not dry_run:
+            _refused(me.folder(Path(case.job.train.output_dir)), summary)
+        return summary.exit_code
+    return _launch(case, plan, summary, accelerate_text, me, dry_run=dry_run, extra=extra)
+
+
+def _show(case: Case, plan: Plan, summary: Summary) -> None:
     click.echo(text.render(summary), nl=False)
     for edit in plan.edits:
         click.echo(f"  repaired in memory: {text.describe(edit)}")
     _show_bill(plan)
-    if summary.exit_code:
-        if case.job.train is not None and not dry_run:
-            _refused(Path(case.job.train.output_dir), summary)
-        return summary.exit_code
-    if plan.edits and not dry_run:
-        confirm(yes, "Train with these repairs? (Your files stay as they are.)")
-    return _launch(case, plan, summary, accelerate_text, dry_run=dry_run, extra=extra)
+
+
+def _met(case: Case, ended: Meeting, summary: Summary, me: Self) -> tuple[Case, Summary]:
+    """All are ready, or the launch is off here too."""
+    case = together.with_meeting(case, ended)
+    if ended.together:
+        if not me.quiet:
+            click.echo(f"  {together.shown(ended)}")
+        return case, summary
+    verdicts = examine(case, network.MEETING)
+    late = dataclasses.replace(summary, verdicts=verdicts, facts=case.facts, launch=())
+    click.echo(text.render(late), nl=False)
+    return case, late
 
 
 def _with_accelerate(case: Case) -> tuple[Case, str]:
@@ -68,11 +102,16 @@ def _with_accelerate(case: Case) -> tuple[Case, str]:
     if case.job.accelerate is not None or case.job.problems or case.job.accelerate_path is not None:
         return case, case.job.accelerate_text
     new = new_accelerate(case)
-    return dataclasses.replace(case, job=dataclasses.replace(case.job, accelerate=yaml.safe_load(new))), new
+    job = cluster.under(dataclasses.replace(case.job, accelerate=yaml.safe_load(new)), case.facts.environment)
+    return dataclasses.replace(case, job=job), new
 
 
-def _probe(case: Case, inputs: Inputs) -> Case:
+def _probe(case: Case, inputs: Inputs, me: Self) -> Case:
     """The default level, unless it passed on exactly this machine, stack and config before."""
+    if me.rank_task is not None:  # N ranks would each start N children for the same answer
+        why = f"not probed: this process is rank {me.number} of {me.count} ({me.rank_task.source})"
+        unknown = {"allreduce": why, **case.facts.unknown}
+        return dataclasses.replace(case, facts=msgspec.structs.replace(case.facts, unknown=unknown))
     known = remember.recall(case)
     if known is not None and not inputs.facts:
         return dataclasses.replace(case, facts=known)
@@ -94,34 +133,52 @@ def _show_bill(plan: Plan) -> None:
 
 
 def _launch(
-    case: Case, plan: Plan, summary: Summary, accelerate_text: str, *, dry_run: bool, extra: tuple[str, ...]
+    case: Case, plan: Plan, summary: Summary, accelerate_text: str, me: Self, *, dry_run: bool, extra: tuple[str, ...]
 ) -> int:
     assert case.job.train is not None and case.facts.python is not None
-    folder = Path(case.job.train.output_dir).absolute()
+    folder = me.folder(Path(case.job.train.output_dir).absolute())
     accelerate, train = folder / "accelerate.yaml", folder / "train.yaml"
-    launch = build_launch(case.facts.python.executable, case.job, accelerate, train, os.environ, extra)
-    _keep_own_files(case, accelerate, train)
+    python, seen, own = case.facts.python.executable, devices(case), _own_deepspeed(case, plan, folder)
+    job = lay(case.job, own)
+    if me.rank_task is not None:
+        number = None if seen is None else len(seen)
+        launch = build_rank(python, job, me.rank_task, number, train, os.environ, extra)
+    else:
+        launch = build_launch(python, job, accelerate, train, os.environ, extra)
+    _keep_own_files(case, accelerate, train, *(folder / _DEEPSPEED for _ in own))
     if dry_run:
         click.echo(f"\n$ {launch.shell}")
         return 0
-    edits = [edit for edit in plan.edits if edit.file == "accelerate"]
     log = _make_folder(folder)
+    edits = [edit for edit in plan.edits if edit.file == "accelerate"] + own
+    if own:
+        zero = [edit for edit in plan.edits if edit.file == "deepspeed"]
+        write_atomic(folder / _DEEPSPEED, jsontext.apply(case.job.zero_text, zero))
     write_atomic(accelerate, yamltext.apply(accelerate_text, edits))
     write_atomic(train, train_config.to_yaml(case.job.train))
     _record(folder, case, plan, summary, launch)
-    click.echo(f"\n$ {launch.shell}\n  log: {log}\n")
+    if not me.quiet:
+        click.echo(f"\n$ {launch.shell}\n  log: {log}\n")
     end = supervise(launch, log, _echo)
     try:
-        _finish(folder, log, end)
+        _finish(folder, log, end, quiet=me.quiet)
         write_atomic(folder / "report.txt", _report(summary, plan, launch, folder, end))
     except (DoctorError, OSError) as error:  # the training's own end is what counts
         click.echo(f"The run folder could not be completed: {error}", err=True)
     return end.exit_code
 
 
+def _own_deepspeed(case: Case, plan: Plan, folder: Path) -> list[Change]:
+    """With repairs of the DeepSpeed file the run has a copy of its own, which its accelerate file names."""
+    if case.job.deepspeed_path is None or not any(edit.file == "deepspeed" for edit in plan.edits):
+        return []
+    reason = "the run's own copy, with the repairs"
+    return [Edit("accelerate", (SECTION, KEY), str(folder / _DEEPSPEED), reason)]
+
+
 def _keep_own_files(case: Case, *written: Path) -> None:
     """The run folder's copies must not replace the files that they are copies of."""
-    for own in (case.job.accelerate_path, case.job.train_path):
+    for own in (case.job.accelerate_path, case.job.train_path, case.job.deepspeed_path):
         if own is not None and any(path.exists() and path.samefile(own) for path in written):
             raise DoctorError(
                 f"output_dir is the folder of your own {own.name}, which the run would replace.",
@@ -199,7 +256,7 @@ def _of_finding(finding: Finding) -> dict[str, Any]:
     }
 
 
-def _finish(folder: Path, log: Path, end: End) -> None:
+def _finish(folder: Path, log: Path, end: End, *, quiet: bool = False) -> None:
     """Write result.json and say how it ended."""
     cause = None
     if end.exit_code != 0 and not end.interrupted:
@@ -209,6 +266,8 @@ def _finish(folder: Path, log: Path, end: End) -> None:
         click.echo(f"\nThe training ended with {end.exit_code} after {end.seconds:.0f} s.")
         click.echo(explain.words(diagnosis))
         click.echo(f"    log: {log}")
+    elif quiet:
+        pass
     elif end.interrupted:
         click.echo("\nInterrupted. Run the same command again with resume_from_checkpoint: latest to go on.")
     else:

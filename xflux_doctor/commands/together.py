@@ -1,0 +1,112 @@
+"""`run` as one of several: who this process is, where it keeps its files, and the meeting before the launch."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+from xflux_trainer import config as train_config
+
+from xflux_doctor.check import Case
+from xflux_doctor.checks.words import devices
+from xflux_doctor.cluster import Task, task
+from xflux_doctor.facts import Meeting
+from xflux_doctor.placement import launcher_of
+from xflux_doctor.probes.meeting import Gathering, Place
+
+_LOCAL = frozenset(
+    {"img_dir", "output_dir", "cache_dir", "pretrained_model", "heldout_dir", "num_workers", "logging_dir"}
+)
+"""Keys of the training file that may differ from machine to machine: where things lie, not what they are."""
+_SAME = ("num_machines", "num_processes", "main_process_port", "distributed_type", "mixed_precision", "use_cpu",
+         "deepspeed_config", "fsdp_config", "downcast_bf16")  # fmt: skip
+_PACKAGES = ("torch", "accelerate", "deepspeed", "xflux-doctor")
+_LONG = 60
+
+
+@dataclass(frozen=True)
+class Self:
+    """This process among those of the job."""
+
+    task: Task | None
+    kind: str
+    """`machine`, or `rank` where each process is one."""
+    number: int
+    count: int
+
+    @property
+    def rank_task(self) -> Task | None:
+        """The place of a process that is a rank itself and launches none."""
+        return self.task if self.task is not None and self.task.a_rank else None
+
+    @property
+    def quiet(self) -> bool:
+        """One rank speaks for all; a machine speaks for itself."""
+        return self.kind == "rank" and self.number > 0
+
+    def folder(self, output: Path) -> Path:
+        """Where this one keeps its log and its copies: number 0 in the run folder, the others below it."""
+        return output if self.number == 0 else output / f"{self.kind}s" / f"{self.kind}{self.number}"
+
+
+def who(case: Case) -> Self:
+    """Of recorded facts too: they hold the variables."""
+    found = task(case.facts.environment)
+    if found is not None and found.a_rank:
+        return Self(found, "rank", found.rank, found.count)
+    return Self(found, "machine", case.job.machine_rank, case.job.num_machines)
+
+
+def gathering(case: Case, me: Self, seconds: float) -> Gathering | None:
+    """The meeting that this launch wants: none for one process, for torchrun's ranks, and where one machine's
+    launcher starts the others' ranks by itself (DeepSpeed's pdsh)."""
+    host = case.job.get("main_process_ip")
+    if me.count < 2 or seconds <= 0 or not isinstance(host, str) or not host:
+        return None
+    if me.rank_task is not None:
+        if me.rank_task.meets_by_itself:
+            return None
+    elif launcher_of(case.job, case.facts) == "deepspeed":
+        return None
+    found = devices(case)
+    number = None if case.job.use_cpu or found is None else len(found)
+    place = Place(me.kind, me.number, me.count, host, case.job.main_process_port, number)
+    return Gathering(place, agreed(case), seconds, lambda text: click.echo(f"  {text}"))
+
+
+def agreed(case: Case) -> dict[str, str]:
+    """What must be the same everywhere: the launch, the training, and the packages that talk to each other."""
+    values: dict[str, Any] = {key: case.job.get(key) for key in _SAME}
+    values["num_processes"] = case.job.num_processes
+    values["distributed_type"] = case.job.distributed_type
+    values["use_cpu"] = case.job.use_cpu
+    if case.job.zero_file is not None:
+        values["deepspeed_config_file"] = case.job.zero_file
+    if case.job.train is not None:
+        values |= {k: v for k, v in train_config.to_dict(case.job.train).items() if k not in _LOCAL}
+    for name, package in (case.facts.packages or {}).items():
+        if name in _PACKAGES or name.startswith("nvidia-nccl"):
+            values[f"package {name}"] = f"{package.version}{'+' + package.build if package.build else ''}"
+    return {key: _short(value) for key, value in values.items() if value is not None}
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+    return text if len(text) <= _LONG else f"…{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def with_meeting(case: Case, meeting: Meeting) -> Case:
+    return dataclasses.replace(case, facts=msgspec.structs.replace(case.facts, meeting=meeting))
+
+
+def shown(meeting: Meeting) -> str:
+    """One line for a meeting that went well."""
+    peers = ", ".join(f"{peer.rank} ({peer.host})" for peer in meeting.peers)
+    kind = f"{meeting.kind}s"
+    return f"all {meeting.count} {kind} are here and agree" + (f": {peers}" if peers else "")
