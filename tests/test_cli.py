@@ -32,18 +32,20 @@ def test_eight_processes_are_found_repaired_and_then_right(place: Path, stack: s
 
     shown = doctor("fix", *inputs, cwd=place, code=1).stdout  # edits are pending
     assert "-num_processes: 8" in shown and f"+num_processes: {count}" in shown
-    old = (place / "accelerate.yaml").read_text()
+    old, train = (place / "accelerate.yaml").read_text(), (place / "train.yaml").read_text()
 
     doctor("fix", "--write-config", *inputs, cwd=place, code=2)  # nobody to ask
     assert (place / "accelerate.yaml").read_text() == old
     doctor("fix", "--write-config", "--yes", *inputs, cwd=place, code=0)
     new = (place / "accelerate.yaml").read_text()
-    assert new == old.replace("num_processes: 8", f"num_processes: {count}")
+    passes = ("gradient_accumulation_steps: 2", f"gradient_accumulation_steps: {16 // count}")
+    assert new == old.replace("num_processes: 8", f"num_processes: {count}").replace(*passes)
+    assert (place / "train.yaml").read_text() == train.replace(*passes)
     assert check_json(place, *inputs)["exit_code"] == 0
     doctor("fix", *inputs, cwd=place, code=0)  # nothing is left to do
 
     doctor("fix", "--undo", *inputs, cwd=place, code=0)
-    assert (place / "accelerate.yaml").read_text() == old
+    assert (place / "accelerate.yaml").read_text() == old and (place / "train.yaml").read_text() == train
 
 
 def test_no_gpu_writes_nothing(place: Path) -> None:
@@ -179,4 +181,5 @@ def test_the_readme_s_file_on_recorded_machines(place: Path, recorded: str, coun
     doctor("fix", "--write-config", "--yes", *inputs, cwd=place, code=0)
     assert (place / "accelerate.yaml").read_bytes() == after
     mended = XFLUX_ACCELERATE.replace("num_processes: 8", f"num_processes: {count}")
+    mended = mended.replace("accumulation_steps: 2", f"accumulation_steps: {16 // count}")
     assert after.decode() == "# X-Flux's own\n" + mended

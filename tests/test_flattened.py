@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
-from conftest import XFLUX_ACCELERATE, case, findings, job, machine
+from conftest import XFLUX_ACCELERATE, case, findings, job, machine, record
 
 from xflux_doctor.check import examine
 from xflux_doctor.checks import ALL, words
+from xflux_doctor.cli import main
 from xflux_doctor.finding import Nest
 from xflux_doctor.matrix import Matrix
 from xflux_doctor.plan import make
@@ -78,3 +84,33 @@ def test_what_cannot_be_indented_is_refused() -> None:
     with pytest.raises(CannotEdit, match="has a value already"):
         apply("a: 5\nb: 1\nc: 2\n", [edit])
     assert apply("a:\nb: 1\n", [edit]) == "a:\nb: 1\n"
+
+
+def test_the_rebuilt_file_launches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, matrix: Matrix) -> None:
+    """From the blog post's text to ranks under DeepSpeed: by `fix` and by the installed accelerate's own launcher."""
+    pytest.importorskip("accelerate")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text(FLAT)
+    record(tmp_path / "facts.json", machine(matrix, count=2))
+    fix = ["fix", "--write-config", "--yes", "--facts", "facts.json", "--accelerate-config", "a.yaml"]
+    assert main(fix) == 0
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    words_ = ["accelerate", "launch", "--config_file", "accelerate_config.yaml", "--main_process_port", str(port)]
+    text = (tmp_path / "a.yaml").read_text()
+    launched = {"name": "flat", "text": text, "environment": {}, "nodes": [[*words_, "train.py"]]}
+    (tmp_path / "cases.json").write_text(json.dumps([launched]))
+    probe = Path(__file__).with_name("launch_probe.py")
+    argv = [sys.executable, str(probe), str(tmp_path / "cases.json"), str(tmp_path / "out")]
+    subprocess.run(argv, check=True, timeout=120, capture_output=True)
+    ranks = [json.loads(file.read_text()) for file in (tmp_path / "out/flat/0").glob("rank-*.json")]
+    assert sorted(rank["RANK"] for rank in ranks) == ["0", "1"]
+    assert {(r["WORLD_SIZE"], r["ACCELERATE_USE_DEEPSPEED"], r["ACCELERATE_MIXED_PRECISION"]) for r in ranks} == {
+        ("2", "true", "bf16")}  # fmt: skip
+
+
+@pytest.mark.parametrize("word", ["null", "~"])
+def test_a_section_that_says_null(word: str) -> None:
+    edit = Nest("accelerate", ("a",), ("b",))
+    assert apply(f"a: {word}  # why\nb: 1\nd: 2\n", [edit]) == "a:  # why\n  b: 1\nd: 2\n"

@@ -23,9 +23,12 @@ from xflux_doctor import __version__
 from xflux_doctor.checks import ALL
 from xflux_doctor.commands import check as check_command
 from xflux_doctor.commands import fix as fix_command
+from xflux_doctor.commands import install as install_command
 from xflux_doctor.commands import matrix as matrix_command
+from xflux_doctor.commands import nodes as nodes_command
 from xflux_doctor.commands import plan as plan_command
 from xflux_doctor.commands import run as run_command
+from xflux_doctor.commands import undo as undo_command
 from xflux_doctor.errors import DoctorError
 from xflux_doctor.inputs import Inputs
 
@@ -51,6 +54,7 @@ def shared(command: F) -> F:
             click.option("--cpu", is_flag=True, help="Train on CPU ranks."),
             click.option("--offline", is_flag=True, help="Nothing may be fetched."),
             click.option("--accept", multiple=True, metavar="CODE", help="Take this finding as a warning."),
+            click.option("--take", multiple=True, metavar="CODE", help="Make the changes that this finding offers."),
             click.option(
                 "--timeout", type=click.FloatRange(min=1), default=60.0, metavar="S", help="Deadline of the probes."
             ),
@@ -60,6 +64,9 @@ def shared(command: F) -> F:
     return command
 
 
+_launch = click.option(
+    "--launch", metavar="COMMAND", help="Judge the job as this command line would launch it: 'accelerate launch …'."
+)
 _xflux = click.option(
     "--xflux", metavar="CHECKOUT", help="Judge the job as X-Flux's own scripts, launched in CHECKOUT, would run it."
 )
@@ -72,9 +79,10 @@ def inputs_of(options: dict[str, Any]) -> Inputs:
                 f"{options[name]} is no sensible number.", param_hint=f"--{name.replace('_', '-')}"
             )
     known = {check.code for check in ALL}
-    for code in options.get("accept", ()):
-        if code not in known:
-            raise click.BadParameter(f"There is no check {code!r}; see -v for the codes.", param_hint="--accept")
+    for name in ("accept", "take"):
+        for code in options.get(name, ()):
+            if code not in known:
+                raise click.BadParameter(f"There is no check {code!r}; see -v for the codes.", param_hint=f"--{name}")
     names = Inputs.__dataclass_fields__
     return Inputs(**{name: value for name, value in options.items() if name in names})
 
@@ -87,6 +95,7 @@ def cli() -> None:
 
 @cli.command()
 @shared
+@_launch
 @_xflux
 @click.option("--format", "form", type=click.Choice(["text", "json"]), default="text")
 @click.option("--output", metavar="FILE", help="Write the report there instead of to the terminal.")
@@ -99,6 +108,7 @@ def check(form: str, output: str | None, strict: bool, verbose: bool, **options:
 
 @cli.command()
 @shared
+@_launch
 @_xflux
 @click.option("--format", "form", type=click.Choice(["text", "json"]), default="text")
 @click.option("--write-config", is_flag=True, help="Write the repaired files, with a backup beside each.")
@@ -108,10 +118,14 @@ def check(form: str, output: str | None, strict: bool, verbose: bool, **options:
 def fix(form: str, write_config: bool, install: bool, undo: bool, yes: bool, **options: Any) -> int:
     """Show the repairs; write or install them when asked."""
     given = inputs_of(options)
+    if undo + install + write_config > 1:
+        raise click.UsageError("Give one of --write-config, --install and --undo.")
     if undo:
-        return fix_command.undo(given)
+        return undo_command.run(given, form=form)
     if install:
-        return fix_command.install(given, yes=yes)
+        if form == "json":
+            raise click.UsageError("--install shows pip's own words; it has no --format json.")
+        return install_command.run(given, yes=yes)
     return fix_command.run(given, form=form, write=write_config, yes=yes)
 
 
@@ -119,19 +133,44 @@ def fix(form: str, write_config: bool, install: bool, undo: bool, yes: bool, **o
 @shared
 @click.option("--dry-run", is_flag=True, help="Show the launch and start nothing.")
 @click.option("--yes", is_flag=True, help="Do not ask before a repaired file is used.")
+@click.option(
+    "--wait-for-nodes",
+    type=click.FloatRange(min=0, max=3600),
+    default=20.0,
+    metavar="S",
+    help="How long the machines of a job wait for each other before the launch; 0: not at all.",
+)
 @click.argument("extra", nargs=-1, type=click.UNPROCESSED)
-def run(dry_run: bool, yes: bool, extra: tuple[str, ...], **options: Any) -> int:
+def run(dry_run: bool, yes: bool, wait_for_nodes: float, extra: tuple[str, ...], **options: Any) -> int:
     """Validate, repair in memory, launch the trainer. EXTRA after -- goes to the trainer."""
-    return run_command.run(inputs_of(options), dry_run=dry_run, yes=yes, extra=extra)
+    return run_command.run(inputs_of(options), dry_run=dry_run, yes=yes, extra=extra, wait=wait_for_nodes)
 
 
 @cli.command()
 @shared
+@_launch
 @_xflux
 @click.option("--gpu", metavar="NAME:GIB", help="Plan for a GPU that is not here, such as 'A100:80'.")
 def plan(gpu: str | None, **options: Any) -> int:
     """The memory bill, and the alternatives that fit."""
     return plan_command.run(inputs_of(options), gpu=gpu)
+
+
+@cli.command()
+@click.option("--config", metavar="TRAIN.yaml", help="The training file (X-Flux's or ours).")
+@click.option("--accelerate-config", metavar="FILE", help="accelerate's file, for one machine or all.")
+@click.option("--hosts", metavar="A,B", help="The machines, the first is number 0; Slurm's n[01-04] too.")
+@click.option("--launcher", type=click.Choice(["accelerate", "torchrun", "srun"]), default="accelerate")
+@click.option("--port", type=click.IntRange(1, 65535), default=29500, help="Where the ranks meet, if no file says.")
+@click.option("--write", is_flag=True, help="Write each machine's file: accelerate_config.node0.yaml …")
+@click.argument("files", nargs=-1)
+def nodes(files: tuple[str, ...], hosts: str | None, **options: Any) -> int:
+    """One job on several machines: each machine's file and command. With FILES: whether these go together."""
+    if files:
+        return nodes_command.compare(files)
+    if hosts is None:
+        raise click.UsageError("Give --hosts, or the files of all machines to compare.")
+    return nodes_command.run(hosts=hosts, **options)
 
 
 @cli.command()

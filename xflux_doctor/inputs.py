@@ -8,17 +8,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+from packaging.version import Version
 
-from xflux_doctor import choose
+from xflux_doctor import choose, cluster
 from xflux_doctor import job as job_files
 from xflux_doctor.check import Case
+from xflux_doctor.command import Command
+from xflux_doctor.command import parse as parse_command
 from xflux_doctor.errors import DoctorError, UsageError
 from xflux_doctor.facts import SCHEMA, Facts, from_json
+from xflux_doctor.gather.cluster import cluster_facts
+from xflux_doctor.gather.environment import environment_facts
 from xflux_doctor.gather.folders import with_folders
 from xflux_doctor.gather.machine import gather
 from xflux_doctor.gather.ports import listeners
+from xflux_doctor.job import Job
+from xflux_doctor.launched import under_command, xflux_script
 from xflux_doctor.matrix import Matrix, Stack
 from xflux_doctor.probes.level import probe
+from xflux_doctor.visible import choice, visible
+from xflux_doctor.xflux import SCRIPTS
 
 GIB = 1 << 30
 
@@ -37,39 +46,84 @@ class Inputs:
     cpu: bool = False
     offline: bool = False
     accept: tuple[str, ...] = ()
+    take: tuple[str, ...] = ()
+    """Codes whose offers are made as edits."""
     timeout: float = 60.0
     matrix: str | None = None
     """A site's own matrix file, laid over ours."""
     xflux: str | None = None
     """An X-Flux checkout, or one of its scripts: the job is judged as that would run it."""
+    launch: str | None = None
+    """The command that the user would start the training by; its flags win over the files."""
 
 
 def build(inputs: Inputs, matrix: Matrix) -> Case:
     """The case before any probe: everything here is quick and starts no child."""
+    command = parse_command(inputs.launch) if inputs.launch else None
+    if command is not None:
+        inputs = _named_by(inputs, command)
     facts = (
         _recorded(inputs.facts)
         if inputs.facts
         else gather(inputs.python, tuple(sorted(matrix.names())), _torch_builds(matrix))
     )
+    # accelerate reads no default file under its --cpu (commands/launch.py, `_validate_launch_command`)
+    no_default = command is not None and (command.launcher != "accelerate" or "cpu" in command.flags)
     job = job_files.read(
         inputs.config,
         inputs.accelerate_config,
         folder=Path(),
-        default_accelerate="" if inputs.facts else facts.default_accelerate_config,
+        default_accelerate="" if inputs.facts or no_default else facts.default_accelerate_config,
         cpu=inputs.cpu,
         gpu_limit=int(inputs.gpu_limit * GIB) if inputs.gpu_limit else None,
         offline=inputs.offline,
         xflux=inputs.xflux,
         environment=None if inputs.facts else facts.environment,
+        command=command,
     )
+    if command is not None:
+        facts = msgspec.structs.replace(
+            facts, environment={**facts.environment, **environment_facts(command.environment)}
+        )
+        seen = None if facts.gpus is None else len(visible(facts.gpus, choice(facts.environment, job.gpu_ids)))
+        job = under_command(job, command, _accelerate(facts), seen)
+    else:
+        job = cluster.under(job, facts.environment)
     if not inputs.facts:
-        ports = range(job.main_process_port, job.main_process_port + 16)
-        facts = msgspec.structs.replace(facts, listeners=listeners(ports))
+        main = str(job.get("main_process_ip") or "") if job.num_machines > 1 else ""
+        facts = msgspec.structs.replace(
+            facts,
+            listeners=listeners(_ports(job, facts)),
+            cluster=cluster_facts(main, ask=not (inputs.quick or inputs.offline)) if main else None,
+        )
         facts = with_folders(facts, job.train, os.environ)
     chosen, because = _stack(inputs, matrix, facts, job.use_cpu)
     if inputs.matrix:
         because += f"; {inputs.matrix} is laid over our matrix"
-    return Case(facts, job, matrix, chosen, because, frozenset(inputs.accept))
+    return Case(facts, job, matrix, chosen, because, frozenset(inputs.accept), frozenset(inputs.take))
+
+
+def _ports(job: Job, facts: Facts) -> range:
+    """Where this process will listen: number 0 does, and not where torchrun does already."""
+    task = None if job.command else cluster.task(facts.environment)
+    here = job.machine_rank == 0 if task is None or not task.a_rank else task.rank == 0 and not task.meets_by_itself
+    return range(job.main_process_port, job.main_process_port + 16) if here else range(0)
+
+
+def _named_by(inputs: Inputs, command: Command) -> Inputs:
+    """The files that the command names, where no option names others."""
+    script = xflux_script(command, tuple(SCRIPTS.values()))
+    return dataclasses.replace(
+        inputs,
+        config=inputs.config or command.training_file,
+        accelerate_config=inputs.accelerate_config or command.config_file,
+        xflux=inputs.xflux or (script if script and Path(script).exists() else None),
+    )
+
+
+def _accelerate(facts: Facts) -> Version | None:
+    package = (facts.packages or {}).get("accelerate")
+    return Version(package.version) if package else None
 
 
 def _torch_builds(matrix: Matrix) -> frozenset[tuple[str, str]]:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
 from xflux_trainer.config import ConfigError, TrainConfig, load_with_notes
 
+from xflux_doctor import deepspeed_file
 from xflux_doctor import xflux as xflux_files
+from xflux_doctor.command import Command
 from xflux_doctor.errors import UsageError
 
 TRAIN_NAMES = ("train.yaml", "train_config.yaml")
@@ -34,6 +37,14 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class Override:
+    """A value that wins over accelerate's file, and what it comes from: `--num_processes`, `SLURM_NNODES` …"""
+
+    value: Any
+    source: str
+
+
+@dataclass(frozen=True)
 class Job:
     """What would be trained, and how it would be launched."""
 
@@ -44,6 +55,17 @@ class Job:
     accelerate: dict[str, Any] | None = None
     accelerate_text: str = ""
     problems: tuple[Problem, ...] = ()
+    deepspeed_path: Path | None = None
+    """The file that deepspeed_config.deepspeed_config_file names."""
+    zero_file: dict[str, Any] | None = None
+    """Its values."""
+    zero_text: str = ""
+    overrides: Mapping[str, Override] = field(default_factory=lambda: MappingProxyType({}))
+    """Keys of accelerate's file that a flag of the launch command, Slurm or torchrun sets instead."""
+    command: Command | None = None
+    """The launch command that `--launch` gave."""
+    launcher: str = ""
+    """Who starts the ranks where that is not accelerate's file's choice: `torchrun` or `deepspeed`, by --launch."""
     cpu: bool = False
     """`--cpu` was given."""
     gpu_limit: int | None = None
@@ -56,8 +78,25 @@ class Job:
     """The X-Flux checkout that the training file lies in, when `--xflux` was not given."""
 
     def get(self, key: str, default: Any = None) -> Any:
-        """A top-level key of the accelerate file."""
+        """A top-level key of the accelerate file, or what is launched in its place."""
+        if key in self.overrides:
+            return self.overrides[key].value
         return (self.accelerate or {}).get(key, default)
+
+    def source(self, key: str) -> str:
+        """Who says so: the flag or variable that overrides the key, else empty."""
+        return self.overrides[key].source if key in self.overrides else ""
+
+    @property
+    def bundled(self) -> bool:
+        """Whether the bundled trainer runs this job."""
+        return self.train is not None and self.xflux is None
+
+    def training(self, key: str) -> Any:
+        """A value of the training file, ours or X-Flux's; None where it is not known."""
+        if self.xflux is not None:
+            return self.xflux.data.get(key) if key == "train_batch_size" else self.xflux.get(key)
+        return getattr(self.train, key, None)
 
     def section(self, name: str) -> dict[str, Any]:
         value = self.get(name)
@@ -76,6 +115,10 @@ class Job:
     @property
     def num_machines(self) -> int:
         return _whole(self.get("num_machines"), 1)
+
+    @property
+    def machine_rank(self) -> int:
+        return _whole(self.get("machine_rank"), 0)
 
     @property
     def num_processes(self) -> int:
@@ -106,14 +149,25 @@ class Job:
         accelerate takes DeepSpeedCPUAdam where the optimizer is offloaded (0.30.1 and 1.15.0, accelerator.py,
         `_prepare_deepspeed`); NVMe offload needs async_io as well.
         """
-        bundled = self.train is not None and self.xflux is None
-        if not self.deepspeed or bundled:  # the bundled trainer offloads nothing (trainer/zero.py)
+        if not self.deepspeed or self.bundled:  # the bundled trainer offloads nothing (trainer/zero.py)
             return ()
-        section = self.section("deepspeed_config")
-        devices = {str(section.get(f"offload_{what}_device", "none")).lower() for what in ("optimizer", "param")}
-        optimizer = str(section.get("offload_optimizer_device", "none")).lower()
+        optimizer, param = self.offload_device("optimizer"), self.offload_device("param")
+        devices = {optimizer, param}
         adam = ("cpu_adam",) if optimizer in ("cpu", "nvme") else ()
         return (*adam, "async_io") if "nvme" in devices else adam
+
+    def offload_device(self, what: str) -> str:
+        """Where the optimizer's states (`optimizer`) or the weights (`param`) are kept: none, cpu or nvme."""
+        block = self.zero_block.get(f"offload_{what}")
+        inline = self.section("deepspeed_config").get(f"offload_{what}_device", "none")
+        named = block.get("device", "none") if isinstance(block, dict) else "none"
+        return str(named if self.zero_file is not None else inline).lower()
+
+    @property
+    def zero_block(self) -> dict[str, Any]:
+        """zero_optimization of DeepSpeed's file, which is all that counts where there is one."""
+        block = (self.zero_file or {}).get("zero_optimization")
+        return block if isinstance(block, dict) else {}
 
     @property
     def deepspeed(self) -> bool:
@@ -121,6 +175,9 @@ class Job:
 
     @property
     def zero_stage(self) -> int:
+        if self.zero_file is not None:  # accelerate fills "auto" by 2; DeepSpeed's own default is 0
+            stage = self.zero_block.get("stage", 0)
+            return _whole(stage, 2 if stage == "auto" else 0)
         return _whole(self.section("deepspeed_config").get("zero_stage"), 2)
 
     @property
@@ -153,14 +210,17 @@ def read(
     offline: bool = False,
     xflux: str | None = None,
     environment: Mapping[str, str] | None = None,
+    command: Command | None = None,
 ) -> Job:
     """Read the job's files, found where people keep them when they are not named.
 
     With `xflux` the training file is X-Flux's own script's, not the bundled trainer's, and only that is read of it;
-    `environment` are the variables which that script would see. Raises UsageError when a named path does not exist.
+    `environment` are the variables which that script would see. Under a launch `command` no file is looked for here:
+    accelerate takes the one that it names, else its default. Raises UsageError when a named path does not exist.
     """
     train_path = _find(train, TRAIN_NAMES, folder, "training file", "--config")
-    accelerate_path = _find(accelerate, ACCELERATE_NAMES, folder, "accelerate file", "--accelerate-config")
+    usual = ACCELERATE_NAMES if command is None else ()
+    accelerate_path = _find(accelerate, usual, folder, "accelerate file", "--accelerate-config")
     if accelerate_path is None and default_accelerate:
         accelerate_path = Path(default_accelerate)
     problems: list[Problem] = []
@@ -168,6 +228,9 @@ def read(
     nearby = xflux_files.nearby(train_path) if checkout is None else None
     config, notes = _read_train(None if checkout else train_path, problems)
     text, mapping = _read_accelerate(accelerate_path, problems)
+    zero = deepspeed_file.read(mapping, checkout.root if checkout else folder, accelerate_path)
+    if zero is not None and zero.seen:
+        problems.append(Problem("deepspeed", zero.seen, zero.hint))
     return Job(
         train_path=train_path,
         train=config,
@@ -176,6 +239,10 @@ def read(
         accelerate=mapping,
         accelerate_text=text,
         problems=tuple(problems),
+        deepspeed_path=zero.path if zero else None,
+        zero_file=zero.values if zero else None,
+        zero_text=zero.text if zero else "",
+        command=command,
         cpu=cpu,
         gpu_limit=gpu_limit,
         offline=offline,

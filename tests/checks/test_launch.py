@@ -8,8 +8,8 @@ import pytest
 from conftest import XFLUX_ACCELERATE, case, findings, gpus, job, machine, packages, verdict
 
 from xflux_doctor.check import examine
-from xflux_doctor.checks import ALL, launch, words
-from xflux_doctor.finding import Edit, Remove, Rename
+from xflux_doctor.checks import ALL, launch, sections, words
+from xflux_doctor.finding import Comment, Edit, Rename
 from xflux_doctor.job import Problem
 from xflux_doctor.matrix import Matrix
 from xflux_doctor.plan import make
@@ -41,7 +41,10 @@ def test_eight_processes_on_fewer_devices(matrix: Matrix, count: int, stack: str
     (finding,) = findings(case(matrix, facts, job(), stack), launch.ranks_have_devices)
     assert "num_processes is 8" in finding.seen and "NVIDIA H100 80GB HBM3" in finding.seen
     assert text in finding.because
-    assert finding.edits == (Edit("accelerate", ("num_processes",), count, "one rank per visible device"),)
+    assert finding.edits[0] == Edit("accelerate", ("num_processes",), count, "one rank per visible device")
+    steps = [(e.file, e.key[-1], e.value) for e in finding.edits[1:]]  # type: ignore[union-attr]
+    assert steps == [(file, "gradient_accumulation_steps", 16 // count) for file in ("accelerate", "train")]
+    assert finding.offers == () and "a step still sees 16 samples" in finding.hint
 
 
 def test_eight_processes_on_eight_devices(matrix: Matrix) -> None:
@@ -91,9 +94,9 @@ def test_unknown_keys(matrix: Matrix) -> None:
     work = job(XFLUX_ACCELERATE + "parallelism_config: {}\nnum_process: 8\n".replace("num_process:", "num_procesess:"))
     work.accelerate.pop("num_processes")  # type: ignore[union-attr]
     old = case(matrix, machine(matrix, packages=packages(matrix, "xflux-2024")), work, "xflux-2024")
-    edits = [f.edits[0] for f in findings(old, words.keys_known)]
-    assert [type(e) for e in edits] == [Remove, Rename]
-    assert edits[1].new == "num_processes"  # type: ignore[union-attr]
+    assert [f.edits[0].key for f in findings(old, words.keys_known) if f.edits] == [("num_procesess",)]
+    (newer,) = findings(old, sections.of_this_release)  # accelerate 0.30.1 has no parallelism_config
+    assert [type(edit) for edit in newer.edits] == [Comment] and newer.edits[0].key == ("parallelism_config",)
     new = case(matrix, machine(matrix), work)  # accelerate 1.15 knows parallelism_config
     assert [f.edits[0].key for f in findings(new, words.keys_known)] == [("num_procesess",)]
     assert findings(case(matrix, machine(matrix), job()), words.keys_known) == ()
@@ -153,7 +156,48 @@ def test_cpu_ranks(matrix: Matrix) -> None:
     assert findings(case(matrix, facts, job(cpu_file), "cpu"), launch.cpu_ranks) == ()
     crowded = job(cpu_file.replace("num_processes: 8", "num_processes: 99"))
     (finding,) = findings(case(matrix, facts, crowded, "cpu"), launch.cpu_ranks)
-    assert [(e.key, e.value) for e in finding.edits] == [(("num_processes",), 16)]  # type: ignore[union-attr]
+    assert [e.value for e in finding.edits] == [16, 12, 12]  # type: ignore[union-attr]
+    assert "198 samples a step do not divide by 16: the nearest is 192" in finding.hint
+
+
+@pytest.mark.parametrize(("before", "steps", "batch", "count", "after", "total"), [
+    (8, 2, 1, 3, 5, 15), (8, 1, 4, 3, 3, 36), (16, 1, 1, 3, 5, 15), (3, 1, 1, 2, 2, 4), (8, 2, 1, 1, 16, 16),
+])  # fmt: skip
+def test_the_samples_of_a_step_stay_or_the_nearest_is_taken(
+    matrix: Matrix, before: int, steps: int, batch: int, count: int, after: int, total: int
+) -> None:
+    text = changed("num_processes: 8", f"num_processes: {before}").replace("MULTI_GPU", "DEEPSPEED")
+    text = text.replace("gradient_accumulation_steps: 2", f"gradient_accumulation_steps: {steps}")
+    work = job(text, gradient_accumulation_steps=steps, train_batch_size=batch, learning_rate=2e-5)
+    (finding,) = findings(case(matrix, machine(matrix, count=count), work), launch.ranks_have_devices)
+    assert {e.value for e in finding.edits[1:]} == {after}  # type: ignore[union-attr]
+    old = before * steps * batch
+    if total == old:
+        assert finding.offers == () and "still sees" in finding.hint
+    else:
+        (offer,) = finding.offers
+        assert offer == Edit("train", ("learning_rate",), float(f"{2e-5 * total / old:.4g}"), offer.reason)
+        assert f"{old} samples a step do not divide by {count}: the nearest is {total}" in finding.hint
+
+
+def test_ddp_keeps_its_samples_by_the_training_file_alone(matrix: Matrix) -> None:
+    text = changed("distributed_type: DEEPSPEED", "distributed_type: MULTI_GPU")
+    (finding,) = findings(case(matrix, machine(matrix, count=2), job(text)), launch.ranks_have_devices)
+    assert [(e.file, e.value) for e in finding.edits] == [("accelerate", 2), ("train", 4)]  # type: ignore[union-attr]
+    bare = dataclasses.replace(job(text), train=None, train_path=None)
+    (finding,) = findings(case(matrix, machine(matrix, count=2), bare), launch.ranks_have_devices)
+    assert [e.file for e in finding.edits] == ["accelerate"] and "set gradient_accumulation_steps to 4" in finding.hint
+
+
+def test_one_id_under_multi_gpu(matrix: Matrix) -> None:
+    text = changed("distributed_type: DEEPSPEED", "distributed_type: MULTI_GPU")
+    text = text.replace("num_processes: 8", "num_processes: 1\ngpu_ids: '1'")
+    (finding,) = findings(case(matrix, machine(matrix, count=2), job(text)), launch.gpu_ids_enough)
+    assert "Less than two GPU ids were configured" in finding.because
+    assert [e.value for e in finding.edits] == ["NO"]  # type: ignore[union-attr]
+    for right in ("gpu_ids: '0,1'", "gpu_ids: all", "num_machines: 2"):
+        other = text.replace("gpu_ids: '1'", right)
+        assert findings(case(matrix, machine(matrix, count=2), job(other)), launch.gpu_ids_enough) == ()
 
 
 def test_idle_gpus(matrix: Matrix) -> None:
@@ -222,7 +266,7 @@ def test_a_section_left_over_from_deepspeed_does_not_count(matrix: Matrix) -> No
 
 @pytest.mark.parametrize(("old", "new", "mended"), [
     ("zero_stage: 2", "zero_stage: 3", 2),
-    ("zero_stage: 2", "zero_stage: foo", 2),
+    ("zero_stage: 2", "zero_stage: 5", 2),
     ("zero_stage: 2", "zero_stage: 0", 2),
     ("distributed_type: DEEPSPEED", "distributed_type: FSDP", None),
     ("distributed_type: DEEPSPEED", "distributed_type: XLA", None),
@@ -232,7 +276,8 @@ def test_a_strategy_that_the_trainer_does_not_do(matrix: Matrix, old: str, new: 
     (finding,) = findings(subject, launch.strategy_done)
     assert [edit.value for edit in finding.edits] == ([mended] if mended else [])  # type: ignore[union-attr]
     plan = make(subject, lambda mended: examine(mended, ALL))
-    assert [blocker.code for blocker in plan.blockers] == ([] if mended else ["LA111"])
+    blockers = [] if mended else ["LA208", "LA111"] if "XLA" in new else ["LA111"]
+    assert [blocker.code for blocker in plan.blockers] == blockers
 
 
 def test_strategies_that_it_does(matrix: Matrix) -> None:

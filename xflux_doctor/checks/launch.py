@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from packaging.version import Version
 from xflux_trainer.config import RANGES
 
+from xflux_doctor import batch
 from xflux_doctor.accelerate_keys import DISTRIBUTED_TYPES
 from xflux_doctor.check import Case, SkipCheck, check
 from xflux_doctor.checks.words import devices, installed
+from xflux_doctor.cluster import task
 from xflux_doctor.facts import Gpu
 from xflux_doctor.finding import Change, Edit, Finding, Remove, error, warning
+from xflux_doctor.placement import STANDALONE, WRAPS, place, script_words, trainer_words
 from xflux_doctor.visible import cards, choice, parse
 
-_WRAPS = Version("0.33.0")
-"""First accelerate whose ranks take device `rank % device_count` (huggingface/accelerate#2916)."""
-_STANDALONE = Version("1.8.0")
-"""First accelerate that looks for a free port by itself, on one machine."""
 _ACCUMULATION = ("deepspeed_config", "gradient_accumulation_steps")
 
 
@@ -51,6 +49,9 @@ def ranks_have_devices(case: Case) -> Iterator[Finding]:
         raise SkipCheck(case.facts.unknown.get("gpus", "the GPUs are unknown"))
     if any(gpu.mig for gpu in found) or (choice(case.facts.environment, case.job.gpu_ids) or "").startswith("MIG-"):
         raise SkipCheck("the devices are MIG slices: see HW118")
+    started = task(case.facts.environment) if found and case.job.command is None else None
+    if started is not None and started.a_rank:
+        raise SkipCheck("this process is one of the ranks (see LA410)")
     ranks = case.job.local_processes
     if not found:
         yield _no_device(case)
@@ -63,7 +64,7 @@ def _no_device(case: Case) -> Finding:
     if not case.facts.gpus:
         return error(
             "The job is for GPUs and the driver lists none.",
-            "No rank can start.",
+            "accelerate's ranks would compute on the CPU without a word; those of 0.30.1 each for itself.",
             "Run on a GPU machine, or give --cpu to train on the CPU.",
         )
     if case.job.gpu_ids not in (None, "all"):
@@ -72,34 +73,36 @@ def _no_device(case: Case) -> Finding:
         where = f"CUDA_VISIBLE_DEVICES={case.facts.environment.get('CUDA_VISIBLE_DEVICES', '')!r}"
     return error(
         f"{where} leaves none of the {len(case.facts.gpus)} GPUs visible.",
-        "torch finds no CUDA device.",
+        "torch finds no CUDA device: accelerate's ranks would compute on the CPU without a word.",
         "Unset it, or name GPUs that exist.",
     )
 
 
 def _too_many_ranks(case: Case, ranks: int, found: tuple[Gpu, ...]) -> Finding:
-    version = installed(case, "accelerate")
-    first = len(found)
-    if version is None or version < _WRAPS:
-        name = f"accelerate {version}" if version else "accelerate before 0.33"
-        failure = f"under {name} rank {first} dies with 'RuntimeError: CUDA error: invalid device ordinal'"
+    job = case.job
+    version, first = installed(case, "accelerate"), len(found)
+    name = f"accelerate {version}" if version else "accelerate before 0.33"
+    zero = job.machine_rank * ranks
+    if version is not None and version >= WRAPS:
+        because = f"{name} puts rank {zero + first} on the GPU of rank {zero} again and NCCL stops with"
     else:
-        failure = (
-            f"accelerate {version} puts rank {first} on GPU 0 again and NCCL stops with "
-            f"'Duplicate GPU detected : rank 0 and rank {first} both on CUDA device'"
-        )
-    total = len(found) * max(1, case.job.num_machines)
+        because = f"Under {name} rank {zero + first} dies with"
+    because += f" '{script_words(first, version, zero)}'."
+    if job.bundled:
+        because += f" The bundled trainer stops before that: '{trainer_words(first, ranks)}'"
+    total = len(found) * max(1, job.num_machines)
+    kept = batch.keep(job, total)
     edits: list[Change] = [Edit("accelerate", ("num_processes",), total, "one rank per visible device")]
-    if total == 1 and case.job.distributed_type == "MULTI_GPU":
+    if total == 1 and job.distributed_type == "MULTI_GPU":
         edits.append(Edit("accelerate", ("distributed_type",), "NO", "one process needs no process group"))
-    where = _where(case)
     names = ", ".join(f"{gpu.index}: {gpu.name}" for gpu in found)
     return error(
-        f"num_processes is {case.job.num_processes} ({ranks} on this machine) and {len(found)} "
-        f"{'device is' if len(found) == 1 else 'devices are'} visible{where} ({names}).",
-        f"{failure[0].upper()}{failure[1:]}.",
-        f"Set num_processes to {total}.",
-        edits=tuple(edits),
+        f"num_processes is {job.num_processes} ({ranks} on this machine) and {len(found)} "
+        f"{'device is' if len(found) == 1 else 'devices are'} visible{_where(case)} ({names}).",
+        because,
+        f"Set num_processes to {total}. {kept.words}".strip(),
+        edits=(*edits, *kept.edits),
+        offers=kept.offers,
         docs="https://github.com/XLabs-AI/x-flux/issues/44",
     )
 
@@ -150,22 +153,30 @@ def cpu_ranks(case: Case) -> Iterator[Finding]:
     edits: list[Change] = []
     if case.job.get("use_cpu") is not True:
         edits.append(Edit("accelerate", ("use_cpu",), True, "--cpu was given"))
-    if case.job.distributed_type == "MULTI_CPU" and case.job.num_processes > 1:
+    by_mpi = bool(case.job.section("mpirun_config").get("mpirun_hostfile")) and not case.job.bundled
+    if case.job.distributed_type == "MULTI_CPU" and case.job.num_processes > 1 and not by_mpi:
         reason = "accelerate starts one process for MULTI_CPU without MPI"
         edits.append(Edit("accelerate", ("distributed_type",), "MULTI_GPU", reason))
     if case.job.gpu_ids is not None:
         edits.append(Remove("accelerate", ("gpu_ids",), "there are no GPUs in a CPU job"))
-    cores = case.facts.host.cpus
-    ranks = case.job.num_processes
-    if ranks > cores:
-        edits.append(Edit("accelerate", ("num_processes",), cores, f"{cores} cores for {ranks} ranks"))
+    machines = max(1, case.job.num_machines)
+    cores, ranks = case.facts.host.cpus, case.job.num_processes
+    offers: tuple[Change, ...] = ()
+    words = ""
+    if ranks > cores * machines:
+        most = cores * machines
+        edits.append(Edit("accelerate", ("num_processes",), most, f"{most} cores for {ranks} ranks"))
+        kept = batch.keep(case.job, most)
+        edits, offers, words = [*edits, *kept.edits], kept.offers, kept.words
     if edits:
         yield error(
             f"The accelerate file asks for {ranks} ranks"
-            f"{'' if case.job.get('use_cpu') is True else ' on GPUs and --cpu for the CPU'}; there are {cores} cores.",
+            f"{'' if case.job.get('use_cpu') is True else ' on GPUs and --cpu for the CPU'}; there are {cores} cores"
+            f"{' here' if machines > 1 else ''}.",
             "Launched as it is, the job would look for GPUs, or crowd the cores.",
-            "Write the CPU launch.",
+            f"Write the CPU launch. {words}".strip(),
             edits=tuple(edits),
+            offers=offers,
         )
 
 
@@ -226,23 +237,47 @@ def trainer_installed(case: Case) -> Iterator[Finding]:
         )
 
 
-@check("LA111", "the trainer does the job's strategy", needs=("trainer", "accelerate"))
+@check("LA111", "the trainer does the job's strategy", needs=("train", "trainer", "accelerate"))
 def strategy_done(case: Case) -> Iterator[Finding]:
     """One process, DDP and DeepSpeed ZeRO 1 and 2 are what the bundled trainer does today."""
-    kind, stage = case.job.distributed_type, case.job.section("deepspeed_config").get("zero_stage", 2)
-    if kind == "DEEPSPEED" and stage not in (1, 2):
+    job, kind = case.job, case.job.distributed_type
+    if kind == "DEEPSPEED" and job.zero_stage not in (1, 2):
+        file, key = ("accelerate", ("deepspeed_config", "zero_stage"))
+        if job.zero_file is not None:
+            file, key = ("deepspeed", ("zero_optimization", "stage"))
         yield error(
-            f"deepspeed_config.zero_stage is {stage!r}; the bundled trainer does ZeRO 1 and 2.",
+            f"{'.'.join(key)} is {job.zero_stage}; the bundled trainer does ZeRO 1 and 2.",
             "It stops before its first step. The optimizer's states of a LoRA are small: a higher stage saves nothing.",
-            "Set zero_stage to 2.",
-            edits=(Edit("accelerate", ("deepspeed_config", "zero_stage"), 2, "the trainer does ZeRO 1 and 2"),),
+            f"Set {key[-1]} to 2.",
+            edits=(Edit(file, key, 2, "the trainer does ZeRO 1 and 2"),),
         )
     elif kind in DISTRIBUTED_TYPES and kind not in ("NO", "MULTI_GPU", "MULTI_CPU", "DEEPSPEED"):
+        word = "MULTI_GPU" if job.num_processes > 1 else "NO"
         yield error(
             f"distributed_type is {kind}; the bundled trainer does NO, MULTI_GPU and DEEPSPEED.",
-            "It stops before its first step.",
-            "Set distributed_type to MULTI_GPU, or to DEEPSPEED with zero_stage 2.",
+            "It stops before its first step. A LoRA's ranks share nothing but the adapters' gradients: DDP is enough.",
+            f"Set distributed_type to {word}.",
+            offers=(Edit("accelerate", ("distributed_type",), word, "DDP trains the same LoRA"),),
         )
+
+
+@check("LA115", "accelerate starts with these gpu_ids", needs=("accelerate",))
+def gpu_ids_enough(case: Case) -> Iterator[Finding]:
+    """One id and MULTI_GPU is refused before anything starts (accelerate 0.30.1 and 1.15.0, commands/launch.py)."""
+    refusal = place(case.job, case.facts).refusal
+    if not refusal or case.job.use_cpu:  # LA107 removes the ids of a CPU job
+        return
+    edits: tuple[Change, ...] = ()
+    hint = "Name as many ids as num_processes, or remove gpu_ids."
+    if case.job.num_processes == 1:
+        hint = "Set distributed_type to NO: one process needs no process group."
+        edits = (Edit("accelerate", ("distributed_type",), "NO", "one id is one process"),)
+    yield error(
+        f"distributed_type is {case.job.distributed_type} and gpu_ids is {case.job.gpu_ids!r}.",
+        f"accelerate starts nothing: '{refusal}'",
+        hint,
+        edits=edits,
+    )
 
 
 @check("LA112", "the port where the ranks meet is free", needs=("listeners", "accelerate"))
@@ -257,7 +292,7 @@ def port_free(case: Case) -> Iterator[Finding]:
     port = case.job.main_process_port
     holder = next((item for item in case.facts.listeners if item.port == port), None)
     version = installed(case, "accelerate")
-    if holder is None or port == 0 or (version is not None and version >= _STANDALONE and case.job.num_machines <= 1):
+    if holder is None or port == 0 or (version is not None and version >= STANDALONE and case.job.num_machines <= 1):
         return
     taken = {item.port for item in case.facts.listeners}
     free = next((number for number in range(port + 1, port + 16) if number not in taken), None)
@@ -270,6 +305,9 @@ def port_free(case: Case) -> Iterator[Finding]:
         f"'ConnectionError: Tried to launch distributed communication on port `{port}`, but another process is "
         "utilizing it'.",
         "If it is left over from a run of yours, end it (the doctor never does); or take another port.",
-        edits=(Edit("accelerate", ("main_process_port",), free, f"port {port} is taken"),) if free else (),
+        # On several machines all files name the port: one machine's edit would part it from the others.
+        edits=(Edit("accelerate", ("main_process_port",), free, f"port {port} is taken"),)
+        if free and case.job.num_machines <= 1
+        else (),
         commands=commands,
     )

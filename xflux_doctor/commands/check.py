@@ -15,7 +15,7 @@ from xflux_doctor.files import write_atomic
 from xflux_doctor.gather.machine import gather
 from xflux_doctor.inputs import Inputs, build, probed
 from xflux_doctor.pins import table
-from xflux_doctor.report import jsonreport, text
+from xflux_doctor.report import jsonreport, placement, text
 from xflux_doctor.report.summary import Summary
 
 
@@ -42,7 +42,17 @@ def summarize(case: Case, *, strict: bool = False) -> Summary:
     """Run every check on the case."""
     stack = case.stack.name if case.stack else None
     rows = table(case.stack, case.facts.packages)
-    return Summary(examine(case, ALL), case.facts, stack, case.stack_because, strict, packages=rows)
+    known = case.job.accelerate is not None or bool(case.job.overrides)
+    return Summary(
+        examine(case, ALL),
+        case.facts,
+        stack,
+        case.stack_because,
+        strict,
+        packages=rows,
+        launch=tuple(placement.lines(case)) if known else (),
+        placement=placement.values(case) if known else None,
+    )
 
 
 def show_facts(python: str | None) -> int:

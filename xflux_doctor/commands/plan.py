@@ -10,12 +10,13 @@ from xflux_trainer import memory
 from xflux_trainer.config import TrainConfig
 
 from xflux_doctor import matrix as matrices
-from xflux_doctor import xflux_bill
+from xflux_doctor import strategy, xflux_bill
 from xflux_doctor.bill import need
 from xflux_doctor.check import Case, SkipCheck
 from xflux_doctor.checks.words import devices
 from xflux_doctor.errors import DoctorError, UsageError
 from xflux_doctor.inputs import Inputs, build
+from xflux_doctor.report import placement
 from xflux_doctor.xflux import XFlux
 
 GIB = 1 << 30
@@ -37,7 +38,10 @@ def run(inputs: Inputs, *, gpu: str | None) -> int:
         bill = need(case)
     except SkipCheck as skip:
         raise DoctorError(f"There is no bill: {skip}.", "Use DDP, or DeepSpeed ZeRO stage 1 or 2.") from skip
+    for line in placement.lines(case):
+        click.echo(line)
     _print(bill)
+    _strategies(case)
     if size is None:
         click.echo("No GPU to hold it against: name one with --gpu NAME:GIB.")
         return 0
@@ -97,6 +101,27 @@ def _print(bill: memory.Bill) -> None:
             f"peak: {bill.gpu_allocated / GIB:.1f} GiB allocated while {bill.peak_phase}, "
             f"{bill.gpu_total / GIB:.1f} GiB with the CUDA context (±{bill.error_bar:.0%})"
         )
+
+
+def _strategies(case: Case) -> None:
+    """What sharding would change: for a LoRA next to nothing, which people learn after hours of ZeRO settings."""
+    ranks = case.job.num_processes
+    if ranks <= 1 or case.job.use_cpu:
+        return
+    click.echo(f"how {ranks} ranks share the work, while training, per GPU:")
+    choice = strategy.best(case, ranks)
+    for name in ("ddp", "zero1", "zero2"):
+        found = strategy.bill(case, name, ranks)
+        if found is not None:
+            mine = ", as your file says" if name == case.job.strategy else ""
+            why = f": the fastest; {choice.because}" if name == choice.strategy else ""
+            click.echo(f"  {strategy.stepping(found) / GIB:7.2f} GiB  {strategy.NAMES[name]}{mine}{why}")
+    config = case.job.train
+    less = [] if config is None or config.gradient_checkpointing else ["gradient_checkpointing"]
+    less += ["a smaller img_size"] + (["a smaller train_batch_size"] if config and config.train_batch_size > 1 else [])
+    click.echo(
+        f"  every rank holds the frozen transformer whole, so more ranks do not lower it; {' or '.join(less)} does"
+    )
 
 
 def _alternatives(case: Case, config: TrainConfig, name: str, size: int) -> int:
