@@ -32,6 +32,11 @@ def launched(text: str, file: str | None = XFLUX_ACCELERATE, version: Version = 
     "python3.11 -m accelerate.commands.launch --config_file a.yaml --num_processes 4 train.py --config t.yaml",
     "/venv/bin/accelerate launch --config_file a.yaml --num_processes 4 -m trainer --config t.yaml",
     "A=1 accelerate launch --config_file a.yaml \\\n  --num_processes 4 train.py --config t.yaml",
+    "accelerate launch --config_file a.yaml \\\r\n  --num_processes 4 train.py --config 't.yaml'",
+    "A=1 nohup accelerate launch --config_file a.yaml --num_processes 4 train.py --config t.yaml > log 2>&1 &",
+    "sudo -E env A='b c' accelerate launch --config_file \"a.yaml\" --num_processes 4 t.py --config t.yaml | tee x",
+    "timeout -k 9 1h python -u -m accelerate.commands.launch \\\n--config_file a.yaml --num_processes 4 t.py "
+    "--config t.yaml # x",
 ])  # fmt: skip
 def test_forms(text: str) -> None:
     command = parse(text)
@@ -52,6 +57,14 @@ def test_forms(text: str) -> None:
     ("accelerate launch --num_processes", "has no value"),
     ("torchrun --num_processes 4 train.py", "torchrun has no flag --num_processes"),
     ("torchrun --node_rank x train.py", "--node_rank is 'x'"),
+    ("torchrun --nproc_per_node=² train.py", "--nproc_per_node is '²'"),
+    ("torchrun --nnodes=x train.py", "--nnodes is 'x'"),
+    ("accelerate launch --num_processes \"a b", "No closing quotation"),
+    ("accelerate launch --num_processes $N train.py", "$N in the command of --launch is for a shell to fill in"),
+    ("CUDA_VISIBLE_DEVICES=$GPUS accelerate launch t.py", "CUDA_VISIBLE_DEVICES=$GPUS in the command"),
+    ("cd /x && accelerate launch t.py", "is no launch command"),
+    ("sudo accelerate launch t.py", "is no launch command"),
+    ("env -u CUDA_VISIBLE_DEVICES accelerate launch t.py", "is no launch command"),
 ])  # fmt: skip
 def test_no_launch(text: str, words: str) -> None:
     with pytest.raises(UsageError) as caught:
@@ -136,3 +149,25 @@ def test_every_word_is_kept() -> None:
     assert isinstance(command, Command) and command.environment == {"X": "a b"}
     assert command.arguments == ("--name", "c d", "--", "--num_processes", "3")
     assert str(command) == "X='a b' accelerate launch t.py --name 'c d' -- --num_processes 3"
+
+
+@pytest.mark.parametrize("text", [
+    "X='a b' nohup accelerate launch --num_processes {} t.py --num_processes 8 --out ~/x --name \"$N\" > log 2>&1 &",
+    "/v/bin/accelerate launch --config_file ~/a.yaml --num_processes={} t.py | tee log",
+    "torchrun --rdzv-endpoint=[::1]:29400 --nproc-per-node {} -m t '--x=$a;b' # two",
+    "CUDA_VISIBLE_DEVICES=0, accelerate launch --num_processes {} -- t.py *.png",
+])  # fmt: skip
+def test_only_the_launcher_s_flag_is_written_anew(text: str) -> None:
+    """Quotes, `~`, `$`, `*`, pipes and redirections are the shell's: they stay as they were typed."""
+    command = parse(text.format(8))
+    assert str(command) == text.format(8)
+    flag = "nproc_per_node" if command.launcher == "torchrun" else "num_processes"
+    assert str(command.rewritten(flag, 2)) == text.format(2)
+
+
+def test_what_the_shell_would_have_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    command = parse("accelerate launch --config_file ~/a.yaml t.py --config ~/t.yaml")
+    assert (command.config_file, command.training_file) == ("/home/me/a.yaml", "/home/me/t.yaml")
+    six = launched("torchrun --nnodes 2 --node-rank 0 --rdzv-endpoint=[fe80::1]:29400 --nproc-per-node 1 t.py")
+    assert (six.get("main_process_ip"), six.main_process_port) == ("fe80::1", 29400)

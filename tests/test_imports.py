@@ -14,7 +14,8 @@ from conftest import ROOT
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "files", "facts", "finding", "conditions", "matrix_types", "matrix_lint", "matrix", "choose", "pins",
      "accelerate_sections", "accelerate_keys", "known_variables", "visible", "xflux_config", "xflux_images",
-     "xflux", "command", "deepspeed_keys", "deepspeed_file", "job", "cluster", "placement", "batch", "launched"),
+     "xflux", "shellwords", "command", "deepspeed_keys", "deepspeed_file", "job", "cluster", "placement", "batch",
+     "launched"),
     (
         "gather.deadline", "gather.cluster", "gather.environment", "gather.hub_cache", "gather.mounts",
         "gather.folders",

@@ -104,6 +104,26 @@ def test_an_unknown_name_is_said_at_once(port: int) -> None:
         assert found.seconds < 15
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("host", ["a..b", "a" * 300])
+def test_a_name_that_no_resolver_can_be_asked_for(port: int, rank: int, host: str) -> None:
+    (found,) = meet([rank], port, count=2, seconds=20, host=host)
+    assert (found.trouble, found.detail) == ("unknown name", "no name that can be looked up") and found.seconds < 5
+
+
+def test_a_port_that_is_none() -> None:
+    (found,) = meet([0], 99999, count=2)
+    assert (found.trouble, found.detail) == ("no port", "a port is 0 to 65535")
+
+
+def test_many_differences_reach_everybody(port: int) -> None:
+    """All of them would be more than a line may hold; each is told its own first."""
+    config = {at: {f"key {i}": f"{at and 1}" * 59 for i in range(50)} for at in range(24)}
+    found = meet(range(24), port, config=config)
+    assert len(found[0].unlike) == 23 and len(found[0].unlike["9"]) == 50
+    assert all(str(at) in meeting.unlike and not meeting.trouble for at, meeting in enumerate(found) if at)
+
+
 def test_a_busy_port(port: int) -> None:
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", port))

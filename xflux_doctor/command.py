@@ -1,7 +1,8 @@
 """A launch command as a person types it, read for what it says about the job. Pure.
 
-`accelerate launch`, `torchrun` and `deepspeed` are read, with variables set in front and `python -m` forms. Flags win
-over accelerate's file, but for the keys of a section before accelerate 1.5, where the file wins.
+`accelerate launch`, `torchrun` and `deepspeed` are read, with variables and `nohup`, `sudo -E` and their like in front,
+`python -m` forms, and a redirection or pipe behind. Flags win over accelerate's file, but for the keys of a section
+before accelerate 1.5, where the file wins.
 
 Source: accelerate 0.30.1 and 1.15.0, commands/launch.py (`launch_command_parser`, `_validate_launch_command`);
 1.4.0 and 1.5.2 for the change of the sections' precedence; pytorch v2.13.0, torch/distributed/run.py; DeepSpeed
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 import shlex
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from typing import Any
 
 from packaging.version import Version
 
+from xflux_doctor import shellwords
 from xflux_doctor.errors import UsageError
 
 FLAGS_WIN = Version("1.5.0")
@@ -29,7 +32,7 @@ _SWITCHES = frozenset(
     "use_parallelism_config use_megatron_lm use_xpu use_mps_device same_network m module no_python tpu_cluster "
     "no_tpu_cluster tpu_use_sudo downcast_bf16 fp8_use_autocast_during_eval dynamo_use_regional_compilation debug "
     # torchrun
-    "standalone run_path virtual_local_rank "
+    "standalone run_path virtual_local_rank use_env "
     # deepspeed
     "no_local_rank force_multi elastic_training save_pid bind_cores_to_rank no_ssh no_ssh_check".split()
 )
@@ -53,15 +56,23 @@ _MODULES = {"accelerate.commands.launch": "accelerate", "torch.distributed.run":
             "torch.distributed.launch": "torchrun", "deepspeed.launcher.runner": "deepspeed"}  # fmt: skip
 _TORCHRUN = frozenset("nproc_per_node nnodes node_rank master_addr master_port rdzv_endpoint rdzv_backend rdzv_id "
                       "rdzv_conf max_restarts monitor_interval start_method role log_dir r redirects t tee "
-                      "local_ranks_filter local_addr logs_specs event_log_handler".split())  # fmt: skip
+                      "local_ranks_filter local_addr logs_specs event_log_handler duplicate_stdout_filters "
+                      "duplicate_stderr_filters numa_binding signals_to_handle shutdown_timeout".split())  # fmt: skip
 _RUNNER = frozenset("num_gpus num_nodes include i exclude e hostfile H master_port master_addr launcher launcher_args "
                     "node_rank autotuning enable_each_rank_log bind_core_list min_elastic_nodes max_elastic_nodes "
-                    "venv_script".split())  # fmt: skip
+                    "venv_script ssh_port num_accelerators log_level".split())  # fmt: skip
+
+
+_BEFORE: dict[str, tuple[str, ...]] = {
+    "nohup": (), "time": (), "exec": (), "env": (), "sudo": ("-u", "-g", "-h", "-C"),
+    "nice": ("-n",), "timeout": ("-k", "-s"),
+}  # fmt: skip
+"""Programs that start the command after them as it is, and their flags with a value."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """What the command says. `words` are its own, to be written again with other values."""
+    """What the command says. `words` are its own, as written, to be written again with other values."""
 
     words: tuple[str, ...]
     launcher: str
@@ -73,23 +84,26 @@ class Command:
     script: str = ""
     arguments: tuple[str, ...] = ()
     """The script's own."""
+    span: tuple[int, int] = (0, 0)
+    """Where the launcher's flags are among the words."""
+    tail: str = ""
+    """What follows the command in its line: a redirection, a pipe, `&`."""
 
     def __str__(self) -> str:
         """As it can be pasted into a shell."""
-        rest = self.words[len(self.environment) :]
-        return " ".join([*(f"{k}={shlex.quote(v)}" for k, v in self.environment.items()), shlex.join(rest)])
+        return " ".join([*self.words, self.tail] if self.tail else self.words)
 
     @property
     def config_file(self) -> str | None:
         value = self.flags.get("config_file")
-        return value if isinstance(value, str) and self.launcher == "accelerate" else None
+        return _at_home(value) if isinstance(value, str) and self.launcher == "accelerate" else None
 
     @property
     def training_file(self) -> str | None:
         """What follows the script's `--config`, as X-Flux's scripts and the bundled trainer take it."""
         for at, word in enumerate(self.arguments):
             if word == "--config" and at + 1 < len(self.arguments):
-                return self.arguments[at + 1]
+                return _at_home(self.arguments[at + 1])
             if word.startswith("--config="):
                 return word.partition("=")[2]
         return None
@@ -97,13 +111,13 @@ class Command:
     def rewritten(self, flag: str, value: object) -> Command:
         """The same command with another value of a flag that it has."""
         pattern = re.compile(rf"(--?{flag.replace('_', '[-_]')})(?:=.*)?$")
-        words = list(self.words)
-        for at, word in enumerate(words):
-            match = pattern.match(word)
-            if match and "=" in word:
-                words[at] = f"{match[1]}={value}"
-            elif match and at + 1 < len(words):
-                words[at + 1] = str(value)
+        words, (start, end) = list(self.words), self.span
+        for at in range(start, end):
+            match = pattern.match(shellwords.value(words[at]))
+            if match and "=" in words[at]:
+                words[at] = f"{match[1]}={shlex.quote(str(value))}"
+            elif match and at + 1 < end:
+                words[at + 1] = shlex.quote(str(value))
         return dataclasses.replace(self, words=tuple(words))
 
     @property
@@ -142,16 +156,16 @@ class Command:
         return found
 
     def _torchrun(self) -> dict[str, tuple[Any, str]]:
-        nodes = str(self.flags.get("nnodes", "1")).split(":")[0]
-        machines = int(nodes) if nodes.isdigit() else 1
+        machines = _number("nnodes", str(self.flags.get("nnodes", "1")).split(":")[0])
         found: dict[str, tuple[Any, str]] = {"distributed_type": ("MULTI_GPU", "torchrun"),
                                              "num_machines": (machines, "--nnodes")}  # fmt: skip
         each = str(self.flags.get("nproc_per_node", "1"))
-        if each.isdigit():
-            found["num_processes"] = (int(each) * machines, "--nproc_per_node")
+        if each not in ("auto", "gpu", "cpu", "xpu"):
+            found["num_processes"] = (_number("nproc_per_node", each) * machines, "--nproc_per_node")
         if "node_rank" in self.flags:
             found["machine_rank"] = (_number("node_rank", self.flags["node_rank"]), "--node_rank")
-        host, _, port = str(self.flags.get("rdzv_endpoint", "")).partition(":")
+        endpoint = re.fullmatch(r"(\[.*\]|[^:]*)(?::(.*))?", str(self.flags.get("rdzv_endpoint", "")))
+        host, port = (endpoint[1].strip("[]"), endpoint[2]) if endpoint else ("", "")
         for key, value, flag in (
             ("main_process_ip", host or self.flags.get("master_addr"), "rdzv_endpoint" if host else "master_addr"),
             ("main_process_port", port or self.flags.get("master_port"), "rdzv_endpoint" if port else "master_port"),
@@ -178,15 +192,12 @@ class Command:
 def parse(text: str) -> Command:
     """Read a command. Raises UsageError where it is no launch, or has a flag that the launcher does not know."""
     try:
-        words = shlex.split(text.replace("\\\n", " "))
+        raw, tail = shellwords.split(text)
+        words = [shellwords.value(word) for word in raw]
     except ValueError as error:
         raise UsageError(f"--launch cannot be read: {error}.", "Quote the whole command once.") from error
-    rest = list(words)
-    environment: dict[str, str] = {}
-    while rest and re.fullmatch(r"[A-Za-z_]\w*=.*", rest[0], re.DOTALL):
-        name, _, value = rest.pop(0).partition("=")
-        environment[name] = value
-    launcher, rest = _launcher(rest, text)
+    launcher, environment, rest = _launcher(words, text)
+    start = len(words) - len(rest)
     flags: dict[str, str | bool] = {}
     while rest and rest[0].startswith("-") and rest[0] != "--":
         word = rest.pop(0)
@@ -201,21 +212,55 @@ def parse(text: str) -> Command:
             flags[name] = rest.pop(0)
         else:
             raise UsageError(f"{word} has no value in the command of --launch.", "Complete the command.")
+    span = (start, len(words) - len(rest))
+    for word in raw[: span[1]]:
+        if re.search(r"[$`]", re.sub(r"'[^']*'|\\.", "", word)):
+            hint = "Write the value, or put the whole command in double quotes, so that your shell does."
+            raise UsageError(f"{word} in the command of --launch is for a shell to fill in.", hint)
     rest = rest[1:] if rest[:1] == ["--"] else rest
-    return Command(tuple(words), launcher, flags, environment, rest[0] if rest else "", tuple(rest[1:]))
+    return Command(raw, launcher, flags, environment, rest[0] if rest else "", tuple(rest[1:]), span, tail)
 
 
-def _launcher(words: list[str], text: str) -> tuple[str, list[str]]:
-    if words:
-        name = PurePath(words[0]).name
-        if re.fullmatch(r"python[\d.]*", name) and len(words) > 2 and words[1] == "-m" and words[2] in _MODULES:
-            return _MODULES[words[2]], words[3:]
-        if name == "accelerate" and words[1:2] == ["launch"]:
-            return "accelerate", words[2:]
-        if name in ("accelerate-launch", "torchrun", "deepspeed"):
-            return name.partition("-")[0], words[1:]
-    hint = "Give the whole line that starts the training: 'accelerate launch …', 'torchrun …' or 'deepspeed …'."
+def _launcher(words: list[str], text: str) -> tuple[str, dict[str, str], list[str]]:
+    """(The launcher, the variables set in front of it, its own words)."""
+    rest, environment = list(words), dict[str, str]()
+    while rest:
+        name = PurePath(rest[0]).name
+        assigned = re.fullmatch(r"([A-Za-z_]\w*)=(.*)", rest[0], re.DOTALL)
+        if assigned:
+            environment[assigned[1]] = assigned[2]
+            rest = rest[1:]
+        elif name in _BEFORE:
+            at = 1
+            while at < len(rest) and rest[at].startswith("-"):
+                at += 2 if rest[at] in _BEFORE[name] else 1
+            kept = any("E" in flag or flag == "--preserve-env" for flag in rest[1:at])
+            if (name == "env" and at > 1) or (name == "sudo" and not kept):
+                break  # the ranks would not see this environment
+            rest = rest[at + (name == "timeout") :]
+        else:
+            break
+    found = _named(rest)
+    if found is not None:
+        return found[0], environment, found[1]
+    hint = (
+        "Give the line that starts the training: 'accelerate launch …', 'torchrun …' or 'deepspeed …'; leave out what "
+        "stands before it, such as srun or cd."
+    )
     raise UsageError(f"--launch is no launch command: {text[:60]!r}.", hint)
+
+
+def _named(words: list[str]) -> tuple[str, list[str]] | None:
+    """The launcher that the words begin with, and those after it."""
+    name = PurePath(words[0]).name if words else ""
+    if re.fullmatch(r"python[\d.]*", name):
+        rest = words[1:]
+        while rest and re.fullmatch(r"-[bBdEiIOqsSuvx]+", rest[0]):  # python's own switches without a value
+            rest = rest[1:]
+        return (_MODULES[rest[1]], rest[2:]) if len(rest) > 1 and rest[0] == "-m" and rest[1] in _MODULES else None
+    if name == "accelerate" and words[1:2] == ["launch"]:
+        return "accelerate", words[2:]
+    return (name.partition("-")[0], words[1:]) if name in ("accelerate-launch", "torchrun", "deepspeed") else None
 
 
 def _known(name: str, launcher: str, word: str) -> None:
@@ -226,6 +271,11 @@ def _known(name: str, launcher: str, word: str) -> None:
     near = difflib.get_close_matches(name, sorted(own), n=1)
     hint = f"Did you mean --{near[0]}?" if near else "Remove it, or see the launcher's --help."
     raise UsageError(f"{launcher} has no flag {word.partition('=')[0]}.", hint)
+
+
+def _at_home(path: str) -> str:
+    """The shell has not expanded what was quoted as a whole for --launch."""
+    return os.path.expanduser(path)  # noqa: PTH111 - Path.expanduser raises for a user without a home
 
 
 def _section(name: str) -> str:

@@ -76,7 +76,7 @@ def gathering(case: Case, me: Self, seconds: float) -> Gathering | None:
         return None
     found = devices(case)
     number = None if case.job.use_cpu or found is None else len(found)
-    place = Place(me.kind, me.number, me.count, host, case.job.main_process_port, number)
+    place = Place(me.kind, me.number, me.count, host.strip().strip("[]"), case.job.main_process_port, number)
     return Gathering(place, agreed(case), seconds, lambda text: click.echo(f"  {text}"))
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
 import selectors
 import socket
 import time
@@ -24,6 +25,8 @@ PROTOCOL = 1
 _WORD = "xflux-doctor"
 _LARGEST = 1 << 16
 """Bytes of one line."""
+_TOLD = 8
+"""Members, and keys of each, whose differences are sent: of 60 letters each they stay below the size of a line."""
 _CROWD = 4096
 """Connections at one time."""
 _TICK = 0.2
@@ -126,9 +129,11 @@ class Gathering:
     def _host(self, tolerant: bool) -> Meeting:
         try:
             self._server = _listen(self._place)
-        except OSError as error:
-            busy = error.errno == errno.EADDRINUSE and not isinstance(error, socket.gaierror)
-            return self._meeting("busy", str(error.strerror)) if busy else self._meeting(*_why(error, "no port"))
+        except (OSError, OverflowError, UnicodeError) as error:
+            busy = getattr(error, "errno", None) == errno.EADDRINUSE and not isinstance(error, socket.gaierror)
+            return (
+                self._meeting("busy", os.strerror(errno.EADDRINUSE)) if busy else self._meeting(*_why(error, "no port"))
+            )
         until = self._started + self._seconds
         spoken: tuple[int, ...] = ()
         while True:
@@ -142,7 +147,7 @@ class Gathering:
         found = self._judged(missing)
         good = found.together or (tolerant and not (missing or found.twice))
         for line in self._lines:
-            line.send(go=good, **_told(found))
+            line.send(go=good, **_told(found, line))
         if not good:
             self._part()
         return found
@@ -247,7 +252,7 @@ class Gathering:
             peers=tuple(_peer(rank, line.said or {}) for rank, line in sorted(wanted.items())),
         )
         for line in wanted.values():
-            line.send(go=found.together, **_told(found))
+            line.send(go=found.together, **_told(found, line))
         self._part()
         return found
 
@@ -275,9 +280,9 @@ class Gathering:
                 client = socket.create_connection(
                     (self._place.host, self._place.port), timeout=max(0.1, min(3.0, until - time.monotonic()))
                 )
-            except OSError as error:
+            except (OSError, OverflowError, UnicodeError) as error:
                 trouble, detail = _why(error)
-                if trouble == "unknown name":
+                if trouble in ("unknown name", "no port"):
                     break
                 if not spoken and time.monotonic() > self._started + _QUIET:
                     left = max(0, round(until - time.monotonic()))
@@ -359,7 +364,11 @@ def _listen(place: Place) -> socket.socket:
     return server
 
 
-def _why(error: OSError, other: str = "timeout") -> tuple[str, str]:
+def _why(error: OSError | OverflowError | UnicodeError, other: str = "timeout") -> tuple[str, str]:
+    if isinstance(error, OverflowError):
+        return "no port", "a port is 0 to 65535"
+    if isinstance(error, UnicodeError):  # an empty or overlong label: no resolver can be asked for it
+        return "unknown name", "no name that can be looked up"
     if isinstance(error, socket.gaierror):
         again = error.errno == socket.EAI_AGAIN
         return "no resolver" if again else "unknown name", error.strerror or str(error)
@@ -372,9 +381,12 @@ def _why(error: OSError, other: str = "timeout") -> tuple[str, str]:
     return other, error.strerror or str(error)
 
 
-def _told(found: Meeting) -> dict[str, object]:
+def _told(found: Meeting, line: _Line) -> dict[str, object]:
+    """What `line` is told: its own differences first, and no more of the others' than one line may hold."""
+    own = str((line.said or {}).get("rank"))
+    unlike = sorted(found.unlike.items(), key=lambda item: item[0] != own)[:_TOLD]
     return {"missing": found.missing, "left": found.left, "stopped": found.stopped, "twice": found.twice,
-            "unlike": found.unlike}  # fmt: skip
+            "unlike": {rank: dict(list(keys.items())[:_TOLD]) for rank, keys in unlike}}  # fmt: skip
 
 
 def _peer(rank: int, said: Mapping[str, Any]) -> Peer:
