@@ -20,6 +20,7 @@ ACCELERATE_FAULTS = {
     "empty": (b"", "is empty"),
     "tabs": (b"num_processes: 2\ndeepspeed_config:\n\tzero_stage: 2\n", "tab"),
     "binary": (bytes(range(256)), "binary"),
+    "latin-1": (b"# caf\xe9\nnum_processes: 2\n", "not UTF-8 text (line 1)"),
     "nul": (b"a: 1\0", "binary"),
     "a list": (b"- 1\n- 2\n", "list"),
     "not yaml": (b"a: [1, 2\n", "not YAML"),

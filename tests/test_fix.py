@@ -17,7 +17,7 @@ from conftest import ROOT, TRAIN, XFLUX_ACCELERATE, case, job, machine
 from xflux_doctor import cli, jsontext, repair, yamltext
 from xflux_doctor.check import Case, check, examine
 from xflux_doctor.commands import fix
-from xflux_doctor.finding import Change, Comment, Edit, Finding, Remove, Rename, error
+from xflux_doctor.finding import Change, Comment, Edit, Finding, Remove, Rename, error, warning
 from xflux_doctor.matrix import Matrix
 from xflux_doctor.meaning import everywhere
 from xflux_doctor.plan import make
@@ -56,6 +56,26 @@ def test_an_offer_is_shown_and_made_only_when_it_is_taken(matrix: Matrix) -> Non
     both = case(matrix, subject.facts, subject.job, taken=accepted, accepted=accepted)
     (verdict,) = examine(both, [offers])
     assert verdict.status == "warning" and verdict.findings[0].offers == verdict.findings[0].edits == ()
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_an_offer_is_told_as_it_can_be_had(matrix: Matrix, capsys: pytest.CaptureFixture[str], written: bool) -> None:
+    """Once the file is written its finding is gone, and --take would make nothing."""
+    subject = case(matrix, machine(matrix, count=8), job())
+    mended = case(matrix, subject.facts, job(XFLUX_ACCELERATE.replace("num_processes: 8", "num_processes: 4")))
+    before = make(subject, lambda mended: examine(mended, [warns]))
+    after = make(mended, lambda mended: examine(mended, [warns])) if written else before
+    fix._offers(before.verdicts, after, written=written)
+    said = capsys.readouterr().out
+    assert "offer: debug: true" in said and ("(--take XX104)" in said) is not written
+    assert ("(by hand now: the files are written)" in said) is written
+
+
+@check("XX104", "offers beside a repair")
+def warns(case: Case) -> Iterator[Finding]:
+    """Warns."""
+    if case.job.get("num_processes") == 8:
+        yield warning("eight", offers=(Edit("accelerate", ("debug",), True, "slower"),))
 
 
 @pytest.mark.parametrize("command", ["check", "fix", "run", "plan"])

@@ -85,6 +85,14 @@ class Finding(msgspec.Struct, frozen=True):
     docs: str = ""
 
 
+_LONGEST = 1200
+
+
+def _short(sentence: str) -> str:
+    """A value of a hundred thousand characters is known by its beginning."""
+    return sentence if len(sentence) <= _LONGEST else f"{sentence[:_LONGEST]} …"
+
+
 def error(
     seen: str,
     because: str = "",
@@ -96,7 +104,7 @@ def error(
     docs: str = "",
 ) -> Finding:
     """A finding that stops the job. The frame gives it its check's code."""
-    return Finding("", "error", seen, because, hint, edits, offers, commands, docs)
+    return Finding("", "error", _short(seen), _short(because), _short(hint), edits, offers, commands, docs)
 
 
 def warning(
@@ -110,7 +118,7 @@ def warning(
     docs: str = "",
 ) -> Finding:
     """A finding that costs time, memory or quality but stops nothing."""
-    return Finding("", "warning", seen, because, hint, edits, offers, commands, docs)
+    return Finding("", "warning", _short(seen), _short(because), _short(hint), edits, offers, commands, docs)
 
 
 class Verdict(msgspec.Struct, frozen=True):

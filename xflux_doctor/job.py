@@ -110,6 +110,8 @@ class Job:
     def distributed_type(self) -> str:
         """Upper case, as accelerate spells it; a bare YAML `NO` was read as False."""
         value = self.get("distributed_type", "NO")
+        if isinstance(value, list | dict):  # no word; written out, aliases in it could be millions
+            return type(value).__name__.upper()
         return "NO" if value is False else str(value).upper()
 
     @property
@@ -306,7 +308,10 @@ def _parse(path: Path) -> tuple[str, dict[str, Any]]:
         hint = "Give yourself read permission, or name another file."
         raise _Unreadable(f"{path} cannot be read: {error.strerror}", hint) from error
     except UnicodeDecodeError as error:
-        raise _Unreadable(f"{path} is binary, not text", "Name accelerate's YAML file.") from error
+        if b"\0" in error.object:
+            raise _Unreadable(f"{path} is binary, not text", "Name accelerate's YAML file.") from error
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise _Unreadable(f"{path} is not UTF-8 text (line {line})", "Save it as UTF-8.") from error
     if "\0" in text:
         raise _Unreadable(f"{path} is binary, not text", "Name accelerate's YAML file.")
     try:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,18 @@ ROWS = {
                                _UNKNOWN.format("fsdp_offload_params")),
     "two values": same(FSDP + "fsdp_config:\n  fsdp_offload_params: false\nfsdp_offload_params: true\n", "LA103 ",
                        _UNKNOWN.format("fsdp_offload_params")),
+    "of DeepSpeed's section": same(TWO + "zero_stage: 2\n", "LA103 #zero_stage", _UNKNOWN.format("zero_stage")),
+    "of a section, list for a type": same(
+        "distributed_type: [FSDP]\nnum_processes: 2\nzero_stage: 2\n",
+        "LA103 deepspeed_config.zero_stage=2 #zero_stage LA104 distributed_type=FSDP",
+    ),
+    # values that look like numbers and words
+    "superscript": same(TWO.replace("processes: 2", "processes: ²"), "LA104 num_processes=2"),
+    "5000 digits": same(TWO.replace("processes: 2", f"processes: '{'9' * 5000}'"), "LA104 num_processes=2"),
+    "superscript size": same(fsdp(auto_wrap_policy="SIZE_BASED_WRAP", min_num_params="²"), "LA204 ",
+                             "invalid literal for int()"),
+    "size with _": same(fsdp(auto_wrap_policy="SIZE_BASED_WRAP", min_num_params="'1_000_000'"), ""),
+    "precision with a space": same(TWO + "mixed_precision: 'bf16 '\n", "LA104 mixed_precision=bf16"),
     "no environment": same(TWO + "compute_environment:\n", "LA104 compute_environment=LOCAL_MACHINE", "unknown keys"),
 }  # fmt: skip
 
@@ -312,6 +325,19 @@ def test_the_default_file(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
                           env={**os.environ, "HF_HOME": str(tmp_path)})  # fmt: skip
     assert done.stdout.strip() == str(folder / "default_config.yaml"), done.stderr
+
+
+def test_another_program_s_file_is_told_in_one_sentence(matrix: Matrix) -> None:
+    """Tens of thousands of keys: no list of findings, no edit, no wait."""
+    began = time.monotonic()
+    (finding,) = found(matrix, TWO + "".join(f"key{number}: 1\n" for number in range(50_000)))
+    assert finding.code == "LA103" and not finding.edits and time.monotonic() - began < 30
+    assert finding.seen == "accelerate 1.15.0 does not know 50000 keys of this file, 'key0' to begin with."
+
+
+def test_a_long_value_is_shown_by_its_beginning(matrix: Matrix) -> None:
+    (finding,) = found(matrix, TWO.replace("MULTI_GPU", "x" * 100_000))
+    assert finding.code == "LA104" and "xxx" in finding.seen and len(finding.seen + finding.because) < 3000
 
 
 def test_tables() -> None:

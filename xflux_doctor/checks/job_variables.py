@@ -58,7 +58,7 @@ def no_leftover_ranks(case: Case) -> Iterator[Finding]:
             "Unset it.",
             commands=("unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE",),
         )
-    elif size.isdigit() and int(size) > 1:
+    elif size.isdecimal() and int(size) > 1:
         yield warning(
             f"distributed_type is NO and WORLD_SIZE is {size} in this environment"
             f"{', RANK ' + environment['RANK'] if 'RANK' in environment else ''}.",

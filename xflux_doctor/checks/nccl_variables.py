@@ -270,7 +270,7 @@ def no_contradictions(case: Case) -> Iterator[Finding]:
     if values.get("NCCL_P2P_DISABLE", "").strip() == "1" and values.get("NCCL_P2P_LEVEL", "LOC") != "LOC":
         yield _pair("NCCL_P2P_DISABLE", "NCCL_P2P_LEVEL", values, "P2P is off; the level is not looked at")
     low, high = values.get("NCCL_MIN_NCHANNELS", ""), values.get("NCCL_MAX_NCHANNELS", "")
-    if low.isdigit() and high.isdigit() and int(low) > int(high) > 0:
+    if low.isdecimal() and high.isdecimal() and int(low) > int(high) > 0:
         yield _pair("NCCL_MIN_NCHANNELS", "NCCL_MAX_NCHANNELS", values, "the least is above the most")
     if values.get("NCCL_IB_DISABLE", "").strip() == "1" and values.get("NCCL_NET", "").upper() == "IB":
         yield _pair("NCCL_IB_DISABLE", "NCCL_NET", values, "NCCL is told to use a network that it may not use")

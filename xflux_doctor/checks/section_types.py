@@ -57,7 +57,7 @@ def _port(case: Case) -> Iterator[Finding]:
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 65535):
         return
     text = str(value).strip()
-    whole = int(text) if text.isascii() and text.isdigit() and int(text) <= 65535 else None
+    whole = int(text) if text.isascii() and text.isdigit() and len(text) < 9 and int(text) <= 65535 else None
     edits = (Edit("accelerate", ("main_process_port",), whole, "a whole number"),) if whole is not None else ()
     because = (
         "accelerate dies when it looks whether the port is free: 'str' object cannot be interpreted as an integer."
@@ -96,7 +96,7 @@ def _number(case: Case, section: str, flag: str, version: Version) -> Iterator[F
     key, value = found
     if isinstance(value, int) and not isinstance(value, bool):
         return
-    if isinstance(value, str) and value.strip().isdigit() and section == "fsdp_config":
+    if isinstance(value, str) and section == "fsdp_config" and _reads(value):
         return  # it reaches int() as text in any case
     whole = _whole(value)
     edits = (Edit("accelerate", (section, key), whole, "a whole number"),) if whole is not None else ()
@@ -104,6 +104,14 @@ def _number(case: Case, section: str, flag: str, version: Version) -> Iterator[F
     if section == "parallelism_config":
         because = f"accelerate dies with: '>' not supported between instances of '{type(value).__name__}' and 'int'."
     yield error(f"{section}.{key} is {value!r}.", because, "Write a whole number.", edits=edits)
+
+
+def _reads(text: str) -> bool:
+    """Whether Python's own int() takes it: `1_000`, and no superscripts."""
+    try:
+        return int(text) >= 0
+    except ValueError:
+        return False
 
 
 def _whole(value: object) -> int | None:

@@ -151,11 +151,16 @@ def _judge(case: Case, rule: _Rule, key: str, value: object, version: Version) -
 def _taken(rule: _Rule, value: object, text: str) -> bool:
     if isinstance(value, bool) or (rule.flag in _TEXT_ONLY and not isinstance(value, str)):
         return False
-    if rule.numbers and text.isascii() and text.isdigit():
+    if rule.numbers and _small(text):
         return 1 <= int(text) <= len(rule.words) - (rule.flag in _PREFETCHES)
     if rule.any_case:
         return text.upper() in map(str.upper, rule.words)
     return str(value) in rule.words
+
+
+def _small(text: str) -> bool:
+    """A number as torch numbers its words; Python's int() refuses thousands of digits."""
+    return text.isascii() and text.isdigit() and len(text) < 9
 
 
 def _because(rule: _Rule, value: object, text: str, version: Version) -> str:
@@ -184,7 +189,7 @@ def _meant(rule: _Rule, value: object, text: str) -> str:
         return whole[word]
     if dict(rule.aliases).get(word) in rule.words:
         return dict(rule.aliases)[word]
-    if rule.flag in (*_PREFETCHES, "fsdp_state_dict_type") and word.isascii() and word.isdigit():
+    if rule.flag in (*_PREFETCHES, "fsdp_state_dict_type") and _small(word):
         names = rule.words[:2] if rule.flag in _PREFETCHES else rule.words
         return names[int(word) - 1] if 1 <= int(word) <= len(names) else ""
     close = difflib.get_close_matches(word, list(whole), n=2, cutoff=0.75)

@@ -260,6 +260,6 @@ def mpirun(case: Case) -> Iterator[Finding]:
 def sharding_word(value: object) -> str:
     """The name of a sharding strategy that stands as a name or as torch's number; empty where it is none."""
     text = str(value).strip().upper()
-    if text.isascii() and text.isdigit():
+    if text.isascii() and text.isdigit() and len(text) < 9:
         return SHARDING[int(text) - 1] if 1 <= int(text) <= len(SHARDING) else ""
     return text if text in SHARDING else ""

@@ -19,6 +19,12 @@ from xflux_doctor.visible import selected
 _ALIASES = {"GPU": "MULTI_GPU", "DDP": "MULTI_GPU", "CPU": "NO", "SINGLE_GPU": "NO", "NONE": "NO", "FALSE": "NO",
             "TPU": "XLA", "MPS": "NO"}  # fmt: skip
 """Words that people or older releases write for a distributed_type."""
+_MANY = 40
+"""No file of accelerate's has so many strange keys (all releases' top-level keys together are fewer)."""
+_DIGITS = 18
+"""A longer number is none that could be meant."""
+_READ_WITH = {"deepspeed_config": "DEEPSPEED", "fsdp_config": "FSDP", "megatron_lm_config": "MEGATRON_LM"}
+"""Sections that one strategy alone goes by."""
 
 
 def _foreign(case: Case) -> bool:
@@ -45,7 +51,13 @@ def keys_known(case: Case) -> Iterator[Finding]:
     assert case.job.accelerate is not None
     version = release(case)
     local(case)
-    for key, near in unknown_keys(case, version).items():
+    unknown = unknown_keys(case, version)
+    if len(unknown) > _MANY:
+        first = next(iter(unknown))
+        seen = f"accelerate {version} does not know {len(unknown)} keys of this file, {first!r} to begin with."
+        yield error(seen, "It stops at them. The file is probably another program's.", "Name accelerate's own file.")
+        return
+    for key, near in unknown.items():
         seen, because = f"accelerate {version} does not know the key {key!r}.", stops_with(version, key)
         if near:
             rename = Rename("accelerate", (key,), near, f"unknown to accelerate {version}")
@@ -57,6 +69,11 @@ def keys_known(case: Case) -> Iterator[Finding]:
 def _stray(case: Case, key: str, seen: str, because: str) -> Finding:
     """A key that no release has at the top of its file."""
     section, value = section_of(key), case.job.get(key)
+    wanted = _READ_WITH.get(section)
+    if wanted and case.job.get("distributed_type") in [word for word in distributed_types(None) if word != wanted]:
+        reason = f"accelerate reads it in {section} with distributed_type {wanted} only"
+        out = Comment("accelerate", (key,), reason)
+        return error(seen, because, f"Comment it out: {reason}.", edits=(out,))
     if section and (value is None or isinstance(value, str | int | float)):
         held = case.job.get(section)
         if held is None or (isinstance(held, dict) and held.get(key, value) == value):
@@ -78,7 +95,12 @@ def unknown_keys(case: Case, version: Version | None) -> dict[str, str]:
     present = {str(key) for key in case.job.accelerate or {} if key not in lost}
     known = accepted_keys(version)
     found: dict[str, str] = {}
-    for key in sorted(present - known, key=list(map(str, case.job.accelerate or {})).index):
+    strange = list(
+        dict.fromkeys(key for key in map(str, case.job.accelerate or {}) if key in present and key not in known)
+    )
+    if len(strange) > _MANY:
+        return dict.fromkeys(strange, "")
+    for key in strange:
         # The name of another release's key is no slip of the pen, and two keys cannot both be one.
         taken = present | set(found.values())
         close = difflib.get_close_matches(key, sorted(known - taken), n=1, cutoff=0.8)
@@ -210,7 +232,8 @@ def _precision(case: Case) -> Iterator[Finding]:
             yield error("mixed_precision is a bare no.", because, "Quote it.", edits=(edit,))
         return
     near = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "fp32": "no", "float32": "no", "none": "no"}
-    guess = near.get(str(value).lower())
+    word = str(value).strip().lower()
+    guess = word if word in PRECISIONS else near.get(word)
     edits = (Edit("accelerate", ("mixed_precision",), guess, "accelerate's own word"),) if guess else ()
     seen = f"mixed_precision is {value!r}."
     because = "accelerate: Unknown mixed_precision mode."
@@ -225,7 +248,9 @@ def _one_of(words: tuple[str, ...]) -> str:
 
 def _repaired_number(value: object, least: int) -> int | None:
     text = str(value).strip()
-    return int(text) if text.isdigit() and int(text) >= least and not isinstance(value, bool) else None
+    if isinstance(value, bool) or not text.isdecimal() or len(text) > _DIGITS:
+        return None
+    return int(text) if int(text) >= least else None
 
 
 def installed(case: Case, name: str) -> Version | None:

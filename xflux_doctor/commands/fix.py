@@ -132,6 +132,8 @@ def run(inputs: Inputs, *, form: str, write: bool, yes: bool) -> int:
     while write and looks[-1].files and len(looks) <= _ROUNDS:
         if form == "text":
             _show(looks[-1].files)
+            if not (yes or written):  # what is asked for with --take comes before the answer
+                _offers(before.verdicts, looks[-1].plan, written=False)
         confirm(yes, "Write these files?" if not written else "This follows from what was written. Write it too?")
         for item in looks[-1].files:
             _write(item, form)
@@ -144,7 +146,7 @@ def run(inputs: Inputs, *, form: str, write: bool, yes: bool) -> int:
         return code
     if not write and not looks[-1].refusal:
         _show(looks[-1].files)
-    _offers(before.verdicts, looks[-1].plan)
+    _offers(before.verdicts, looks[-1].plan, written=bool(written))
     _last_words(looks, bool(written))
     return code
 
@@ -229,14 +231,16 @@ def _last_words(looks: list[Look], written: bool) -> None:
         click.echo("The files need no repair." if not plan.blockers else "No edit of the files can mend this.")
 
 
-def _offers(verdicts: tuple[Verdict, ...], plan: Plan) -> None:
+def _offers(verdicts: tuple[Verdict, ...], plan: Plan, *, written: bool) -> None:
     """What the repairs leave to the user, such as a learning rate for another number of samples a step."""
     blocking = {finding.code for finding in plan.blockers}
+    standing = {finding.code for verdict in plan.verdicts for finding in verdict.findings}
     for finding in (f for verdict in verdicts for f in verdict.findings):
         if finding.offers and finding.code not in blocking:
             click.echo(click.style(f"? {finding.code} {finding.hint}", fg="yellow"))
             for edit in finding.offers:
-                click.echo(text.offer(finding.code, edit))
+                gone = written and finding.code not in standing  # there is nothing left to --take
+                click.echo(text.offer("" if gone else finding.code, edit))
 
 
 def _blocker(finding: Finding) -> None:

@@ -86,8 +86,8 @@ def _finding(finding: Finding) -> Iterator[str]:
 
 
 def offer(code: str, edit: Change) -> str:
-    """A change of the training itself, which only the user can want."""
-    return f"    offer: {describe(edit)}   (--take {code})"
+    """A change of the training itself, which only the user can want; without a code --take no longer makes it."""
+    return f"    offer: {describe(edit)}   ({f'--take {code}' if code else 'by hand now: the files are written'})"
 
 
 def describe(edit: Change) -> str:
