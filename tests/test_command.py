@@ -171,3 +171,10 @@ def test_what_the_shell_would_have_done(monkeypatch: pytest.MonkeyPatch) -> None
     assert (command.config_file, command.training_file) == ("/home/me/a.yaml", "/home/me/t.yaml")
     six = launched("torchrun --nnodes 2 --node-rank 0 --rdzv-endpoint=[fe80::1]:29400 --nproc-per-node 1 t.py")
     assert (six.get("main_process_ip"), six.main_process_port) == ("fe80::1", 29400)
+
+
+def test_one_process_goes_without_multi_gpu(matrix: Matrix) -> None:
+    """accelerate: You need to use at least 2 processes to use `--multi_gpu`."""
+    text = "accelerate launch --num_processes 2 --multi-gpu --gpu_ids all t.py --multi_gpu"
+    (finding,) = findings(case(matrix, machine(matrix, count=1), launched(text, None)), launch.ranks_have_devices)
+    assert finding.commands == ("accelerate launch --num_processes 1 --gpu_ids all t.py --multi_gpu",)

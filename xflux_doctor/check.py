@@ -163,6 +163,8 @@ def _where_it_is_said(case: Case, finding: Finding) -> Finding:
             machines = job.num_machines if flags[edit.key[0]] in ("nproc_per_node", "num_gpus") else 1
             value = edit.value // max(1, machines) if isinstance(edit.value, int) else edit.value
             command = command.rewritten(flags[edit.key[0]], value)
+        elif command is not None and isinstance(edit, Edit) and edit.key == ("distributed_type",):
+            command = command.without(job.source("distributed_type").removeprefix("--"))  # refused with one process
     commands = (*finding.commands, str(command)) if command != job.command else finding.commands
     hint = f"{finding.hint} {sources}: no file is changed for it.".strip()
     return msgspec.structs.replace(finding, hint=hint, edits=(), offers=(), commands=commands)

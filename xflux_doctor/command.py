@@ -120,6 +120,13 @@ class Command:
                 words[at + 1] = shlex.quote(str(value))
         return dataclasses.replace(self, words=tuple(words))
 
+    def without(self, flag: str) -> Command:
+        """The same command without a flag that has no value."""
+        names, (start, end) = (f"--{flag}", f"--{flag.replace('_', '-')}"), self.span
+        kept = [word for at, word in enumerate(self.words) if not start <= at < end or word not in names]
+        span = (start, end - len(self.words) + len(kept))
+        return dataclasses.replace(self, words=tuple(kept), span=span)
+
     @property
     def named(self) -> dict[str, str]:
         """{key of accelerate's file: the flag that sets it}, for the flags that hold one number or word."""
