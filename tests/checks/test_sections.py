@@ -203,7 +203,7 @@ ROWS = {
     "two values": same(FSDP + "fsdp_config:\n  fsdp_offload_params: false\nfsdp_offload_params: true\n", "LA103 ",
                        _UNKNOWN.format("fsdp_offload_params")),
     "of DeepSpeed's section": same(TWO + "zero_stage: 2\n", "LA103 #zero_stage", _UNKNOWN.format("zero_stage")),
-    "of a section, list for a type": same(
+    "of a section, a list": same(
         "distributed_type: [FSDP]\nnum_processes: 2\nzero_stage: 2\n",
         "LA103 deepspeed_config.zero_stage=2 #zero_stage LA104 distributed_type=FSDP",
     ),
