@@ -32,6 +32,7 @@ def test_fix_killed_at_any_moment_leaves_the_old_file_or_the_new(tmp_path: Path,
     command = [sys.executable, "-m", "xflux_doctor.cli", "fix", "--write-config", "--yes", "--accelerate-config",
                str(file), "--facts", str(tmp_path / "facts.json"), "--stack", "cuda13"]  # fmt: skip
     new = XFLUX_ACCELERATE.replace("num_processes: 8", "num_processes: 2")
+    new = new.replace("gradient_accumulation_steps: 2", "gradient_accumulation_steps: 8")  # a step's samples stay
     file.write_text(XFLUX_ACCELERATE)
     started = time.monotonic()
     subprocess.run(command, cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
