@@ -103,6 +103,28 @@ def test_edits_that_take_each_other_back_are_named(matrix: Matrix, capsys: pytes
     assert "take each other back" in said and fix._exit_code(look) == 1
 
 
+def test_of_two_values_for_one_key_the_first_is_laid_and_looked_at(matrix: Matrix) -> None:
+    """gpu_ids: 3, a number, names a lost card: the other card is right, and nobody asks to quote the 3 again."""
+
+    @check("XX105", "the card is there")
+    def lost(case: Case) -> Iterator[Finding]:
+        """Lost."""
+        if str(case.job.get("gpu_ids")) == "3":
+            yield error("3 is lost", edits=(Edit("accelerate", ("gpu_ids",), "GPU-4"),))
+
+    @check("XX106", "it is text")
+    def quoted(case: Case) -> Iterator[Finding]:
+        """Quoted."""
+        if isinstance(case.job.get("gpu_ids"), int):
+            yield error("a number", edits=(Edit("accelerate", ("gpu_ids",), "3"),))
+
+    for checks in ([lost, quoted], [quoted, lost]):
+        subject = case(matrix, machine(matrix, count=8), job(XFLUX_ACCELERATE + "gpu_ids: 3\n"))
+        plan = make(subject, lambda mended, checks=checks: examine(mended, checks))  # type: ignore[misc]
+        assert [edit.value for edit in plan.edits if isinstance(edit, Edit)] == ["GPU-4"], checks
+        assert plan.conflicts == () and plan.blockers == ()
+
+
 def test_an_edit_that_says_nothing_new_is_no_part_of_the_plan(matrix: Matrix) -> None:
     @check("XX103", "asks for what is there")
     def idle(case: Case) -> Iterator[Finding]:

@@ -48,6 +48,8 @@ def make(case: Case, examine: Examine) -> Plan:
     for _ in range(_ROUNDS):
         job, new = case.job, list[Change]()
         for edit in _edits(verdicts):
+            if any(_same_place(edit, other) for other in new):
+                continue  # what it was made for may be gone: the next round says whether it is asked for still
             laid = job if edit in edits or edit in new else lay(job, [edit])
             if changed(job, laid):  # what says nothing new, or is refused, is no part of the plan: its finding stays
                 job = laid
@@ -74,6 +76,12 @@ def _bill(case: Case) -> Bill | None:
 
 def _edits(verdicts: tuple[Verdict, ...]) -> list[Change]:
     return [edit for verdict in verdicts for finding in verdict.findings for edit in finding.edits]
+
+
+def _same_place(one: Change, other: Change) -> bool:
+    """Whether both set one key, and to different values."""
+    both = isinstance(one, Edit) and isinstance(other, Edit) and (one.file, one.key) == (other.file, other.key)
+    return both and one != other
 
 
 def _last_of_each(edits: list[Change]) -> list[Change]:
