@@ -42,7 +42,7 @@ def job_of(place: Path, machine_file: str, stack: str) -> list[str]:
 
 def check_json(place: Path, *arguments: str) -> dict[str, Any]:
     done = doctor("check", "--format", "json", *arguments, cwd=place)
-    report = json.loads(done.stdout)
+    report: dict[str, Any] = json.loads(done.stdout)
     jsonschema.validate(report, SCHEMA)
     assert report["exit_code"] == done.returncode
-    return report  # type: ignore[no-any-return]
+    return report

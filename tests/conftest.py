@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from xflux_trainer.config import TrainConfig
 from xflux_doctor import matrix as matrices
 from xflux_doctor.check import Case, Check, examine
 from xflux_doctor.facts import Driver, Facts, Gpu, Host, Package, PythonFacts, to_json
-from xflux_doctor.finding import Finding, Verdict
+from xflux_doctor.finding import Edit, Finding, Verdict
 from xflux_doctor.gather.folders import with_folders
 from xflux_doctor.job import Job
 
@@ -167,6 +169,11 @@ def findings(subject: Case, check: Check) -> tuple[Finding, ...]:
     return result.findings
 
 
+def values(finding: Finding) -> list[Any]:
+    """What its edits set, in their order."""
+    return [edit.value for edit in finding.edits if isinstance(edit, Edit)]
+
+
 def tree(root: Path, files: dict[str, str]) -> Path:
     """Files below a root, for gatherers that take one in the place of `/`."""
     for name, text in files.items():
@@ -174,6 +181,16 @@ def tree(root: Path, files: dict[str, str]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     return root
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A FLUX of random weights in the hub's own layout, made once; nobody writes into it."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    subprocess.run(
+        [sys.executable, str(ROOT / "examples/demo/make_tiny_flux.py"), str(folder)], check=True, timeout=300
+    )
+    return folder
 
 
 PHOTOS = ROOT / "examples/demo/photos"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.metadata
 import json
@@ -10,9 +11,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from conftest import ROOT, machine
+import xflux_kit
+import yaml
+from conftest import ROOT, case, findings, job, machine
 
+from xflux_doctor.checks import (
+    ALL,
+)
 from xflux_doctor.facts import Facts, Package
+from xflux_doctor.finding import Change, Edit, Finding
+from xflux_doctor.job import Job
 from xflux_doctor.matrix import Matrix
 
 CHILD = ROOT / "tests/deepspeed_child.py"
@@ -70,3 +78,48 @@ def inline(*lines: str, precision: str | None = "bf16", top: str = "", ranks: in
 
 def named(*lines: str, precision: str | None = None, top: str = "", ranks: int = 2) -> str:
     return inline("deepspeed_config_file: ds.json", *lines, precision=precision, top=top, ranks=ranks)
+
+
+# --- jobs by values, for three who may run them -------------------------------------------------------------------
+
+MINE = [check for check in ALL if check.code.startswith("LA3")]
+Z: dict[str, Any] = {
+    "zero_optimization": {"stage": 2}, "bf16": {"enabled": True}, "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": 2, "gradient_clipping": 1.0,
+}  # fmt: skip
+BUCKET = ("zero_optimization", "reduce_bucket_size")
+
+
+def with_file(work: Job, zero: dict[str, Any] | None, accelerate: str | None = None) -> Job:
+    """The job with a DeepSpeed file of these values."""
+    text = accelerate or named()
+    return dataclasses.replace(
+        work, accelerate=yaml.safe_load(text), accelerate_text=text, deepspeed_path=Path("ds.json"), zero_file=zero,
+        zero_text=json.dumps(zero),
+    )  # fmt: skip
+
+
+def ours(zero: dict[str, Any] | None = None, accelerate: str | None = None, **train: Any) -> Job:
+    """A job of the bundled trainer."""
+    return with_file(job(**{"gradient_accumulation_steps": 2, **train}), Z if zero is None else zero, accelerate)
+
+
+def theirs(root: Path, zero: dict[str, Any] | None = None, accelerate: str | None = None, **changes: Any) -> Job:
+    """A job of X-Flux's own script."""
+    return with_file(xflux_kit.job(root, **changes), Z if zero is None else zero, accelerate)
+
+
+def neither(zero: dict[str, Any] | None = None, accelerate: str | None = None) -> Job:
+    """A job of which only accelerate's file is known."""
+    return with_file(Job(accelerate_path=Path("accelerate.yaml")), Z if zero is None else zero, accelerate)
+
+
+def one(matrix: Matrix, work: Job, check: Any, stack: str = "cuda13", count: int = 2, **facts: Any) -> Finding | None:
+    found = findings(case(matrix, machine(matrix, count=count, stack=stack, **facts), work, stack), check)
+    assert len(found) < 2, found
+    return found[0] if found else None
+
+
+def sets(changes: tuple[Change, ...]) -> dict[str, Any]:
+    """{file:key: value}; None for what goes."""
+    return {f"{c.file}:{'.'.join(c.key)}": c.value if isinstance(c, Edit) else None for c in changes}

@@ -39,15 +39,6 @@ TRAIN = {
 }
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    subprocess.run(
-        [sys.executable, str(ROOT / "examples/demo/make_tiny_flux.py"), str(folder)], check=True, timeout=300
-    )
-    return folder
-
-
 def write_job(place: Path, model: Path, *, accelerate: str = XFLUX_ACCELERATE, **changes: Any) -> None:
     (place / "train.yaml").write_text(
         yaml.safe_dump({**TRAIN, "pretrained_model": str(model), "output_dir": str(place / "out"), **changes})

@@ -135,15 +135,6 @@ def ended(*processes: subprocess.Popen[str], seconds: float = 240) -> list[str]:
     return outputs
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    subprocess.run(
-        [sys.executable, str(ROOT / "examples/demo/make_tiny_flux.py"), str(folder)], check=True, timeout=300
-    )
-    return folder
-
-
 @pytest.fixture
 def nodes(tmp_path: Path, model: Path) -> Iterator[Nodes]:
     names = (f"xfd{os.getpid()}a{time.monotonic_ns() % 10**6}", f"xfd{os.getpid()}b{time.monotonic_ns() % 10**6}")

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 from packaging.version import Version
 
-from xflux_doctor import choose, cluster
+from xflux_doctor import choose, cluster, joint
 from xflux_doctor import job as job_files
 from xflux_doctor.check import Case
 from xflux_doctor.command import Command
@@ -81,6 +81,7 @@ def build(inputs: Inputs, matrix: Matrix) -> Case:
         environment=None if inputs.facts else facts.environment,
         command=command,
     )
+    job = _whole_repair(job)
     if command is not None:
         facts = msgspec.structs.replace(
             facts, environment={**facts.environment, **environment_facts(command.environment)}
@@ -101,6 +102,23 @@ def build(inputs: Inputs, matrix: Matrix) -> Case:
     if inputs.matrix:
         because += f"; {inputs.matrix} is laid over our matrix"
     return Case(facts, job, matrix, chosen, because, frozenset(inputs.accept), frozenset(inputs.take))
+
+
+def _whole_repair(job: Job) -> Job:
+    """A repair that was killed between two files leaves a job that neither file means."""
+    found = joint.broken_off(files_of(job).values())
+    if found is None:
+        return job
+    written, waiting = (", ".join(str(path) for path in paths) for paths in (found.written, found.waiting))
+    seen = f"The last repair was broken off: {written} was written and {waiting} was not"
+    hint = "`xflux-doctor fix --write-config` takes it back and repairs anew; `fix --undo` only takes it back."
+    return dataclasses.replace(job, problems=(*job.problems, job_files.Problem("accelerate", seen, hint)))
+
+
+def files_of(job: Job) -> dict[str, Path]:
+    """The job's files by the names that edits have for them."""
+    files = {"accelerate": job.accelerate_path, "train": job.train_path, "deepspeed": job.deepspeed_path}
+    return {name: path for name, path in files.items() if path is not None}
 
 
 def _ports(job: Job, facts: Facts) -> range:

@@ -18,14 +18,14 @@ import difflib
 import errno
 import glob
 import hashlib
-import json
 import os
 import re
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
+from types import MappingProxyType
 
 import msgspec
 
@@ -64,6 +64,12 @@ class Backup(msgspec.Struct, frozen=True):
     """There was no file before: no copy either, and undo removes the file."""
     names: int = 1
     """How many names (hard links) the file had."""
+    run: str = ""
+    """What was written by one command has one mark, and is undone together."""
+    together: dict[str, tuple[str, str]] = {}
+    """{path: (old, new) SHA-256} of files that were to be changed as one (joint.py); empty: this file alone."""
+    done: bool = False
+    """Of files changed as one: the last of them was written too."""
 
 
 def read(path: Path) -> str:
@@ -83,10 +89,16 @@ def diff(old: str, new: str, name: str) -> str:
     return "".join(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n" for line in found)
 
 
-def write(path: Path, text: str, was: str | None = None) -> Backup | None:
+Together = Mapping[str, tuple[str, str]]
+
+
+def write(
+    path: Path, text: str, was: str | None = None, *, run: str = "", together: Together = MappingProxyType({})
+) -> Backup | None:
     """Give an existing file another text and keep a backup; None when it says that already.
 
-    `was` is the text that the change was made for: when the file says something else by now, it is left alone.
+    `was` is the text that the change was made for: when the file says something else by now, it is left alone. `run`
+    and `together` are for the record (see Backup).
     """
     with _told(path):
         real = path.resolve(strict=True)
@@ -102,10 +114,10 @@ def write(path: Path, text: str, was: str | None = None) -> Backup | None:
         if was is not None and old != was.encode("utf-8"):
             seen = f"{path} was changed while the repair was being prepared"
             raise RepairError(seen, "Run the command again.")
-        return _exchange(real, old, text.encode("utf-8"), status)
+        return _exchange(real, old, text.encode("utf-8"), status, run, together)
 
 
-def create(path: Path, text: str) -> Backup:
+def create(path: Path, text: str, *, run: str = "", together: Together = MappingProxyType({})) -> Backup:
     """Make a file that is not there yet, in a way that `undo` can take back."""
     data = text.encode("utf-8")
     with _told(path):
@@ -115,7 +127,7 @@ def create(path: Path, text: str) -> Backup:
         for old in backups(real):
             if old.created:  # left behind by a kill, or its file was removed by hand
                 _record(old.copy).unlink(missing_ok=True)
-        backup = Backup(real, _free_name(real), "", _sum(data), created=True)
+        backup = Backup(real, _free_name(real), "", sha256(data), created=True, run=run, together=dict(together))
         try:
             replace(_record(backup.copy), _to_json(backup))
             replace(real, data)
@@ -124,6 +136,12 @@ def create(path: Path, text: str) -> Backup:
                 _record(backup.copy).unlink()
             raise
     return backup
+
+
+def finish(backup: Backup) -> None:
+    """Note that all the files which were to be changed as one have their new text."""
+    with _told(backup.file):
+        replace(_record(backup.copy), _to_json(msgspec.structs.replace(backup, done=True)), backup.file.stat())
 
 
 def undo(path: Path, force: bool = False) -> Backup:
@@ -141,10 +159,10 @@ def undo(path: Path, force: bool = False) -> Backup:
         return _unmake(path, backup, force)
     with _told(path):
         now, old, status = real.read_bytes(), backup.copy.read_bytes(), real.stat()
-    if _sum(old) != backup.old_sha256:
+    if sha256(old) != backup.old_sha256:
         hint = f"Look at {backup.copy} and copy it back by hand if it is what you want."
         raise RepairError(f"the backup {backup.copy} was changed", hint)
-    changed = _sum(now) not in (backup.new_sha256, backup.old_sha256)
+    changed = sha256(now) not in (backup.new_sha256, backup.old_sha256)
     if changed and not force:
         hint = f"Compare it with {backup.copy}; force the undo to put that back (today's text is kept too)."
         raise RepairError(f"{path} was changed after the repair", hint)
@@ -170,20 +188,31 @@ def backups(path: Path) -> list[Backup]:
     for record in real.parent.glob(glob.escape(real.name) + _MARK + "*.json"):
         copy = record.with_suffix("")
         try:
-            data = json.loads(record.read_bytes())
-            created = data.get("created") is True
-            backup = Backup(real, copy, str(data["old_sha256"]), str(data["new_sha256"]), created)
-        except (ValueError, KeyError, TypeError, AttributeError):
+            data = msgspec.json.decode(record.read_bytes(), type=_Record)
+        except (OSError, msgspec.DecodeError):
             continue  # not one of ours: ours are complete or absent
-        if created or copy.exists():
-            found.append(backup)
+        if data.created or copy.exists():
+            found.append(Backup(real, copy, data.old_sha256, data.new_sha256, data.created, 1, data.run,
+                                data.together, data.done))  # fmt: skip
     return sorted(found, key=lambda backup: backup.copy.name)
+
+
+class _Record(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A backup as it lies on the disk."""
+
+    file: str
+    old_sha256: str
+    new_sha256: str
+    created: bool = False
+    run: str = ""
+    together: dict[str, tuple[str, str]] = {}
+    done: bool = False
 
 
 def _unmake(path: Path, backup: Backup, force: bool) -> Backup:
     """Remove a file that this tool made, unless somebody wrote into it since."""
     with _told(path):
-        if _sum(backup.file.read_bytes()) != backup.new_sha256 and not force:
+        if sha256(backup.file.read_bytes()) != backup.new_sha256 and not force:
             seen = f"{path} was changed after this tool made it"
             raise RepairError(seen, "Remove it by hand if you do not want it.")
         backup.file.unlink()
@@ -191,11 +220,16 @@ def _unmake(path: Path, backup: Backup, force: bool) -> Backup:
     return backup
 
 
-def _exchange(real: Path, old: bytes, new: bytes, status: os.stat_result) -> Backup | None:
+def _exchange(
+    real: Path, old: bytes, new: bytes, status: os.stat_result, run: str = "",
+    together: Together = MappingProxyType({}),
+) -> Backup | None:  # fmt: skip
     if old == new:
         return None
     _tidy(real, old)
-    backup = Backup(real, _free_name(real), _sum(old), _sum(new), names=status.st_nlink)
+    backup = Backup(
+        real, _free_name(real), sha256(old), sha256(new), names=status.st_nlink, run=run, together=dict(together)
+    )
     try:
         replace(backup.copy, old, status)
         replace(_record(backup.copy), _to_json(backup), status)
@@ -215,7 +249,7 @@ def _tidy(real: Path, text: bytes) -> None:
     under temporary names (of `files.replace`) that nobody has written to for an hour.
     """
     for backup in reversed(backups(real)):
-        if backup.old_sha256 != _sum(text):
+        if backup.old_sha256 != sha256(text):
             break
         _forget(backup)
     for path in real.parent.glob(glob.escape(real.name) + _MARK + "*"):
@@ -244,17 +278,12 @@ def _record(copy: Path) -> Path:
 
 
 def _to_json(backup: Backup) -> bytes:
-    data: dict[str, str | bool] = {
-        "file": backup.file.name,
-        "old_sha256": backup.old_sha256,
-        "new_sha256": backup.new_sha256,
-    }
-    if backup.created:
-        data["created"] = True
-    return json.dumps(data, indent=1).encode() + b"\n"
+    record = _Record(backup.file.name, backup.old_sha256, backup.new_sha256, backup.created, backup.run,
+                     backup.together, backup.done)  # fmt: skip
+    return msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n"
 
 
-def _sum(data: bytes) -> str:
+def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 

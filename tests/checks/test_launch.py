@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from conftest import XFLUX_ACCELERATE, case, findings, gpus, job, machine, packages, verdict
+from conftest import XFLUX_ACCELERATE, case, findings, gpus, job, machine, packages, values, verdict
 
 from xflux_doctor.check import examine
 from xflux_doctor.checks import ALL, launch, sections, words
@@ -42,8 +42,9 @@ def test_eight_processes_on_fewer_devices(matrix: Matrix, count: int, stack: str
     assert "num_processes is 8" in finding.seen and "NVIDIA H100 80GB HBM3" in finding.seen
     assert text in finding.because
     assert finding.edits[0] == Edit("accelerate", ("num_processes",), count, "one rank per visible device")
-    steps = [(e.file, e.key[-1], e.value) for e in finding.edits[1:]]  # type: ignore[union-attr]
-    assert steps == [(file, "gradient_accumulation_steps", 16 // count) for file in ("accelerate", "train")]
+    steps = [(e.file, e.key[-1]) for e in finding.edits[1:]]
+    assert steps == [(file, "gradient_accumulation_steps") for file in ("accelerate", "train")]
+    assert values(finding)[1:] == [16 // count] * 2
     assert finding.offers == () and "a step still sees 16 samples" in finding.hint
 
 
@@ -156,7 +157,7 @@ def test_cpu_ranks(matrix: Matrix) -> None:
     assert findings(case(matrix, facts, job(cpu_file), "cpu"), launch.cpu_ranks) == ()
     crowded = job(cpu_file.replace("num_processes: 8", "num_processes: 99"))
     (finding,) = findings(case(matrix, facts, crowded, "cpu"), launch.cpu_ranks)
-    assert [e.value for e in finding.edits] == [16, 12, 12]  # type: ignore[union-attr]
+    assert values(finding) == [16, 12, 12]
     assert "198 samples a step do not divide by 16: the nearest is 192" in finding.hint
 
 
@@ -170,7 +171,7 @@ def test_the_samples_of_a_step_stay_or_the_nearest_is_taken(
     text = text.replace("gradient_accumulation_steps: 2", f"gradient_accumulation_steps: {steps}")
     work = job(text, gradient_accumulation_steps=steps, train_batch_size=batch, learning_rate=2e-5)
     (finding,) = findings(case(matrix, machine(matrix, count=count), work), launch.ranks_have_devices)
-    assert {e.value for e in finding.edits[1:]} == {after}  # type: ignore[union-attr]
+    assert set(values(finding)[1:]) == {after}
     old = before * steps * batch
     if total == old:
         assert finding.offers == () and "still sees" in finding.hint
@@ -183,7 +184,7 @@ def test_the_samples_of_a_step_stay_or_the_nearest_is_taken(
 def test_ddp_keeps_its_samples_by_the_training_file_alone(matrix: Matrix) -> None:
     text = changed("distributed_type: DEEPSPEED", "distributed_type: MULTI_GPU")
     (finding,) = findings(case(matrix, machine(matrix, count=2), job(text)), launch.ranks_have_devices)
-    assert [(e.file, e.value) for e in finding.edits] == [("accelerate", 2), ("train", 4)]  # type: ignore[union-attr]
+    assert [e.file for e in finding.edits] == ["accelerate", "train"] and values(finding) == [2, 4]
     bare = dataclasses.replace(job(text), train=None, train_path=None)
     (finding,) = findings(case(matrix, machine(matrix, count=2), bare), launch.ranks_have_devices)
     assert [e.file for e in finding.edits] == ["accelerate"] and "set gradient_accumulation_steps to 4" in finding.hint
@@ -194,7 +195,7 @@ def test_one_id_under_multi_gpu(matrix: Matrix) -> None:
     text = text.replace("num_processes: 8", "num_processes: 1\ngpu_ids: '1'")
     (finding,) = findings(case(matrix, machine(matrix, count=2), job(text)), launch.gpu_ids_enough)
     assert "Less than two GPU ids were configured" in finding.because
-    assert [e.value for e in finding.edits] == ["NO"]  # type: ignore[union-attr]
+    assert values(finding) == ["NO"]
     for right in ("gpu_ids: '0,1'", "gpu_ids: all", "num_machines: 2"):
         other = text.replace("gpu_ids: '1'", right)
         assert findings(case(matrix, machine(matrix, count=2), job(other)), launch.gpu_ids_enough) == ()

@@ -10,8 +10,9 @@ from typing import Any
 
 import msgspec
 import pytest
+import xflux_kit
 import yaml
-from conftest import case, job, machine, verdict
+from conftest import ROOT, case, job, machine, verdict
 
 from xflux_doctor.check import Check, examine
 from xflux_doctor.checks import ALL, machines
@@ -206,10 +207,10 @@ def test_tasks_fit(matrix: Matrix) -> None:
     assert "2 tasks on 4 nodes" in look(matrix, machines.tasks_fit, two, environment=few)[0].seen
 
 
-def test_no_launcher_in_a_rank(matrix: Matrix) -> None:
+def test_no_launcher_in_a_rank(matrix: Matrix, tmp_path: Path) -> None:
     text = "distributed_type: MULTI_GPU\nnum_processes: 2\n"
     assert look(matrix, machines.no_launcher_in_rank, text, environment=STEP) == ()  # run starts the trainer itself
-    work = dataclasses.replace(under(job(text), STEP), xflux=object())  # type: ignore[arg-type]
+    work = dataclasses.replace(under(job(text), STEP), xflux=xflux_kit.job(tmp_path).xflux)
     subject = case(matrix, machine(matrix, count=2, environment=STEP), work)
     (found,) = verdict(subject, machines.no_launcher_in_rank).findings
     assert found.seen == "srun started 2 tasks, and each of them would start accelerate's launcher."
@@ -230,33 +231,6 @@ def test_ranks_of_slurm_are_judged_as_ranks(matrix: Matrix) -> None:
     subject = case(matrix, machine(matrix, count=1, environment=STEP), work)
     found = [v.check for v in examine(subject, ALL) if v.status in ("error", "warning") and v.check.startswith("LA")]
     assert found == []
-
-
-PROVE = """
-import json, os, sys
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils import launch
-found = {}
-for file in sys.argv[1:]:
-    args = launch_command_parser().parse_args(["--config_file", file, "script.py"])
-    args, _, _ = _validate_launch_command(args)
-    args.deepspeed_fields_from_accelerate_config = ""
-    try:
-        if args.use_deepspeed:
-            cmd, env = launch.prepare_deepspeed_cmd_env(args)
-        elif args.multi_gpu:
-            cmd, env = None, launch.prepare_multi_gpu_env(args)
-        else:
-            cmd, env = launch.prepare_simple_launcher_cmd_env(args)
-        ranks = {k: env.get(k) for k in ("RANK", "WORLD_SIZE", "MASTER_ADDR")}
-        found[file] = {"cmd": cmd, "each": getattr(args, "nproc_per_node", None), "backend": args.rdzv_backend,
-                       "where": getattr(args, "rdzv_endpoint", None), "ranks": ranks}
-    except Exception as error:
-        found[file] = {"error": f"{type(error).__name__}: {error}"}
-from deepspeed.launcher.runner import fetch_hostfile
-found["hostfile"] = fetch_hostfile("None")
-print(json.dumps(found))
-"""
 
 
 def test_what_accelerate_does(tmp_path: Path) -> None:
@@ -280,8 +254,9 @@ def test_what_accelerate_does(tmp_path: Path) -> None:
     }
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    done = subprocess.run([sys.executable, "-c", PROVE, *files], capture_output=True, text=True, cwd=tmp_path,
-                          timeout=120, env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)})  # fmt: skip
+    argv = [sys.executable, str(ROOT / "tests/accelerate_env.py"), *files]
+    clean = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, timeout=120, env=clean)
     assert done.returncode == 0, done.stderr
     seen = yaml.safe_load(done.stdout.splitlines()[-1])
     assert (seen["good"]["each"], seen["good"]["where"], seen["good"]["backend"]) == ("2", "10.0.0.1:29733", "static")
@@ -290,7 +265,8 @@ def test_what_accelerate_does(tmp_path: Path) -> None:
     assert seen["no_ip"]["where"] == "None:29733"
     new = tuple(map(int, accelerate.__version__.split(".")[:2])) >= (1, 7)
     assert seen["no_port"]["where"] == ("10.0.0.1:29500" if new else "10.0.0.1:None")
-    assert seen["no"]["ranks"] == {"RANK": None, "WORLD_SIZE": None, "MASTER_ADDR": "10.0.0.1"}
+    ranks = {name: seen["no"]["env"].get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR")}
+    assert ranks == {"RANK": None, "WORLD_SIZE": None, "MASTER_ADDR": "10.0.0.1"}
     assert seen["pdsh"]["cmd"][:1] == ["deepspeed"] and "None" in seen["pdsh"]["cmd"] and "pdsh" in seen["pdsh"]["cmd"]
     assert seen["standard"]["cmd"] is None and seen["standard"]["where"] == "10.0.0.1:29733"
     assert seen["hostfile"] is None  # `proceed with training with local resources only`

@@ -281,7 +281,7 @@ def test_a_healthy_job_has_none(matrix: Matrix) -> None:
 
 def test_fp8_with_its_library(matrix: Matrix) -> None:
     text = TWO + "mixed_precision: fp8\nfp8_config:\n  backend: TE\n  fp8_format: HYBRID\n  amax_history_length: 16\n"
-    packages = {**machine(matrix).packages, "transformer-engine": Package("transformer-engine", "2.9.0")}  # type: ignore[dict-item]
+    packages = {**(machine(matrix).packages or {}), "transformer-engine": Package("transformer-engine", "2.9.0")}
     (finding,) = found(matrix, text, packages=packages)
     assert shown(finding) == "fp8_config.amax_history_length>amax_history_len"
     (wrong,) = found(matrix, text.replace("amax_history_length", "amax_history_len").replace("HYBRID", "E3M4"),

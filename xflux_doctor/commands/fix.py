@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import click
 import yaml
 
-from xflux_doctor import batch, jsontext, repair, strategy, yamltext
+from xflux_doctor import batch, joint, jsontext, repair, strategy, yamltext
 from xflux_doctor import matrix as matrices
 from xflux_doctor.check import Case, examine
 from xflux_doctor.checks import ALL
@@ -19,8 +20,7 @@ from xflux_doctor.checks.words import devices
 from xflux_doctor.commands.check import summarize
 from xflux_doctor.errors import DoctorError
 from xflux_doctor.finding import Change, Finding, Verdict
-from xflux_doctor.inputs import Inputs, build
-from xflux_doctor.job import Job
+from xflux_doctor.inputs import Inputs, build, files_of
 from xflux_doctor.meaning import everywhere
 from xflux_doctor.plan import Plan, make
 from xflux_doctor.report import difference, jsonreport, text
@@ -62,12 +62,6 @@ class Look:
 
 def plan_of(case: Case) -> Plan:
     return make(case, lambda mended: examine(mended, ALL))
-
-
-def files_of(job: Job) -> dict[str, Path]:
-    """The job's files by the names that edits have for them."""
-    files = {"accelerate": job.accelerate_path, "train": job.train_path, "deepspeed": job.deepspeed_path}
-    return {name: path for name, path in files.items() if path is not None}
 
 
 def repairs(case: Case, edits: tuple[Change, ...]) -> list[FileRepair]:
@@ -125,20 +119,23 @@ def _with_launch(case: Case) -> Case:
 
 def run(inputs: Inputs, *, form: str, write: bool, yes: bool) -> int:
     """Plan the repairs and show them; write them with `write`. Exit 1 while anything stays wrong."""
-    case = build(inputs, matrices.load_with(inputs.matrix))
+    matrix = matrices.load_with(inputs.matrix)
+    case = build(inputs, matrix)
+    if write and _taken_back(case, form):
+        case = build(inputs, matrix)
     before = summarize(case)
     looks = [_look(case)]
     written: list[str] = []
+    mark = uuid.uuid4().hex
     while write and looks[-1].files and len(looks) <= _ROUNDS:
         if form == "text":
             _show(looks[-1].files)
             if not (yes or written):  # what is asked for with --take comes before the answer
                 _offers(before.verdicts, looks[-1].plan, written=False)
         confirm(yes, "Write these files?" if not written else "This follows from what was written. Write it too?")
-        for item in looks[-1].files:
-            _write(item, form)
-            written.append(str(item.path))
-        looks.append(_look(build(inputs, matrices.load_with(inputs.matrix))))
+        _write(looks[-1].files, mark, form)
+        written += [str(item.path) for item in looks[-1].files]
+        looks.append(_look(build(inputs, matrix)))
     code = _exit_code(looks[-1])
     if form == "json":
         report = jsonreport.document(before)
@@ -177,15 +174,32 @@ def _show(files: list[FileRepair]) -> None:
             click.echo(click.style(line, fg=color) + why)
 
 
-def _write(item: FileRepair, form: str) -> None:
+def _write(files: list[FileRepair], mark: str, form: str) -> None:
+    """All of them or none."""
     try:
-        backup = repair.create(item.path, item.new) if item.old is None else repair.write(item.path, item.new, item.old)
+        backups = joint.write([joint.Change(item.path, item.old, item.new) for item in files], mark)
     except repair.RepairError as error:
         raise DoctorError(f"{error.seen}.", error.hint) from error
-    if form == "text" and backup is not None:
-        kept = "" if backup.created else f" (the old one is {backup.copy})"
-        linked = f" Its {backup.names - 1} other names (hard links) keep the old text." if backup.names > 1 else ""
-        click.echo(f"Wrote {item.path}{kept}.{linked}")
+    for item, backup in zip(files, backups, strict=True):
+        if form == "text" and backup is not None:
+            kept = "" if backup.created else f" (the old one is {backup.copy})"
+            linked = f" Its {backup.names - 1} other names (hard links) keep the old text." if backup.names > 1 else ""
+            click.echo(f"Wrote {item.path}{kept}.{linked}")
+
+
+def _taken_back(case: Case, form: str) -> bool:
+    """Take back what a kill left half written, so that the repair starts from what the user wrote."""
+    found = joint.broken_off(files_of(case.job).values())
+    if found is None:
+        return False
+    try:
+        joint.take_back(found)
+    except repair.RepairError as error:
+        raise DoctorError(f"{error.seen}.", error.hint) from error
+    names = ", ".join(str(path) for path in found.written)
+    said = f"The last repair was broken off between two files: {names} has its old text again."
+    click.echo(said, err=form == "json")
+    return True
 
 
 def _exit_code(look: Look) -> int:

@@ -8,11 +8,10 @@ from typing import Any
 
 import click
 
+from xflux_doctor import joint, repair
 from xflux_doctor import matrix as matrices
-from xflux_doctor import repair
-from xflux_doctor.commands.fix import files_of
 from xflux_doctor.errors import DoctorError
-from xflux_doctor.inputs import Inputs, build
+from xflux_doctor.inputs import Inputs, build, files_of
 from xflux_doctor.report import jsonreport
 
 
@@ -31,7 +30,10 @@ class _Outcome:
 
 
 def run(inputs: Inputs, *, form: str) -> int:
-    """Put the latest backup of each of the job's files back; exit 1 when one is refused or none has a backup."""
+    """Take back what the latest `fix` wrote, of all the job's files; exit 1 when one is refused or none has a backup.
+
+    A file that only an earlier `fix` changed stays: its text goes with what the others said then.
+    """
     case = build(inputs, matrices.load_with(inputs.matrix))
     paths = list(files_of(case.job).values())
     if not paths:
@@ -39,9 +41,10 @@ def run(inputs: Inputs, *, form: str) -> int:
             "No accelerate or training file was found.", "Name them with --accelerate-config or --config."
         )
     outcome = _Outcome()
+    latest = max((mine[-1] for path in paths if (mine := joint.backups(path))), key=_when, default=None)
     for path in paths:
         try:
-            outcome.done.append(repair.undo(path))
+            outcome.done += _of_one_run(path, latest)
         except repair.NoBackup as error:
             outcome.without.append((path, error))
         except repair.RepairError as error:
@@ -59,6 +62,24 @@ def run(inputs: Inputs, *, form: str) -> int:
         more = "".join(f" {error.seen}." for _, error in wrong[1:])
         raise DoctorError(f"{wrong[0][1].seen}.{more}", wrong[0][1].hint)
     return outcome.exit_code
+
+
+def _of_one_run(path: Path, latest: repair.Backup | None) -> list[repair.Backup]:
+    """Undo every write of this file by the command that wrote last."""
+    found = joint.backups(path)
+    if latest is None or not found:
+        return [repair.undo(path)]  # which says why it cannot
+    if found[-1].run != latest.run:
+        raise repair.NoBackup(f"{path} was not changed by the latest repair", "Run `fix --undo` once more for it.")
+    done = [repair.undo(path)]
+    while latest.run and (left := joint.backups(path)) and left[-1].run == latest.run:
+        done.append(repair.undo(path))
+    return done
+
+
+def _when(backup: repair.Backup) -> str:
+    """The time in the backup's name."""
+    return backup.copy.name.rpartition(".bak-")[2]
 
 
 def _document(outcome: _Outcome) -> dict[str, Any]:

@@ -10,74 +10,25 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import selectors
 import socket
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from xflux_doctor.facts import Meeting, Peer
+from xflux_doctor.probes.wire import PROOF, Line, clean, listen, why
 
-PROTOCOL = 1
-_WORD = "xflux-doctor"
-_LARGEST = 1 << 16
-"""Bytes of one line."""
 _TOLD = 8
 """Members, and keys of each, whose differences are sent: of 60 letters each they stay below the size of a line."""
 _CROWD = 4096
 """Connections at one time."""
 _TICK = 0.2
-_PROOF = 5.0
-"""Seconds in which our own kind answers a hello."""
 _QUIET = 1.0
 """Seconds before it is said who is awaited."""
 Say = Callable[[str], None]
-
-
-@dataclass
-class _Line:
-    """One connection and what has come of its current line."""
-
-    socket: socket.socket
-    rest: bytes = b""
-    gone: bool = False
-    said: dict[str, Any] | None = None
-    """Its hello."""
-    ready: bool | None = None
-    since: float = field(default_factory=time.monotonic)
-    inbox: list[dict[str, Any]] = field(default_factory=list)
-
-    def send(self, **values: object) -> None:
-        try:
-            self.socket.settimeout(_PROOF)
-            self.socket.sendall(json.dumps({_WORD: PROTOCOL, **values}).encode() + b"\n")
-        except OSError:
-            self.gone = True
-
-    def receive(self) -> None:
-        """Take in what has come. Whoever sends something else, or too much, is gone."""
-        try:
-            chunk = self.socket.recv(_LARGEST)
-        except (BlockingIOError, TimeoutError):
-            return
-        except OSError:
-            chunk = b""
-        *lines, self.rest = (self.rest + chunk).split(b"\n")
-        self.gone = self.gone or not chunk or len(self.rest) > _LARGEST
-        found = [_message(line) for line in lines]
-        self.gone = self.gone or None in found
-        self.inbox += [message for message in found if message is not None]
-
-
-def _message(line: bytes) -> dict[str, Any] | None:
-    try:
-        value = json.loads(line) if len(line) <= _LARGEST else None
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) and value.get(_WORD) == PROTOCOL else None
 
 
 @dataclass(frozen=True)
@@ -103,8 +54,8 @@ class Gathering:
         self._place, self._config, self._seconds, self._say = place, dict(config), seconds, say
         self._started = time.monotonic()
         self._server: socket.socket | None = None
-        self._lines: list[_Line] = []
-        self._mine: _Line | None = None
+        self._lines: list[Line] = []
+        self._mine: Line | None = None
 
     def open(self, tolerant: bool = False) -> Meeting:
         """Come together and compare. `tolerant`: differences stop nobody."""
@@ -128,11 +79,11 @@ class Gathering:
 
     def _host(self, tolerant: bool) -> Meeting:
         try:
-            self._server = _listen(self._place)
+            self._server = listen(self._place.host, self._place.port)
         except (OSError, OverflowError, UnicodeError) as error:
             busy = getattr(error, "errno", None) == errno.EADDRINUSE and not isinstance(error, socket.gaierror)
             return (
-                self._meeting("busy", os.strerror(errno.EADDRINUSE)) if busy else self._meeting(*_why(error, "no port"))
+                self._meeting("busy", os.strerror(errno.EADDRINUSE)) if busy else self._meeting(*why(error, "no port"))
             )
         until = self._started + self._seconds
         spoken: tuple[int, ...] = ()
@@ -166,7 +117,7 @@ class Gathering:
                     self._hear(key.data)
         now = time.monotonic()
         for line in self._lines:
-            line.gone = line.gone or (line.said is None and now - line.since > _PROOF)
+            line.gone = line.gone or (line.said is None and now - line.since > PROOF)
         for line in [line for line in self._lines if line.gone]:
             line.socket.close()
             self._lines.remove(line)
@@ -177,11 +128,11 @@ class Gathering:
             client, _ = self._server.accept()
             client.setblocking(False)
             if len(self._lines) < _CROWD:
-                self._lines.append(_Line(client))
+                self._lines.append(Line(client))
             else:
                 client.close()
 
-    def _hear(self, line: _Line) -> None:
+    def _hear(self, line: Line) -> None:
         line.socket.setblocking(False)
         line.receive()
         while line.inbox:
@@ -192,8 +143,8 @@ class Gathering:
             elif isinstance(message.get("ready"), bool):
                 line.ready = message["ready"]
 
-    def _here(self) -> dict[int, list[_Line]]:
-        found: dict[int, list[_Line]] = {}
+    def _here(self) -> dict[int, list[Line]]:
+        found: dict[int, list[Line]] = {}
         for line in self._lines:
             if line.said is not None and not line.gone:
                 found.setdefault(line.said["rank"], []).append(line)
@@ -212,9 +163,9 @@ class Gathering:
             said = lines[0].said or {}
             peers.append(_peer(rank, said))
             config = said.get("config")
-            theirs = {str(k): _clean(v) for k, v in config.items()} if isinstance(config, dict) else {}
+            theirs = {str(k): clean(v) for k, v in config.items()} if isinstance(config, dict) else {}
             if said.get("count") != self._place.count:
-                theirs[f"number of {self._place.kind}s"] = _clean(said.get("count"))
+                theirs[f"number of {self._place.kind}s"] = clean(said.get("count"))
             different = {
                 key: (self._own(key), theirs.get(key, "not set"))
                 for key in sorted({*self._config, *theirs})
@@ -281,7 +232,7 @@ class Gathering:
                     (self._place.host, self._place.port), timeout=max(0.1, min(3.0, until - time.monotonic()))
                 )
             except (OSError, OverflowError, UnicodeError) as error:
-                trouble, detail = _why(error)
+                trouble, detail = why(error)
                 if trouble in ("unknown name", "no port"):
                     break
                 if not spoken and time.monotonic() > self._started + _QUIET:
@@ -290,31 +241,31 @@ class Gathering:
                     spoken = True
                 time.sleep(_TICK)
                 continue
-            return self._talk(_Line(client))
+            return self._talk(Line(client))
         return self._meeting(trouble, detail)
 
-    def _talk(self, line: _Line) -> Meeting:
+    def _talk(self, line: Line) -> Meeting:
         self._mine = line
         place = self._place
         line.send(rank=place.rank, count=place.count, host=socket.gethostname(), devices=place.devices,
                   config=self._config)  # fmt: skip
-        hello = self._next(line, time.monotonic() + _PROOF)
+        hello = self._next(line, time.monotonic() + PROOF)
         if hello is None or hello.get("hello") is not True:
             why = "it closed the connection" if line.gone and not line.rest else "it answers in another way"
             return self._meeting("other service", why if line.gone or line.rest else "it does not answer")
-        answer = self._next(line, time.monotonic() + self._seconds + _PROOF, f"the other {place.kind}s")
+        answer = self._next(line, time.monotonic() + self._seconds + PROOF, f"the other {place.kind}s")
         return self._meeting("gone", "it closed the connection") if answer is None else self._learned(answer)
 
     def _report(self, ready: bool, seconds: float) -> Meeting:
         if self._mine is None:
             return self._meeting("gone", "there is no connection")
         self._mine.send(ready=ready)
-        answer = self._next(self._mine, time.monotonic() + seconds + _PROOF, "the others to finish their checks")
+        answer = self._next(self._mine, time.monotonic() + seconds + PROOF, "the others to finish their checks")
         if not ready:
             return self._meeting(stopped=(self._place.rank,))
         return self._meeting("gone", "it closed the connection") if answer is None else self._learned(answer)
 
-    def _next(self, line: _Line, until: float, what: str = "") -> dict[str, Any] | None:
+    def _next(self, line: Line, until: float, what: str = "") -> dict[str, Any] | None:
         """The next message, or None when the other is gone or late."""
         started, spoken = time.monotonic(), not what
         while not line.inbox and not line.gone and (left := until - time.monotonic()) > 0:
@@ -329,7 +280,7 @@ class Gathering:
         """What number 0 found, in its own words no further than our own sentences carry them."""
         unlike = answer.get("unlike")
         found = {
-            str(rank)[:12]: {_clean(k): (_clean(v[0]), _clean(v[1])) for k, v in keys.items() if _pair(v)}
+            str(rank)[:12]: {clean(k): (clean(v[0]), clean(v[1])) for k, v in keys.items() if _pair(v)}
             for rank, keys in (unlike.items() if isinstance(unlike, dict) else ())
             if isinstance(keys, dict)
         }
@@ -350,38 +301,7 @@ class Gathering:
         return Meeting(place.kind, place.rank, place.count, place.address, trouble, detail, **more, seconds=seconds)
 
 
-def _listen(place: Place) -> socket.socket:
-    """On all addresses of the family that the main address has: a name may lead here by another one."""
-    family = socket.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM)[0][0]
-    server = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        server.bind(("", place.port))
-        server.listen(128)
-    except BaseException:
-        server.close()
-        raise
-    return server
-
-
-def _why(error: OSError | OverflowError | UnicodeError, other: str = "timeout") -> tuple[str, str]:
-    if isinstance(error, OverflowError):
-        return "no port", "a port is 0 to 65535"
-    if isinstance(error, UnicodeError):  # an empty or overlong label: no resolver can be asked for it
-        return "unknown name", "no name that can be looked up"
-    if isinstance(error, socket.gaierror):
-        again = error.errno == socket.EAI_AGAIN
-        return "no resolver" if again else "unknown name", error.strerror or str(error)
-    if isinstance(error, ConnectionRefusedError):
-        return "refused", "connection refused"
-    if error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH):
-        return "no route", (error.strerror or "no route to host").lower()
-    if isinstance(error, TimeoutError):
-        return "timeout", "no answer"
-    return other, error.strerror or str(error)
-
-
-def _told(found: Meeting, line: _Line) -> dict[str, object]:
+def _told(found: Meeting, line: Line) -> dict[str, object]:
     """What `line` is told: its own differences first, and no more of the others' than one line may hold."""
     own = str((line.said or {}).get("rank"))
     unlike = sorted(found.unlike.items(), key=lambda item: item[0] != own)[:_TOLD]
@@ -391,12 +311,7 @@ def _told(found: Meeting, line: _Line) -> dict[str, object]:
 
 def _peer(rank: int, said: Mapping[str, Any]) -> Peer:
     devices = said.get("devices")
-    return Peer(rank, _clean(said.get("host", "")), devices if type(devices) is int else None)
-
-
-def _clean(value: object) -> str:
-    """What came over the network, as it may be shown: one short line."""
-    return "".join(c if c.isprintable() else "?" for c in str(value)[:200])
+    return Peer(rank, clean(said.get("host", "")), devices if type(devices) is int else None)
 
 
 def _pair(value: object) -> bool:
