@@ -10,8 +10,10 @@ import pytest
 from conftest import GIB, TRAIN, XFLUX_ACCELERATE, case, gpus, job, machine, record
 
 from xflux_doctor import strategy
+from xflux_doctor.check import examine
+from xflux_doctor.checks import ALL
 from xflux_doctor.cli import main
-from xflux_doctor.facts import GpuProcess
+from xflux_doctor.facts import GpuProcess, Package
 from xflux_doctor.job import Override
 from xflux_doctor.matrix import Matrix
 from xflux_doctor.placement import place
@@ -82,6 +84,16 @@ def test_uneven_memory_is_explained(matrix: Matrix) -> None:
     assert notes == ["the cards differ: the smallest, GPU 0 NVIDIA A100-SXM4-80GB, decides what every rank may use"]
     even = machine(matrix, count=2)
     assert list(placement.uneven(place(subject.job, even))) == []
+
+
+@pytest.mark.parametrize("version", ["main", "", "1.15.0-custom build"])
+def test_a_version_that_is_none(matrix: Matrix, version: str) -> None:
+    """Somebody's own build: the launch is told all the same, and no check falls over it."""
+    facts = machine(matrix, count=2)
+    odd = {**(facts.packages or {}), "accelerate": Package("accelerate", version), "deepspeed": Package("x", version)}
+    subject = case(matrix, msgspec.structs.replace(facts, packages=odd), job(XFLUX_ACCELERATE))
+    assert placement.values(subject)["world_size"] == 8
+    assert [(v.check, v.reason) for v in examine(subject, ALL) if v.status == "crashed"] == []
 
 
 def test_values_are_the_same_for_programs(matrix: Matrix) -> None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-from packaging.version import Version
 
 from xflux_doctor import choose, cluster, joint
 from xflux_doctor import job as job_files
@@ -25,6 +24,7 @@ from xflux_doctor.gather.ports import listeners
 from xflux_doctor.job import Job
 from xflux_doctor.launched import under_command, xflux_script
 from xflux_doctor.matrix import Matrix, Stack
+from xflux_doctor.pins import version_of
 from xflux_doctor.probes.level import probe
 from xflux_doctor.visible import choice, visible
 from xflux_doctor.xflux import SCRIPTS
@@ -87,7 +87,7 @@ def build(inputs: Inputs, matrix: Matrix) -> Case:
             facts, environment={**facts.environment, **environment_facts(command.environment)}
         )
         seen = None if facts.gpus is None else len(visible(facts.gpus, choice(facts.environment, job.gpu_ids)))
-        job = under_command(job, command, _accelerate(facts), seen)
+        job = under_command(job, command, version_of(facts, "accelerate"), seen)
     else:
         job = cluster.under(job, facts.environment)
     if not inputs.facts:
@@ -137,11 +137,6 @@ def _named_by(inputs: Inputs, command: Command) -> Inputs:
         accelerate_config=inputs.accelerate_config or command.config_file,
         xflux=inputs.xflux or (script if script and Path(script).exists() else None),
     )
-
-
-def _accelerate(facts: Facts) -> Version | None:
-    package = (facts.packages or {}).get("accelerate")
-    return Version(package.version) if package else None
 
 
 def _torch_builds(matrix: Matrix) -> frozenset[tuple[str, str]]:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from packaging.version import InvalidVersion, Version
 
-from xflux_doctor.facts import Package
+from xflux_doctor.facts import Facts, Package
 from xflux_doctor.matrix import Pin, Stack
 
 Word = Literal[
@@ -22,6 +22,15 @@ Word = Literal[
     "unreadable",
 ]
 GOOD = ("exact", "compatible")
+
+
+def version_of(facts: Facts, name: str) -> Version | None:
+    """The installed version; None where the package is missing, or calls itself by no version that PEP 440 knows."""
+    package = (facts.packages or {}).get(name)
+    try:
+        return Version(package.version) if package else None
+    except InvalidVersion:
+        return None
 
 
 def judge(pin: Pin, package: Package | None) -> Word:

@@ -14,6 +14,7 @@ from packaging.version import Version
 from xflux_doctor import cluster
 from xflux_doctor.facts import Facts, Gpu
 from xflux_doctor.job import Job
+from xflux_doctor.pins import version_of
 from xflux_doctor.visible import choice, visible
 
 WRAPS = Version("0.33.0")
@@ -74,7 +75,7 @@ def launcher_of(job: Job, facts: Facts) -> str:
 
 def place(job: Job, facts: Facts) -> Placement:
     """What starts on this machine. GPUs that are unknown leave the ranks without a device and without a failure."""
-    version = _version(facts)
+    version = version_of(facts, "accelerate")
     launcher = launcher_of(job, facts)
     machines = max(1, job.num_machines)
     count = 1 if launcher == "python" else max(1, job.num_processes // machines)
@@ -147,8 +148,3 @@ def script_words(devices: int, version: Version | None, first_rank: int = 0) -> 
 def _address(job: Job) -> str:
     ip = job.get("main_process_ip")
     return f"{ip if isinstance(ip, str) and ip else '127.0.0.1'}:{job.main_process_port}"
-
-
-def _version(facts: Facts) -> Version | None:
-    package = (facts.packages or {}).get("accelerate")
-    return Version(package.version) if package else None

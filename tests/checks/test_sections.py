@@ -188,7 +188,7 @@ ROWS = {
                      "LA204 parallelism_config.parallelism_config_cp_size=2", "LA202  LA202 ", "'>' not supported"),
     "fp8": Row(TWO + "mixed_precision: fp8\n", "LA207 ", "LA207 ", "FP8 is not available on this machine"),
     "megatron": same(TWO.replace("MULTI_GPU", "MEGATRON_LM"), "LA208 "),
-    "rendezvous": same(TWO.replace("num_machines: 1", "num_machines: 2") + "rdzv_backend: c10d\n", "LA209 "),
+    "rendezvous": same(TWO.replace("num_machines: 1", "num_machines: 2") + "rdzv_backend: c10d\n", ""),
     "rendezvous alone": same(TWO + "rdzv_backend: c10d\nsame_network: true\ndowncast_bf16: no\n", ""),
     "hostfile empty": same(ONE + "mpirun_config:\n  mpirun_hostfile: ''\n", "LA210 #mpirun_config.mpirun_hostfile"),
     "fp16": same(TWO + "fp16: true\n", ""),

@@ -16,8 +16,6 @@ from xflux_doctor.finding import Change, Edit, Finding, Remove, error, warning
 from xflux_doctor.placement import STANDALONE, WRAPS, place, script_words, trainer_words
 from xflux_doctor.visible import cards, choice, parse
 
-_ACCUMULATION = ("deepspeed_config", "gradient_accumulation_steps")
-
 
 @check("LA101", "accelerate's file can be read")
 def accelerate_readable(case: Case) -> Iterator[Finding]:
@@ -202,7 +200,7 @@ def accumulation_agrees(case: Case) -> Iterator[Finding]:
     assert case.job.train is not None
     if not case.job.deepspeed:
         raise SkipCheck("only DeepSpeed's section of the accelerate file reaches the ranks")
-    value = case.job.section(_ACCUMULATION[0]).get(_ACCUMULATION[1])
+    value = case.job.section(batch.SECTION[0]).get(batch.SECTION[1])
     mine = case.job.train.gradient_accumulation_steps
     low, high = RANGES["gradient_accumulation_steps"]
     if not isinstance(value, int) or isinstance(value, bool) or value == mine:
@@ -212,7 +210,7 @@ def accumulation_agrees(case: Case) -> Iterator[Finding]:
             f"gradient_accumulation_steps is {value} in accelerate's file.",
             "Accelerate hands it to DeepSpeed, which cannot step with it.",
             f"Write the training file's {mine} there.",
-            edits=(Edit("accelerate", _ACCUMULATION, mine, "the training file's value"),),
+            edits=(Edit("accelerate", batch.SECTION, mine, "the training file's value"),),
         )
     else:
         yield warning(

@@ -9,6 +9,7 @@ from xflux_doctor.accelerate_keys import KEYS, TYPES
 from xflux_doctor.accelerate_sections import Span
 from xflux_doctor.check import Case, SkipCheck
 from xflux_doctor.finding import Finding, error
+from xflux_doctor.pins import version_of
 
 UNREAD_SINCE = Version("0.23.0")
 """First release that lists all unknown keys (huggingface/accelerate@cec5ae8e); older ones die of the first."""
@@ -17,10 +18,10 @@ _EMPTY: tuple[object, ...] = (None, "", [], {})
 
 def release(case: Case) -> Version:
     """The installed accelerate; without one nothing can be said about its words."""
-    package = (case.facts.packages or {}).get("accelerate")
-    if package is None:
+    version = version_of(case.facts, "accelerate")
+    if version is None:
         raise SkipCheck("accelerate is not installed, so its keys are not known")
-    return Version(package.version)
+    return version
 
 
 def local(case: Case) -> None:

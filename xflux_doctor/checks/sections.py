@@ -208,7 +208,7 @@ def sections_used(case: Case) -> Iterator[Finding]:
 
 @check("LA209", "what accelerate's file sets reaches the launch", needs=("accelerate",))
 def reaches_the_launch(case: Case) -> Iterator[Finding]:
-    """Three keys never do: their flags have a default that is not None, and only where it is None the file counts.
+    """enable_cpu_affinity does not, nor what LA409 names: a file fills only those flags whose default is None.
 
     Source: accelerate 0.30.1 and 1.15.0, commands/launch.py, `getattr(args, name, None) is None`; run with each.
     """
@@ -220,13 +220,6 @@ def reaches_the_launch(case: Case) -> Iterator[Finding]:
             f"accelerate {version} reads it from its flag alone: nothing comes of it.",
             "Give `accelerate launch` the flag --enable_cpu_affinity, or set the variable.",
             commands=("export ACCELERATE_CPU_AFFINITY=1",),
-        )
-    backend = case.job.get("rdzv_backend")
-    if backend not in (None, "static", "") and case.job.num_machines > 1 and not case.job.source("rdzv_backend"):
-        yield warning(
-            f"rdzv_backend is {backend!r} in accelerate's file, for {case.job.num_machines} machines.",
-            f"accelerate {version} reads it from its flag alone: the ranks meet by `static`.",
-            f"Give `accelerate launch` the flag --rdzv_backend {backend}.",
         )
 
 

@@ -14,6 +14,7 @@ from xflux_doctor.check import Case, SkipCheck, check
 from xflux_doctor.checks.releases import key_span, local, release, stops_with, type_span
 from xflux_doctor.facts import Gpu
 from xflux_doctor.finding import Comment, Edit, Finding, Nest, Rename, error
+from xflux_doctor.pins import version_of
 from xflux_doctor.visible import selected
 
 _ALIASES = {"GPU": "MULTI_GPU", "DDP": "MULTI_GPU", "CPU": "NO", "SINGLE_GPU": "NO", "NONE": "NO", "FALSE": "NO",
@@ -254,8 +255,7 @@ def _repaired_number(value: object, least: int) -> int | None:
 
 
 def installed(case: Case, name: str) -> Version | None:
-    package = (case.facts.packages or {}).get(name)
-    return Version(package.version) if package else None
+    return version_of(case.facts, name)
 
 
 def devices(case: Case) -> tuple[Gpu, ...] | None:

@@ -17,6 +17,7 @@ from xflux_doctor.check import Case
 from xflux_doctor.checks.words import devices
 from xflux_doctor.cluster import Task, task
 from xflux_doctor.facts import Meeting
+from xflux_doctor.nodes import SAME
 from xflux_doctor.placement import launcher_of
 from xflux_doctor.probes.meeting import Gathering, Place
 
@@ -24,8 +25,8 @@ _LOCAL = frozenset(
     {"img_dir", "output_dir", "cache_dir", "pretrained_model", "heldout_dir", "num_workers", "logging_dir"}
 )
 """Keys of the training file that may differ from machine to machine: where things lie, not what they are."""
-_SAME = ("num_machines", "num_processes", "main_process_port", "distributed_type", "mixed_precision", "use_cpu",
-         "deepspeed_config", "fsdp_config", "downcast_bf16")  # fmt: skip
+_SAME = (*(key for key in SAME if key not in ("main_process_ip", "rdzv_backend")), "downcast_bf16")
+"""Machine 0 may be called by other names elsewhere, and the file's rdzv_backend is not read (LA409)."""
 _PACKAGES = ("torch", "accelerate", "deepspeed", "xflux-doctor")
 _LONG = 60
 
