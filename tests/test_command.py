@@ -9,7 +9,7 @@ import pytest
 from conftest import XFLUX_ACCELERATE, case, findings, job, machine, record
 from packaging.version import Version
 
-from xflux_doctor.checks import launch
+from xflux_doctor.checks import launch, machines
 from xflux_doctor.cli import main
 from xflux_doctor.command import Command, parse
 from xflux_doctor.errors import UsageError
@@ -57,6 +57,10 @@ def test_forms(text: str) -> None:
     ("accelerate launch --num_processes", "has no value"),
     ("torchrun --num_processes 4 train.py", "torchrun has no flag --num_processes"),
     ("torchrun --node_rank x train.py", "--node_rank is 'x'"),
+    ("torchrun --nproc_per_node 0 train.py", "--nproc_per_node is '0'"),
+    ("accelerate launch --num_processes -3 train.py", "--num_processes is '-3'"),
+    ("accelerate launch --main_process_port 70000 train.py", "--main_process_port is '70000'"),
+    ("accelerate launch --machine_rank -1 train.py", "--machine_rank is '-1'"),
     ("torchrun --nproc_per_node=² train.py", "--nproc_per_node is '²'"),
     ("torchrun --nnodes=x train.py", "--nnodes is 'x'"),
     ("accelerate launch --num_processes \"a b", "No closing quotation"),
@@ -178,3 +182,13 @@ def test_one_process_goes_without_multi_gpu(matrix: Matrix) -> None:
     text = "accelerate launch --num_processes 2 --multi-gpu --gpu_ids all t.py --multi_gpu"
     (finding,) = findings(case(matrix, machine(matrix, count=1), launched(text, None)), launch.ranks_have_devices)
     assert finding.commands == ("accelerate launch --num_processes 1 --gpu_ids all t.py --multi_gpu",)
+
+
+def test_two_machines_of_torchrun_without_an_address(matrix: Matrix) -> None:
+    """torchrun takes 127.0.0.1 then, which is every machine's own."""
+    text = "torchrun --nnodes=2 --nproc_per_node=2 --node_rank=0 t.py"
+    (finding,) = findings(case(matrix, machine(matrix, count=2), launched(text)), machines.no_loopback)
+    assert "num_machines is 2 and main_process_ip is '127.0.0.1'" in finding.seen
+    right = f"{text[:-4]}--master_addr 10.0.0.1 t.py"
+    assert findings(case(matrix, machine(matrix, count=2), launched(right)), machines.no_loopback) == ()
+    assert launched("deepspeed --num_gpus -1 t.py", devices=3).num_processes == 3

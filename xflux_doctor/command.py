@@ -179,6 +179,8 @@ class Command:
         ):
             if value:
                 found[key] = (_number(flag, value) if key.endswith("port") else value, f"--{flag}")
+        if machines > 1 and "main_process_ip" not in found:
+            found["main_process_ip"] = ("127.0.0.1", "torchrun, without --master_addr")
         if self.flags.get("standalone"):
             found["main_process_port"] = (0, "--standalone")
         return found
@@ -189,7 +191,7 @@ class Command:
         if include:
             found["gpu_ids"] = (include[1], "--include")
             found["num_processes"] = (len(include[1].split(",")), "--include")
-        elif "num_gpus" in self.flags:
+        elif self.flags.get("num_gpus", "-1") != "-1":  # its own word for all of them
             found["num_processes"] = (_number("num_gpus", self.flags["num_gpus"]), "--num_gpus")
         if "master_port" in self.flags:
             found["main_process_port"] = (_number("master_port", self.flags["master_port"]), "--master_port")
@@ -292,10 +294,18 @@ def _section(name: str) -> str:
 
 
 def _number(name: str, value: object) -> int:
+    """Raises UsageError where the launcher would stop at it, or could start nothing with it."""
+    least, most = (0, 65535) if name.endswith(("port", "endpoint")) else (0 if name.endswith("rank") else 1, 1 << 20)
     try:
-        return int(str(value))
-    except ValueError as error:
-        raise UsageError(f"--{name} is {value!r} in the command of --launch.", "Give a whole number.") from error
+        number = int(str(value))
+    except ValueError:
+        number = -1
+    if not least <= number <= most:
+        hint = (
+            f"Give a whole number of {least} to {most}." if most < 1 << 20 else f"Give a whole number from {least} on."
+        )
+        raise UsageError(f"--{name} is {value!r} in the command of --launch.", hint)
+    return number
 
 
 def _scalar(value: str) -> str | int | float | bool:

@@ -153,7 +153,7 @@ def place_is_zero(case: Case) -> Iterator[Finding]:
         )
 
 
-@check("LA405", "the place to meet is no loopback", needs=("accelerate",))
+@check("LA405", "the place to meet is no loopback")
 def no_loopback(case: Case) -> Iterator[Finding]:
     """127.0.0.1 is every machine's own: each waits for the others at home."""
     _several(case)
