@@ -46,14 +46,7 @@ def make(case: Case, examine: Examine) -> Plan:
     edits: list[Change] = []
     verdicts = examine(case)
     for _ in range(_ROUNDS):
-        job, new = case.job, list[Change]()
-        for edit in _edits(verdicts):
-            if any(_same_place(edit, other) for other in new):
-                continue  # what it was made for may be gone: the next round says whether it is asked for still
-            laid = job if edit in edits or edit in new else lay(job, [edit])
-            if changed(job, laid):  # what says nothing new, or is refused, is no part of the plan: its finding stays
-                job = laid
-                new.append(edit)
+        job, new = _round(case.job, verdicts, edits)
         if not new:
             break
         edits += new
@@ -62,6 +55,20 @@ def make(case: Case, examine: Examine) -> Plan:
     blockers = tuple(f for v in verdicts for f in v.findings if f.severity == "error")
     again = {edit.key: edit for edit in _edits(verdicts) if changed(case.job, lay(case.job, [edit]))}
     return Plan(tuple(_last_of_each(edits)), blockers, case.job, verdicts, _bill(case), tuple(again.values()))
+
+
+def _round(job: Job, verdicts: tuple[Verdict, ...], before: list[Change]) -> tuple[Job, list[Change]]:
+    """The job with the edits that are asked for now, and these; a finding's edits together or not at all."""
+    new: list[Change] = []
+    for finding in (finding for verdict in verdicts for finding in verdict.findings):
+        if any(_same_place(edit, other) for edit in finding.edits for other in new):
+            continue  # what they were made for may be gone: the next round says whether they are asked for still
+        for edit in finding.edits:
+            laid = job if edit in before or edit in new else lay(job, [edit])
+            if changed(job, laid):  # what says nothing new, or is refused, is no part of the plan: its finding stays
+                job = laid
+                new.append(edit)
+    return job, new
 
 
 def _bill(case: Case) -> Bill | None:
