@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import yaml
 from cli_kit import doctor, job_of
 from conftest import TRAIN, XFLUX_ACCELERATE, machine, record
 
@@ -223,3 +224,23 @@ def test_closed_standard_streams(place: Path) -> None:
             f"{sys.executable} -m xflux_doctor.cli {command} <&-", shell=True, cwd=place, capture_output=True, text=True
         )
         assert done.returncode == 2 and words in done.stderr, done.stderr
+
+
+def test_run_says_so_when_a_repair_cannot_be_laid_into_the_text(place: Path) -> None:
+    """Its copy of accelerate's file is made before anything starts, and before other machines are asked."""
+    text = (place / "accelerate.yaml").read_text()
+    (place / "accelerate.yaml").write_text(text.replace("num_processes: 8", 'num_processes: !!int "8"'))
+    inputs = job_of(place, "cuda13-2.json", "cuda13")
+    for command in (["run", "--dry-run", "--yes"], ["fix", "--write-config", "--yes"]):
+        done = doctor(*command, *inputs, cwd=place, code=1)
+        assert "accelerate.yaml cannot be edited safely" in done.stderr and "by hand" in done.stderr
+
+
+def test_run_keeps_a_json_file_json(place: Path) -> None:
+    """With tabs, which YAML does not take: under another name accelerate could not read the copy."""
+    values = yaml.safe_load((place / "accelerate.yaml").read_text())
+    (place / "accelerate.json").write_text(json.dumps(values, indent="\t"))
+    (place / "accelerate.yaml").unlink()
+    inputs = [word.replace("accelerate.yaml", "accelerate.json") for word in job_of(place, "cuda13-2.json", "cuda13")]
+    done = doctor("run", "--dry-run", "--yes", *inputs, cwd=place, code=0)
+    assert "output/accelerate.json" in done.stdout.replace("out/", "output/") and "num_processes: 2" in done.stdout

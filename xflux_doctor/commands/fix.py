@@ -74,16 +74,22 @@ def repairs(case: Case, edits: tuple[Change, ...]) -> list[FileRepair]:
         try:
             old = repair.read(path)
             made = _places(old, mine, bundled=case.job.xflux is None) if name == "train" else tuple(mine)
-            new = _apply(path, made)(old, made)
         except repair.RepairError as error:
             raise DoctorError(f"{error.seen}.", error.hint) from error
-        except yamltext.CannotEdit as error:
-            raise DoctorError(f"{path} cannot be edited safely: {error}", "Make the change by hand.") from error
+        new = edited(path, old, made)
         if new != old:
             found.append(FileRepair(path, old, new, made))
     if case.job.accelerate_path is None and not case.job.problems and case.job.command is None:
         found.append(FileRepair(Path("accelerate_config.yaml"), None, new_accelerate(case)))
     return found
+
+
+def edited(path: Path, text: str, edits: tuple[Change, ...]) -> str:
+    """The text of a file with its edits. Raises DoctorError where one cannot be made."""
+    try:
+        return _apply(path, edits)(text, edits)
+    except yamltext.CannotEdit as error:
+        raise DoctorError(f"{path} cannot be edited safely: {error}", "Make the change by hand.") from error
 
 
 def _apply(path: Path, edits: tuple[Change, ...]) -> difference.Apply:

@@ -8,6 +8,7 @@ import datetime
 import importlib
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import msgspec
 import yaml
 from xflux_trainer import config as train_config
 
-from xflux_doctor import cluster, jsontext, remember, yamltext
+from xflux_doctor import cluster, remember
 from xflux_doctor import facts as facts_module
 from xflux_doctor import matrix as matrices
 from xflux_doctor.check import Case, examine
@@ -24,7 +25,7 @@ from xflux_doctor.checks import network
 from xflux_doctor.checks.words import devices
 from xflux_doctor.commands import together
 from xflux_doctor.commands.check import summarize
-from xflux_doctor.commands.fix import confirm, new_accelerate, plan_of
+from xflux_doctor.commands.fix import confirm, edited, new_accelerate, plan_of
 from xflux_doctor.commands.together import Self
 from xflux_doctor.deepspeed_file import KEY, SECTION
 from xflux_doctor.errors import DoctorError, UsageError
@@ -55,6 +56,8 @@ def run(inputs: Inputs, *, dry_run: bool, yes: bool, extra: tuple[str, ...], wai
     plan = plan_of(case)
     case = dataclasses.replace(case, job=plan.job)
     me = together.who(case)
+    # Before the machines meet: what cannot be written here must not leave the others waiting for this one.
+    copies = None if plan.blockers else _copies(case, plan, accelerate_text, me)
     meeting = None if plan.blockers or dry_run else together.gathering(case, me, wait)
     with contextlib.closing(meeting) if meeting else contextlib.nullcontext():
         if meeting is not None:
@@ -66,15 +69,44 @@ def run(inputs: Inputs, *, dry_run: bool, yes: bool, extra: tuple[str, ...], wai
             _show(case, plan, summary)
         if not summary.exit_code and plan.edits and not dry_run:
             confirm(yes, "Train with these repairs? (Your files stay as they are.)")
+        log = None if summary.exit_code or dry_run or copies is None else _make_folder(copies.folder)
         if meeting is not None and case.facts.meeting is not None and case.facts.meeting.met:
             ended = meeting.agree(not summary.exit_code, inputs.timeout + wait)
             if not summary.exit_code:
                 case, summary = _met(case, ended, summary, me)
-    if summary.exit_code:
+    if summary.exit_code or copies is None:
         if case.job.train is not None and not dry_run:
             _refused(me.folder(Path(case.job.train.output_dir)), summary)
         return summary.exit_code
-    return _launch(case, plan, summary, accelerate_text, me, dry_run=dry_run, extra=extra)
+    return _launch(case, plan, summary, copies, me, log, extra=extra)
+
+
+@dataclass(frozen=True)
+class _Copies:
+    """The run folder's own files, as they will be written."""
+
+    folder: Path
+    accelerate: Path
+    train: Path
+    texts: dict[Path, str]
+    own: list[Change]
+    """Edits of accelerate's copy that are not the user's job's: where the other copies lie."""
+
+
+def _copies(case: Case, plan: Plan, accelerate_text: str, me: Self) -> _Copies:
+    """Raises DoctorError where a file cannot be edited, or would be the user's own."""
+    assert case.job.train is not None
+    folder = me.folder(Path(case.job.train.output_dir).absolute())
+    source = case.job.accelerate_path or Path("accelerate_config.yaml")
+    accelerate, train = folder / f"accelerate{'.json' if source.suffix == '.json' else '.yaml'}", folder / "train.yaml"
+    own = _own_deepspeed(case, plan, folder)
+    mine = [edit for edit in plan.edits if edit.file == "accelerate"] + own
+    texts = {accelerate: edited(source, accelerate_text, tuple(mine)), train: train_config.to_yaml(case.job.train)}
+    if own and case.job.deepspeed_path is not None:
+        zero = tuple(edit for edit in plan.edits if edit.file == "deepspeed")
+        texts[folder / _DEEPSPEED] = edited(case.job.deepspeed_path, case.job.zero_text, zero)
+    _keep_own_files(case, *texts)
+    return _Copies(folder, accelerate, train, texts, own)
 
 
 def _show(case: Case, plan: Plan, summary: Summary) -> None:
@@ -133,29 +165,22 @@ def _show_bill(plan: Plan) -> None:
 
 
 def _launch(
-    case: Case, plan: Plan, summary: Summary, accelerate_text: str, me: Self, *, dry_run: bool, extra: tuple[str, ...]
+    case: Case, plan: Plan, summary: Summary, copies: _Copies, me: Self, log: Path | None, *, extra: tuple[str, ...]
 ) -> int:
+    """Write the run folder and start. Without a `log` nothing is written or started: the launch is shown."""
     assert case.job.train is not None and case.facts.python is not None
-    folder = me.folder(Path(case.job.train.output_dir).absolute())
-    accelerate, train = folder / "accelerate.yaml", folder / "train.yaml"
-    python, seen, own = case.facts.python.executable, devices(case), _own_deepspeed(case, plan, folder)
-    job = lay(case.job, own)
+    folder, python, seen = copies.folder, case.facts.python.executable, devices(case)
+    job = lay(case.job, copies.own)
     if me.rank_task is not None:
         number = None if seen is None else len(seen)
-        launch = build_rank(python, job, me.rank_task, number, train, os.environ, extra)
+        launch = build_rank(python, job, me.rank_task, number, copies.train, os.environ, extra)
     else:
-        launch = build_launch(python, job, accelerate, train, os.environ, extra)
-    _keep_own_files(case, accelerate, train, *(folder / _DEEPSPEED for _ in own))
-    if dry_run:
+        launch = build_launch(python, job, copies.accelerate, copies.train, os.environ, extra)
+    if log is None:
         click.echo(f"\n$ {launch.shell}")
         return 0
-    log = _make_folder(folder)
-    edits = [edit for edit in plan.edits if edit.file == "accelerate"] + own
-    if own:
-        zero = [edit for edit in plan.edits if edit.file == "deepspeed"]
-        write_atomic(folder / _DEEPSPEED, jsontext.apply(case.job.zero_text, zero))
-    write_atomic(accelerate, yamltext.apply(accelerate_text, edits))
-    write_atomic(train, train_config.to_yaml(case.job.train))
+    for path, content in copies.texts.items():
+        write_atomic(path, content)
     _record(folder, case, plan, summary, launch)
     if not me.quiet:
         click.echo(f"\n$ {launch.shell}\n  log: {log}\n")
