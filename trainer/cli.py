@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import click
 from xflux_trainer.config import load_with_notes
-from xflux_trainer.errors import CheckpointError, Interrupted, UserError
+from xflux_trainer.errors import CheckpointError, Interrupted, UserError, tell
 from xflux_trainer.signals import Stop, ignore
 
 CONFIG = click.option(
     "--config", "path", required=True, type=click.Path(path_type=Path), help="The train config, a YAML file."
 )
+
+_A_MOMENT = 2.0
+"""Seconds in which the process that speaks for all has read the same config and said the same error."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -114,9 +118,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _print(error: UserError) -> None:
     if error.everywhere and not _speaks():
+        # A launcher ends the others as soon as one has left: not before the one that speaks has done so.
+        time.sleep(0 if error.said else _A_MOMENT)
         return
-    for line in str(error).splitlines():
-        print(f"error: {line}", file=sys.stderr, flush=True)
+    tell(error)
 
 
 def _speaks() -> bool:

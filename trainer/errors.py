@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +14,21 @@ class UserError(Exception):
     everywhere = False
     """Whether every rank raises this very error, so that one of them saying it is enough; `Ranks.agree` sees to it."""
 
+    said = False
+    """Whether it stands on the terminal already."""
+
     def __init__(self, seen: str, hint: str = "") -> None:
         super().__init__(f"{seen} {hint}".strip())
         self.seen = seen
         self.hint = hint
+
+
+def tell(error: UserError) -> None:
+    """Say it, once."""
+    if not error.said:
+        error.said = True
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)

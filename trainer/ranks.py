@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from xflux_trainer.config import TrainConfig
-from xflux_trainer.errors import Unsupported, UserError
+from xflux_trainer.errors import Unsupported, UserError, tell
 
 PATIENCE = timedelta(hours=1)
 """How long a rank waits for another before it takes it for dead: samples and caches come in uneven shares."""
@@ -129,11 +129,19 @@ class Ranks:
         return [float(value) for value in tensor.tolist()]
 
     def agree(self, error: UserError | None = None) -> None:
-        """Raise on every rank when any has an error, so that no rank waits for one that has left."""
+        """Raise on every rank when any has an error, so that no rank waits for one that has left.
+
+        It is said before anybody leaves: the launcher ends the others as soon as one has, and taking the process group
+        down can hang (gloo, torch 2.4).
+        """
         for rank, other in enumerate(self.gather(error)):
             if other is not None:
                 found = error if rank == self.rank and error is not None else other
                 found.everywhere = True
+                if self.launch.local_rank == 0:
+                    tell(found)
+                self.barrier()
+                found.said = True
                 raise found
 
     def together(self, work: Callable[[], None]) -> None:
