@@ -23,6 +23,7 @@ from xflux_trainer.config import TrainConfig
 from xflux_trainer.data import choose_ratio, load_image
 from xflux_trainer.encoders import ImageCodec, TextEncoders, free
 from xflux_trainer.errors import DataError, UserError
+from xflux_trainer.layout import Base
 from xflux_trainer.ranks import Ranks
 from xflux_trainer.samples import Sample
 
@@ -59,7 +60,7 @@ class _Image:
 
 
 def fill(
-    config: TrainConfig, base: Path, ranks: Ranks, sets: dict[str, list[Sample]], prompts: list[str]
+    config: TrainConfig, base: Base, ranks: Ranks, sets: dict[str, list[Sample]], prompts: list[str]
 ) -> tuple[dict[str, list[Entry]], list[Path]]:
     """Encode what is missing, the ranks of a host sharing the work.
 
@@ -68,8 +69,8 @@ def fill(
     folder = config.cache_path
     files.make_folder(folder)
     text_parts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-    text_id = "".join(model.fingerprint(base / part) for part in text_parts)
-    image_id = model.fingerprint(base / "vae")
+    text_id = "".join(model.fingerprint(getattr(base, part)) for part in text_parts)
+    image_id = model.fingerprint(base.vae)
     captions = {
         text: folder / f"text-{_key(text_id, str(config.max_text_tokens), text)}.safetensors"
         for text in [*prompts, *(sample.caption for samples in sets.values() for sample in samples)]
@@ -147,7 +148,7 @@ def _share(work: list[Work], ranks: Ranks) -> list[Work]:
     return work[launch.local_rank % launch.local_world_size :: launch.local_world_size]
 
 
-def _encode_text(config: TrainConfig, base: Path, ranks: Ranks, texts: list[str], places: dict[str, Path]) -> None:
+def _encode_text(config: TrainConfig, base: Base, ranks: Ranks, texts: list[str], places: dict[str, Path]) -> None:
     if not texts:
         return
     encoders = TextEncoders(base, ranks.device, config.max_text_tokens)
@@ -160,7 +161,7 @@ def _encode_text(config: TrainConfig, base: Path, ranks: Ranks, texts: list[str]
     free()
 
 
-def _encode_images(config: TrainConfig, base: Path, ranks: Ranks, images: list[_Image]) -> None:
+def _encode_images(config: TrainConfig, base: Base, ranks: Ranks, images: list[_Image]) -> None:
     if not images:
         return
     codec = ImageCodec(base, ranks.device, torch.float32)

@@ -14,6 +14,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 from xflux_trainer.errors import ModelError
+from xflux_trainer.layout import Base
 
 TILE = 512
 """Pixels on a side of the tiles in which images are decoded while the transformer fills the device."""
@@ -22,15 +23,15 @@ TILE = 512
 class TextEncoders:
     """T5 and CLIP as FLUX uses them: T5's tokens are padded to a fixed length and no mask is used."""
 
-    def __init__(self, base: Path, device: torch.device, max_tokens: int) -> None:
+    def __init__(self, base: Base, device: torch.device, max_tokens: int) -> None:
         from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
         self.device = device
         self.max_tokens = max_tokens
-        self.clip_tokenizer = _load(CLIPTokenizer, base / "tokenizer")
-        self.t5_tokenizer = _load(T5TokenizerFast, base / "tokenizer_2")
-        self.clip = _load_weights(CLIPTextModel, base / "text_encoder", device)
-        self.t5 = _load_weights(T5EncoderModel, base / "text_encoder_2", device)
+        self.clip_tokenizer = _load(CLIPTokenizer, base.tokenizer)
+        self.t5_tokenizer = _load(T5TokenizerFast, base.tokenizer_2)
+        self.clip = _load_weights(CLIPTextModel, base.text_encoder, device)
+        self.t5 = _load_weights(T5EncoderModel, base.text_encoder_2, device)
         self.cut = 0
         """Captions that were longer than `max_tokens`."""
 
@@ -54,12 +55,12 @@ class TextEncoders:
 class ImageCodec:
     """The VAE, and the scale and shift between its latents and the transformer's."""
 
-    def __init__(self, base: Path, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, base: Base, device: torch.device, dtype: torch.dtype) -> None:
         from diffusers import AutoencoderKL
 
         self.device = device
         self.dtype = dtype
-        self.vae = _load_weights(AutoencoderKL, base / "vae", device, dtype)
+        self.vae = _load_weights(AutoencoderKL, base.vae, device, dtype)
         self.scale = float(self.vae.config.scaling_factor)
         self.shift = float(self.vae.config.shift_factor or 0.0)
 

@@ -17,13 +17,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from xflux_trainer.errors import ModelError
+from xflux_trainer.layout import PARTS, Base
 from xflux_trainer.spec import FluxSpec, read_folder
 
-PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 
 
-def resolve(name: str) -> Path:
+def resolve(name: str) -> Base:
     """The folder of a base model: itself, or where the hub's files lie after downloading what is missing."""
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -31,10 +31,10 @@ def resolve(name: str) -> Path:
         if missing:
             seen = f"{folder} is not a FLUX.1 pipeline in diffusers' layout: it has no {', '.join(missing)}."
             raise ModelError(seen, "Point pretrained_model at a folder such as a download of FLUX.1-dev.")
-        return folder
+        return Base.of(folder)
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ModelError(f"The folder {name} does not exist.", "Correct pretrained_model in the train config.")
-    return _download(name)
+    return Base.of(_download(name))
 
 
 def _download(name: str) -> Path:
@@ -65,18 +65,19 @@ def _download(name: str) -> Path:
         raise ModelError(f"{name} could not be downloaded: {reason}.", hint) from error
 
 
-def read_spec(folder: Path) -> FluxSpec:
+def read_spec(base: Base) -> FluxSpec:
+    folder = base.transformer.parent
     try:
         return read_folder(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{folder} cannot be read as a FLUX.1 model: {error}.", "Download it again.") from error
 
 
-def load_transformer(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def load_transformer(base: Base, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """diffusers' `FluxTransformer2DModel`, frozen, in `dtype` on `device`."""
     from diffusers import FluxTransformer2DModel
 
-    place = folder / "transformer"
+    place = base.transformer
     with torch.device("meta"):
         transformer: nn.Module = FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(place))
     expected = dict(transformer.named_parameters())

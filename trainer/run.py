@@ -13,6 +13,7 @@ from xflux_trainer.checkpoint import Progress
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.data import Order, list_samples, outside
 from xflux_trainer.errors import CheckpointError, DataError, Unsupported, UserError
+from xflux_trainer.layout import Base
 from xflux_trainer.meter import Meter
 from xflux_trainer.model import Velocity
 from xflux_trainer.optim import PlainStepper, Stepper
@@ -28,7 +29,7 @@ class Run:
     config: TrainConfig
     ranks: Ranks
     meter: Meter
-    base: Path
+    base: Base
     spec: FluxSpec
     velocity: Velocity
     stepper: Stepper

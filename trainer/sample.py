@@ -15,6 +15,7 @@ from torch import Tensor
 from xflux_trainer import cache, files, flow
 from xflux_trainer.config import PATCH, TrainConfig
 from xflux_trainer.encoders import ImageCodec, free
+from xflux_trainer.layout import Base
 from xflux_trainer.lora import generator
 from xflux_trainer.model import DTYPES, Velocity
 from xflux_trainer.ranks import Ranks
@@ -31,14 +32,14 @@ class Prompt:
 
 
 def draw(
-    velocity: Velocity, spec: FluxSpec, config: TrainConfig, base: Path, ranks: Ranks, prompts: list[Prompt]
+    velocity: Velocity, spec: FluxSpec, config: TrainConfig, base: Base, ranks: Ranks, prompts: list[Prompt]
 ) -> None:
     """Draw the prompts, each rank its share, and write them as PNG."""
     ranks.together(lambda: _draw_own(velocity, spec, config, base, ranks, prompts[ranks.rank :: ranks.world_size]))
 
 
 def _draw_own(
-    velocity: Velocity, spec: FluxSpec, config: TrainConfig, base: Path, ranks: Ranks, own: list[Prompt]
+    velocity: Velocity, spec: FluxSpec, config: TrainConfig, base: Base, ranks: Ranks, own: list[Prompt]
 ) -> None:
     latents = [denoise(velocity, spec, config, ranks.device, *cache.read_text(p.text), p.number) for p in own]
     if own:

@@ -17,6 +17,7 @@ from xflux_trainer.config import TrainConfig  # noqa: E402
 from xflux_trainer.data import list_samples, load_image  # noqa: E402
 from xflux_trainer.encoders import ImageCodec, TextEncoders  # noqa: E402
 from xflux_trainer.errors import DataError  # noqa: E402
+from xflux_trainer.layout import Base  # noqa: E402
 from xflux_trainer.ranks import Launch, Ranks  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -28,7 +29,7 @@ def config(folder: Path, **changes: object) -> TrainConfig:
 
 def fill(config: TrainConfig, *prompts: str) -> tuple[list[cache.Entry], list[Path]]:
     samples, _ = list_samples(config.img_dir, config.caption_type)
-    entries, texts = cache.fill(config, tiny_flux(), Ranks(Launch()), {config.img_dir: samples}, list(prompts))
+    entries, texts = cache.fill(config, Base.of(tiny_flux()), Ranks(Launch()), {config.img_dir: samples}, list(prompts))
     return entries[config.img_dir], texts
 
 
@@ -41,7 +42,10 @@ def test_an_entry_is_what_the_encoders_say_of_that_sample(tmp_path: Path) -> Non
     run = config(tmp_path)
     entries, _ = fill(run)
     samples, _ = list_samples(run.img_dir, "json")
-    codec, texts = ImageCodec(tiny_flux(), CPU, torch.float32), TextEncoders(tiny_flux(), CPU, run.max_text_tokens)
+    codec, texts = (
+        ImageCodec(Base.of(tiny_flux()), CPU, torch.float32),
+        TextEncoders(Base.of(tiny_flux()), CPU, run.max_text_tokens),
+    )
     assert len({entry.latents for entry in entries}) == len({entry.text for entry in entries}) == 4
     for sample, entry in zip(samples, entries, strict=True):
         batch = cache.read_batch([entry])
@@ -111,7 +115,7 @@ def test_another_encoder_has_other_entries(tmp_path: Path, capsys: pytest.Captur
     data[-8:] = b"\0\0\x80\x3f\0\0\x80\x3f"  # one weight of the VAE is another
     weights.write_bytes(bytes(data))
     samples, _ = list_samples(run.img_dir, "json")
-    cache.fill(run, other, Ranks(Launch()), {run.img_dir: samples}, [])
+    cache.fill(run, Base.of(other), Ranks(Launch()), {run.img_dir: samples}, [])
     assert "encoding 0 captions and 4 images" in capsys.readouterr().out
 
 

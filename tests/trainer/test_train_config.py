@@ -217,7 +217,7 @@ def test_round_trip(tmp_path: Path, text: str) -> None:
 
 def test_every_field_has_a_doc_line() -> None:
     """The line under each field is what the key's documentation is made of."""
-    import xflux_trainer.config as module
+    import xflux_trainer.settings as module
 
     source = Path(module.__file__).read_text(encoding="utf-8")
     body = source[source.index("class TrainConfig") : source.index("@property")]

@@ -16,6 +16,7 @@ from trainer_kit import tiny_flux  # noqa: E402
 from xflux_trainer import model  # noqa: E402
 from xflux_trainer.encoders import TextEncoders  # noqa: E402
 from xflux_trainer.errors import ModelError  # noqa: E402
+from xflux_trainer.layout import Base  # noqa: E402
 
 CPU = torch.device("cpu")
 FILE = "diffusion_pytorch_model.safetensors"
@@ -52,7 +53,7 @@ def shard(base: Path) -> None:
 def test_the_weights_are_those_of_the_file(base: Path, sharded: bool, dtype: torch.dtype) -> None:
     if sharded:
         shard(base)
-    ours = model.load_transformer(base, dtype, CPU)
+    ours = model.load_transformer(Base.of(base), dtype, CPU)
     theirs = diffusers.FluxTransformer2DModel.from_pretrained(tiny_flux() / "transformer", torch_dtype=dtype)
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     for name, value in theirs.state_dict().items():
@@ -63,7 +64,7 @@ def test_the_weights_are_those_of_the_file(base: Path, sharded: bool, dtype: tor
 
 def refuse(base: Path, text: str) -> None:
     with pytest.raises(ModelError) as caught:
-        model.load_transformer(base, torch.bfloat16, CPU)
+        model.load_transformer(Base.of(base), torch.bfloat16, CPU)
     assert text in str(caught.value), caught.value
     assert caught.value.hint
 
@@ -97,7 +98,7 @@ def test_a_missing_shard(base: Path) -> None:
 
 
 def test_resolve(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert model.resolve(str(base)) == base
+    assert model.resolve(str(base)) == Base.of(base)
     shutil.rmtree(base / "vae")
     with pytest.raises(ModelError, match="it has no vae"):
         model.resolve(str(base))
@@ -115,24 +116,24 @@ def test_resolve(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_config_that_describes_no_flux(base: Path, text: str) -> None:
     (base / "transformer" / "config.json").write_text(text)
     with pytest.raises(ModelError, match="cannot be read as a FLUX"):
-        model.read_spec(base)
+        model.read_spec(Base.of(base))
 
 
 def test_broken_encoders_are_named(base: Path) -> None:
     file = base / "text_encoder_2" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ModelError, match="text_encoder_2"):
-        TextEncoders(base, CPU, 16)
+        TextEncoders(Base.of(base), CPU, 16)
     shutil.rmtree(base / "tokenizer")
     with pytest.raises(ModelError, match="tokenizer"):
-        TextEncoders(base, CPU, 16)
+        TextEncoders(Base.of(base), CPU, 16)
 
 
 def test_text_embeddings_are_the_pipelines() -> None:
     pipeline = diffusers.FluxPipeline.from_pretrained(tiny_flux(), torch_dtype=torch.bfloat16)
     with torch.no_grad():
         theirs, pooled, _ = pipeline.encode_prompt("a cat on a table", None, max_sequence_length=24)
-    text, own_pooled = TextEncoders(tiny_flux(), CPU, 24).encode("a cat on a table")
+    text, own_pooled = TextEncoders(Base.of(tiny_flux()), CPU, 24).encode("a cat on a table")
     assert torch.equal(text, theirs[0])
     assert torch.equal(own_pooled, pooled[0])
 

@@ -19,6 +19,7 @@ from xflux_trainer import checkpoint, cli, lora, sample  # noqa: E402
 from xflux_trainer.config import TrainConfig, load  # noqa: E402
 from xflux_trainer.encoders import ImageCodec, TextEncoders  # noqa: E402
 from xflux_trainer.errors import DataError  # noqa: E402
+from xflux_trainer.layout import Base  # noqa: E402
 from xflux_trainer.model import Velocity, load_transformer, read_spec  # noqa: E402
 from xflux_trainer.run import find_sets  # noqa: E402
 
@@ -206,8 +207,8 @@ def test_a_learned_caption_is_that_of_its_image(tmp_path: Path) -> None:
     config = load(write_config(tmp_path, train_batch_size=2))
     ranks = Ranks(Launch())
     ready = prepare(config, (), ranks, Meter(ranks.device))
-    codec = ImageCodec(tiny_flux(), ranks.device, torch.float32)
-    texts = TextEncoders(tiny_flux(), ranks.device, config.max_text_tokens)
+    codec = ImageCodec(Base.of(tiny_flux()), ranks.device, torch.float32)
+    texts = TextEncoders(Base.of(tiny_flux()), ranks.device, config.max_text_tokens)
     expected = {color: texts.encode(f"a {color} square")[0] for color in ("red", "green", "blue", "white")}
     seen = set()
     for number in range(6):
@@ -271,9 +272,9 @@ def test_our_sampler_is_the_pipelines(tmp_path: Path) -> None:
         load(write_config(tmp_path)), sample_width=96, sample_height=64, sample_steps=4, sample_guidance=2.5
     )
     base, cpu = tiny_flux(), torch.device("cpu")
-    text, pooled = TextEncoders(base, cpu, 16).encode("a cat")
-    velocity = Velocity(load_transformer(base, torch.float32, cpu), guidance=True)
-    ours = sample.denoise(velocity, read_spec(base), config, cpu, text[None], pooled[None], 0)
+    text, pooled = TextEncoders(Base.of(base), cpu, 16).encode("a cat")
+    velocity = Velocity(load_transformer(Base.of(base), torch.float32, cpu), guidance=True)
+    ours = sample.denoise(velocity, read_spec(Base.of(base)), config, cpu, text[None], pooled[None], 0)
     noise = torch.randn(1, 16, 8, 12, generator=lora.generator("sample", 0, 0))
     pipeline = diffusers.FluxPipeline.from_pretrained(base)
     theirs = pipeline(
@@ -286,7 +287,7 @@ def test_our_sampler_is_the_pipelines(tmp_path: Path) -> None:
 
 
 def test_decoding_in_tiles_is_decoding(tmp_path: Path) -> None:
-    codec = ImageCodec(tiny_flux(), torch.device("cpu"), torch.float32)
+    codec = ImageCodec(Base.of(tiny_flux()), torch.device("cpu"), torch.float32)
     image = torch.rand(3, 64, 96) * 2 - 1
     latents = codec.encode(image)
     assert latents.shape == (16, 8, 12)
