@@ -15,6 +15,7 @@ from packaging.version import Version
 from torch import Tensor
 from xflux_trainer.errors import ModelError
 from xflux_trainer.layout import Base
+from xflux_trainer.vae_file import load_vae
 
 TILE = 512
 """Pixels on a side of the tiles in which images are decoded while the transformer fills the device."""
@@ -60,7 +61,10 @@ class ImageCodec:
 
         self.device = device
         self.dtype = dtype
-        self.vae = _load_weights(AutoencoderKL, base.vae, device, dtype)
+        if base.vae.is_file():
+            self.vae: Any = load_vae(base.vae, device, dtype).eval().requires_grad_(False)
+        else:
+            self.vae = _load_weights(AutoencoderKL, base.vae, device, dtype)
         self.scale = float(self.vae.config.scaling_factor)
         self.shift = float(self.vae.config.shift_factor or 0.0)
 

@@ -6,6 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+TRANSFORMER_FILES = {"flux-dev": "flux1-dev.safetensors", "flux-schnell": "flux1-schnell.safetensors"}
+"""What Black Forest Labs call the transformer's single file, by the train config's model_name."""
+VAE_FILE = "ae.safetensors"
+VARIABLES = {"flux-dev": "FLUX_DEV", "flux-schnell": "FLUX_SCHNELL"}
+"""X-Flux's environment variables that name the transformer's file."""
+VAE_VARIABLE = "AE"
 
 
 @dataclass(frozen=True)
@@ -27,3 +33,23 @@ class Base:
     def of(cls, folder: str | Path) -> Base:
         """A pipeline folder in diffusers' layout."""
         return cls(*(Path(folder) / part for part in PARTS))
+
+
+def parts_in(place: Path) -> dict[str, Path]:
+    """The parts that lie in a folder, or beside the transformer's single file; what is not there is left out.
+
+    The folder's own layout decides: diffusers' where it has the part as a folder, else Black Forest Labs' file. Where
+    the transformer's file is named, its own VAE's file comes first too.
+    """
+    folder = place.parent if place.is_file() else place
+    parts = {part: folder / part for part in PARTS if (folder / part).is_dir()}
+    vae = folder / VAE_FILE
+    if place.is_file():
+        parts["transformer"] = place
+    elif "transformer" not in parts:
+        files = [folder / name for name in TRANSFORMER_FILES.values() if (folder / name).is_file()]
+        if len(files) == 1:
+            parts["transformer"] = files[0]
+    if vae.is_file() and ("vae" not in parts or place.is_file()):
+        parts["vae"] = vae
+    return parts

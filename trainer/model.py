@@ -1,4 +1,4 @@
-"""Find the base model, and bring its transformer onto the device tensor by tensor.
+"""Bring the base model's transformer onto the device tensor by tensor, and call it.
 
 The module is made without weights, then every tensor goes from the file's pages straight to the device in
 the wanted format: no fp32 copy, and no copy in the memory of the host for each rank.
@@ -6,128 +6,85 @@ the wanted format: no fp32 copy, and no copy in the memory of the host for each 
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from xflux_trainer.bfl_spec import count_parts, read_single_file, transformer_config
 from xflux_trainer.errors import ModelError
-from xflux_trainer.layout import PARTS, Base
+from xflux_trainer.find import locate, resolve
+from xflux_trainer.layout import Base
 from xflux_trainer.spec import FluxSpec, read_folder
+from xflux_trainer.weights import Weights, open_weights
+
+__all__ = [
+    "DTYPES", "Inputs", "Velocity", "blocks", "empty_transformer", "fill", "fingerprint", "load_transformer", "locate",
+    "put_tensor", "quiet_libraries", "read_spec", "resolve", "steady_attention",
+]  # fmt: skip
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
-
-
-def resolve(name: str) -> Base:
-    """The folder of a base model: itself, or where the hub's files lie after downloading what is missing."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        missing = [part for part in PARTS if not (folder / part).is_dir()]
-        if missing:
-            seen = f"{folder} is not a FLUX.1 pipeline in diffusers' layout: it has no {', '.join(missing)}."
-            raise ModelError(seen, "Point pretrained_model at a folder such as a download of FLUX.1-dev.")
-        return Base.of(folder)
-    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ModelError(f"The folder {name} does not exist.", "Correct pretrained_model in the train config.")
-    return Base.of(_download(name))
-
-
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    patterns = [f"{part}/*" for part in PARTS] + ["model_index.json"]
-    hint = "Log in with `huggingface-cli login`, or set pretrained_model to a local folder."
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except GatedRepoError as error:
-        raise ModelError(
-            f"{name} is gated: this account has not been let in.",
-            f"Accept its licence at https://huggingface.co/{name}, then log in with `huggingface-cli login`.",
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ModelError(f"The hub has no model {name}, or it is private.", hint) from error
-    except LocalEntryNotFoundError as error:
-        hint = "Connect to the network for the first run, or set pretrained_model to a local folder."
-        raise ModelError(f"{name} is not on this machine and the hub cannot be reached.", hint) from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ModelError(f"{name} could not be downloaded: {reason}.", hint) from error
+Prepare = Callable[[str, nn.Module], None]
 
 
 def read_spec(base: Base) -> FluxSpec:
-    folder = base.transformer.parent
+    """The sizes of a base model, by its config or its single file's header. Raises `ModelError`."""
+    place = base.transformer
     try:
-        return read_folder(folder)
+        spec = read_single_file(place) if place.is_file() else read_folder(place.parent)
+        return count_parts(spec, base)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{folder} cannot be read as a FLUX.1 model: {error}.", "Download it again.") from error
+        shown = place if place.is_file() else place.parent
+        raise ModelError(f"{shown} cannot be read as a FLUX.1 model: {error}.", "Download it again.") from error
 
 
-def load_transformer(base: Base, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """diffusers' `FluxTransformer2DModel`, frozen, in `dtype` on `device`."""
+def empty_transformer(base: Base) -> nn.Module:
+    """diffusers' `FluxTransformer2DModel` of the base's sizes, without weights: on the meta device."""
     from diffusers import FluxTransformer2DModel
 
     place = base.transformer
+    if place.is_file():
+        settings = transformer_config(read_spec(base))
+    else:
+        settings = FluxTransformer2DModel.load_config(place)
     with torch.device("meta"):
-        transformer: nn.Module = FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(place))
-    expected = dict(transformer.named_parameters())
-    for name, tensor in read_tensors(place, "diffusion_pytorch_model", device):
-        parameter = expected.pop(name, None)
-        if parameter is None:
-            raise ModelError(f"{place} holds a tensor {name} that this model has not.", "Is it a FLUX.1 model?")
-        if parameter.shape != tensor.shape:
-            seen = f"{name} in {place} has the shape {tuple(tensor.shape)}, not {tuple(parameter.shape)}."
-            raise ModelError(seen, "Is its config.json the right one?")
-        if not tensor.is_floating_point() or tensor.element_size() < 2:
-            seen = f"{place} holds {str(tensor.dtype).removeprefix('torch.')} weights, which cannot be trained."
-            raise ModelError(seen, "Use the bf16 weights of FLUX.1-dev or FLUX.1-schnell.")
-        put_tensor(transformer, name, tensor.to(dtype))
-    if expected:
-        seen = f"{place} lacks {len(expected)} tensors, the first is {next(iter(expected))}."
-        raise ModelError(seen, "A file is missing or was not downloaded to its end: download it again.")
-    transformer.requires_grad_(False)
+        module: nn.Module = FluxTransformer2DModel.from_config(settings)
+    return module
+
+
+def load_transformer(base: Base, dtype: torch.dtype, device: torch.device, prepare: Prepare | None = None) -> nn.Module:
+    """diffusers' `FluxTransformer2DModel`, frozen, in `dtype` on `device`.
+
+    `prepare(name, module)` is called for every block (`transformer_blocks.3`) and every end (`x_embedder`) as soon as
+    its tensors are on the device and before the next one's are read. Raises `ModelError`.
+    """
+    transformer = empty_transformer(base)
+    with open_weights(base.transformer, device) as weights:
+        weights.refuse({name: tuple(parameter.shape) for name, parameter in transformer.named_parameters()})
+        for name, module in blocks(transformer):
+            fill(module, name, weights, dtype)
+            if prepare is not None:
+                prepare(name, module)
     # The blocks hold no dropout; some diffusers releases checkpoint only a module that is in training mode.
     return transformer.train()
 
 
-def read_tensors(folder: Path, stem: str, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a possibly sharded safetensors model, one at a time, on the device."""
-    for file in _shards(folder, stem):
-        try:
-            with safe_open(file, framework="pt", device=str(device)) as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    yield name, tensors.get_tensor(name)
-        except FileNotFoundError as error:
-            raise ModelError(f"{file} is missing.", "Download the model again.") from error
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{file} is broken or cut short: {error}.", "Download it again.") from error
+def blocks(transformer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every block and every end that has weights, by name, in the order in which they compute."""
+    for name, child in transformer.named_children():
+        if isinstance(child, nn.ModuleList):
+            yield from ((f"{name}.{number}", block) for number, block in enumerate(child))
+        elif next(child.parameters(), None) is not None:
+            yield name, child
 
 
-def _shards(folder: Path, stem: str) -> list[Path]:
-    single = folder / f"{stem}.safetensors"
-    index = folder / f"{stem}.safetensors.index.json"
-    if single.exists():
-        return [single]
-    if not index.exists():
-        raise ModelError(f"{folder} holds neither {single.name} nor {index.name}.", "Download the model again.")
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ModelError(f"{index} is not a list of shards.", "Download the model again.") from error
-    missing = sorted(name for name in names if not (folder / name).exists())
-    if missing:
-        raise ModelError(f"{folder} lacks {', '.join(missing)}.", "Download the model again.")
-    return [folder / name for name in sorted(names)]
+def fill(module: nn.Module, prefix: str, weights: Weights, dtype: torch.dtype) -> None:
+    """Give a module without weights its own, frozen; `prefix` is what it is called in the whole."""
+    for name, _ in list(module.named_parameters()):
+        put_tensor(module, name, weights.read(f"{prefix}.{name}").to(dtype))
 
 
 def put_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
@@ -136,8 +93,8 @@ def put_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
     owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
 
 
-def fingerprint(folder: Path) -> str:
-    """Who the weights of a folder are: sizes, names, and pages spread over every file.
+def fingerprint(place: Path) -> str:
+    """Who the weights of a folder or of a single file are: sizes, names, and pages spread over every file.
 
     Hashing 10 GB at every start would take longer than what the cache saves; two trainings of one
     architecture differ in nearly every page.
@@ -145,7 +102,7 @@ def fingerprint(folder: Path) -> str:
     import hashlib
 
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*")):
+    for file in [place] if place.is_file() else sorted(place.glob("*")):
         if file.suffix not in (".safetensors", ".json", ".txt", ".model"):
             continue
         size = file.stat().st_size
@@ -160,6 +117,42 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:32]
 
 
+class Inputs:
+    """What diffusers' own forward does not hand on whole: t before it is rounded, and which text tokens are padding.
+
+    It rounds t to the model's format before the embedding. A mask given by `joint_attention_kwargs` is left out by
+    diffusers 0.32 under gradient checkpointing, and by every release's ControlNet. Hooks put both where they belong.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        self.t: Tensor | None = None
+        self.mask: Tensor | None = None
+        """(B, 1, 1, L + N), True where a token is attended to. Kept until the next forward: checkpointing computes
+        a block again in the backward pass."""
+        module: Any = net
+        module.time_text_embed.register_forward_pre_hook(self._exact_time)
+        for name in ("transformer_blocks", "single_transformer_blocks"):
+            for block in getattr(module, name):
+                block.attn.register_forward_pre_hook(self._masked, with_kwargs=True)
+
+    def take(self, t: Tensor, mask: Tensor | None, image_tokens: int) -> None:
+        """For one forward pass: t (B,), mask (B, L) of the text's tokens."""
+        self.t = t.float()
+        self.mask = None
+        if mask is not None:
+            image = torch.ones(len(mask), image_tokens, dtype=torch.bool, device=mask.device)
+            self.mask = torch.cat([mask.bool(), image], dim=1)[:, None, None]
+
+    def _exact_time(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        assert self.t is not None
+        return (self.t * 1000, *args[1:])
+
+    def _masked(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        return None if self.mask is None else (args, {**kwargs, "attention_mask": self.mask})
+
+
 class Velocity(nn.Module):
     """The transformer as this trainer calls it: tokens in, velocity out, and t untouched on its way."""
 
@@ -169,32 +162,41 @@ class Velocity(nn.Module):
         super().__init__()
         self.transformer = transformer
         self.guidance = guidance
-        self._t: Tensor | None = None
-        self.transformer.time_text_embed.register_forward_pre_hook(self._exact_time)
+        self._inputs = Inputs(transformer)
 
     def forward(
-        self, x_t: Tensor, t: Tensor, text: Tensor, pooled: Tensor, ids: Tensor, text_ids: Tensor, guidance: float
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        text: Tensor,
+        pooled: Tensor,
+        ids: Tensor,
+        text_ids: Tensor,
+        guidance: float,
+        mask: Tensor | None = None,
+        condition: Tensor | None = None,
+        residuals: list[Tensor] | None = None,
     ) -> Tensor:
-        """(B, N, 4C) velocity for tokens x_t at times t (B,), text (B, L, D), pooled (B, P)."""
+        """(B, N, 4C) velocity for tokens x_t at times t (B,), text (B, L, D), pooled (B, P).
+
+        `mask` (B, L) is True at the text's tokens and False at its padding. `residuals` (B, N, H) of a ControlNet are
+        added after the double blocks, in turn. A `condition` is for a ControlNet: the transformer alone ignores it.
+        """
         dtype = self.transformer.x_embedder.weight.dtype
-        self._t = t.float()
-        scale = torch.full((len(t),), guidance, device=t.device) if self.guidance else None
+        self._inputs.take(t, mask, x_t.shape[1])
         v: Tensor = self.transformer(
             hidden_states=x_t.to(dtype),
             timestep=t,
-            guidance=scale,
+            guidance=torch.full((len(t),), guidance, device=t.device) if self.guidance else None,
             encoder_hidden_states=text.to(dtype),
             pooled_projections=pooled.to(dtype),
             img_ids=ids,
             txt_ids=text_ids,
+            controlnet_block_samples=None if residuals is None else [each.to(dtype) for each in residuals],
+            controlnet_blocks_repeat=True,
             return_dict=False,
         )[0]
         return v
-
-    def _exact_time(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """diffusers rounds t to the model's format before the embedding; put the unrounded one back."""
-        assert self._t is not None
-        return (self._t * 1000, *args[1:])
 
 
 def steady_attention(device: torch.device) -> None:

@@ -1,0 +1,124 @@
+"""Write a safetensors file tensor by tensor, each at its own place, so that a model never lies in memory to be saved.
+
+The safetensors library takes all tensors at once, which for FLUX.1 are 24 GB of the host's memory. The format is a
+header of JSON with every tensor's dtype, shape and bytes, and after it the bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+from xflux_trainer.bfl import Place
+from xflux_trainer.files import TEMPORARY, sentences
+
+NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+"""What safetensors calls the formats that models are saved in."""
+
+
+class TensorFile:
+    """A safetensors file of tensors of one format, whose shapes are known and whose values come one after the other."""
+
+    def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+        """`path` should be a temporary name: until `close` the file is not whole."""
+        self.dtype = dtype
+        self._shapes = dict(shapes)
+        self._left = {name: _rows(shape) for name, shape in shapes.items()}
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        self._start, end = {}, 0
+        for name, shape in shapes.items():
+            self._start[name] = end
+            end += dtype.itemsize * torch.Size(shape).numel()
+            header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [self._start[name], end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._data = 8 + len(text)
+        self._file = path.open("wb")
+        self._file.write(struct.pack("<Q", len(text)) + text)
+        self._file.truncate(self._data + end)
+
+    def put(self, name: str, tensor: Tensor, row: int = 0) -> None:
+        """Write `tensor` into the tensor `name`, from that row on."""
+        shape = self._shapes[name]
+        rows, width = _rows(tuple(tensor.shape)), torch.Size(shape[1:]).numel()
+        if tuple(tensor.shape[1:]) != shape[1:] or row + rows > _rows(shape):
+            raise ValueError(f"{name}: {tuple(tensor.shape)} at row {row} does not fit into {shape}")
+        self._file.seek(self._data + self._start[name] + row * width * self.dtype.itemsize)
+        raw = tensor.detach().to("cpu", self.dtype).contiguous().reshape(-1).view(torch.uint8)
+        self._file.write(raw.numpy())
+        self._left[name] -= rows
+
+    def close(self) -> None:
+        """Flush the file to the disk. Raises ValueError when a tensor is not whole."""
+        with self._file:
+            short = [name for name, rows in self._left.items() if rows]
+            if short:
+                raise ValueError(f"{len(short)} tensors were not written, the first is {short[0]}")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._file.close()
+
+
+def write_placed(
+    path: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    shapes: Mapping[str, tuple[int, ...]],
+    locate: Callable[[str], Place | None],
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write a file in another layout than diffusers': `locate` says where each of diffusers' tensors goes.
+
+    Raises ValueError for a name without a place, and when tensors are missing.
+    """
+    places = {name: _known(locate(name), name) for name in shapes}
+    stored = {places[name].name: places[name].stored(shape) for name, shape in shapes.items()}
+    with whole_file(path) as temporary, TensorFile(temporary, stored, dtype or torch.bfloat16) as file:
+        for name, tensor in tensors:
+            place = places[name]
+            file.put(place.name, swap_halves(tensor) if place.swapped else tensor, place.rows(stored[place.name][0])[0])
+    return path
+
+
+def swap_halves(tensor: Tensor) -> Tensor:
+    """The lower half of the rows above the upper."""
+    upper, lower = tensor.chunk(2)
+    return torch.cat([lower, upper])
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary name that becomes `path` when the block ends well, and vanishes when it does not."""
+    with sentences(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+        try:
+            yield temporary
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def _rows(shape: tuple[int, ...]) -> int:
+    return shape[0] if shape else 1
+
+
+def _known(place: Place | None, name: str) -> Place:
+    if place is None:
+        raise ValueError(f"{name} has no place in this layout")
+    return place
