@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from xflux_trainer.bfl import COMFY
-from xflux_trainer.layout import Base
-from xflux_trainer.spec import FLUX_DEV, FluxSpec, safetensors_header
+from xflux_trainer.layout import parts_in
+from xflux_trainer.spec import FLUX_DEV, FluxSpec, read_folder, safetensors_header
 
 
 def read_single_file(path: str | Path) -> FluxSpec:
@@ -26,7 +27,7 @@ def read_single_file(path: str | Path) -> FluxSpec:
         text_dim, pooled_dim = shapes["txt_in.weight"][1], shapes["vector_in.in_layer.weight"][1]
         out_channels = shapes["final_layer.linear.weight"][0]
     except (KeyError, ValueError, IndexError) as error:
-        raise ValueError(f"{path} is not a FLUX.1 transformer in Black Forest Labs' layout") from error
+        raise ValueError("its tensors are not those of Black Forest Labs' layout") from error
     if out_channels != channels:
         raise ValueError(f"it takes {channels} channels and gives {out_channels}, as FLUX.1's Fill does")
     guidance = "guidance_in.in_layer.weight" in shapes
@@ -69,18 +70,29 @@ def axes(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * side, side, side
 
 
-def count_parts(spec: FluxSpec, base: Base) -> FluxSpec:
+def read_local(place: Path) -> FluxSpec:
+    """The spec of a local base model in either layout. Raises OSError or ValueError when it is not one."""
+    parts = parts_in(place)
+    transformer = parts.get("transformer")
+    if transformer is None:
+        raise ValueError("it has no transformer")
+    spec = read_single_file(transformer) if transformer.is_file() else read_folder(transformer.parent)
+    return count_parts(spec, parts)
+
+
+def count_parts(spec: FluxSpec, parts: Mapping[str, Path]) -> FluxSpec:
     """The spec with the parameters of the models around the transformer, as far as their files are there.
 
     Raises OSError or ValueError for a broken file.
     """
-    counts = {
-        "t5_parameters": _parameters(base.text_encoder_2),
+    counts = {}
+    if "text_encoder_2" in parts:
+        counts["t5_parameters"] = _parameters(parts["text_encoder_2"])
+    if clip := parts.get("text_encoder"):
         # OpenAI's own repository has CLIP's image half in the same file.
-        "clip_parameters": _parameters(base.text_encoder, "text_model.") or _parameters(base.text_encoder),
-        "vae_parameters": _parameters(base.vae),
-        "encoder_parameters": _parameters(base.vae, "encoder."),
-    }
+        counts["clip_parameters"] = _parameters(clip, "text_model.") or _parameters(clip)
+    if vae := parts.get("vae"):
+        counts |= {"vae_parameters": _parameters(vae), "encoder_parameters": _parameters(vae, "encoder.")}
     known: dict[str, Any] = {key: count for key, count in counts.items() if count}
     return replace(spec, **known)
 

@@ -51,7 +51,7 @@ def resolve(name: str) -> Base:
     Raises `ModelError`.
     """
     place = Path(name).expanduser()
-    if place.is_dir() or (place.is_file() and place.suffix == ".safetensors"):
+    if place.is_dir() or (place.is_file() and place.suffix in (".safetensors", ".sft")):
         return _complete(parts_in(place), place)
     if place.is_file():
         raise ModelError(f"{place} is not a safetensors file.", "Name flux1-dev.safetensors, or a folder.")

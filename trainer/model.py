@@ -35,10 +35,11 @@ def read_spec(base: Base) -> FluxSpec:
     place = base.transformer
     try:
         spec = read_single_file(place) if place.is_file() else read_folder(place.parent)
-        return count_parts(spec, base)
+        return count_parts(spec, vars(base))
     except (OSError, ValueError, KeyError, TypeError) as error:
         shown = place if place.is_file() else place.parent
-        raise ModelError(f"{shown} cannot be read as a FLUX.1 model: {error}.", "Download it again.") from error
+        hint = "Name FLUX.1-dev's or FLUX.1-schnell's own, or download it again."
+        raise ModelError(f"{shown} cannot be read as a FLUX.1 model: {error}.", hint) from error
 
 
 def empty_transformer(base: Base) -> nn.Module:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import nn  # noqa: E402
 from trainer_kit import tiny_flux  # noqa: E402
 from xflux_trainer import bfl, find, model  # noqa: E402
-from xflux_trainer.bfl_spec import read_single_file, transformer_config  # noqa: E402
+from xflux_trainer.bfl_spec import read_local, read_single_file, transformer_config  # noqa: E402
 from xflux_trainer.config import TrainConfig  # noqa: E402
 from xflux_trainer.encoders import ImageCodec, TextEncoders  # noqa: E402
 from xflux_trainer.errors import ModelError  # noqa: E402
@@ -84,7 +84,10 @@ def test_a_single_file_is_the_model_of_the_folder(place: Path, tmp_path: Path, p
 def test_the_spec_of_a_single_file(place: Path, tmp_path: Path) -> None:
     folder, single = model.read_spec(Base.of(tiny_flux())), model.read_spec(model.resolve(str(place)))
     assert single == FluxSpec(**{**vars(folder), "name": "flux1-dev"})
-    assert folder == read_folder(tiny_flux())
+    assert folder == read_folder(tiny_flux()) == read_local(tiny_flux())
+    assert single == read_local(place) == read_local(place / TRANSFORMER)
+    with pytest.raises(ValueError, match="it has no transformer"):
+        read_local(place / "tokenizer")
     tensors = load_file(place / TRANSFORMER)
     save_file({k: v for k, v in tensors.items() if "guidance" not in k}, tmp_path / "flux1-schnell.safetensors")
     schnell = read_single_file(tmp_path / "flux1-schnell.safetensors")
@@ -282,7 +285,7 @@ def test_broken_single_files(place: Path, tmp_path: Path) -> None:
     file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     refuse("not a safetensors file")
     save_file({"x": torch.zeros(2)}, file)
-    refuse("is not a FLUX.1 transformer in Black Forest Labs' layout")
+    refuse("its tensors are not those of Black Forest Labs' layout")
     save_file({name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()}, file)
     refuse("float8_e4m3fn weights, which cannot be trained")
     save_file({**tensors, "text_encoders.x": torch.zeros(2)}, file)
