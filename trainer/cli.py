@@ -14,6 +14,7 @@ import click
 from xflux_trainer.config import load_with_notes
 from xflux_trainer.errors import CheckpointError, Interrupted, UserError, tell
 from xflux_trainer.signals import Stop, ignore
+from xflux_trainer.targets import FILES
 
 CONFIG = click.option(
     "--config", "path", required=True, type=click.Path(path_type=Path), help="The train config, a YAML file."
@@ -54,17 +55,30 @@ def cache(path: Path) -> None:
 @commands.command()
 @click.option("--config", "path", type=click.Path(path_type=Path), help="Take the newest checkpoint of this run.")
 @click.option("--checkpoint", "folder", type=click.Path(path_type=Path), help="The checkpoint folder.")
-@click.option("--output", type=click.Path(path_type=Path), help="The file to write. [default: inside the checkpoint]")
+@click.option("--lora", type=click.Path(path_type=Path), help="An adapter file of any of the formats.")
+@click.option("--format", "form", type=click.Choice(list(FILES)), default="diffusers", show_default=True)
+@click.option("--output", type=click.Path(path_type=Path), help="The file to write. [default: beside what is read]")
 @click.option("--dtype", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
-def convert(path: Path | None, folder: Path | None, output: Path | None, dtype: str) -> None:
-    """Write a checkpoint's adapter in diffusers' format."""
-    if path is None and folder is None:
-        raise click.UsageError("Name a --checkpoint, or the --config of the run.")
+def convert(
+    path: Path | None, folder: Path | None, lora: Path | None, form: str, output: Path | None, dtype: str
+) -> None:
+    """Write the adapter of a checkpoint, or of another file, for diffusers, kohya (ComfyUI) or X-Flux (xlabs)."""
+    if not (path or folder or lora) or (lora and (path or folder)):
+        raise click.UsageError("Name a --checkpoint, the --config of the run, or a --lora file.")
+    for given, kind, other in ((folder, Path.is_file, "--lora"), (lora, Path.is_dir, "--checkpoint")):
+        if given and kind(given):
+            raise click.UsageError(f"{given} is for {other}.")
     Stop().install()
     config = load_with_notes(path)[0] if path else None
     from xflux_trainer.convert import convert as run
+    from xflux_trainer.convert import newest
 
-    click.echo(f"the adapter is in {run(config, folder, output, dtype)}")
+    source = folder or lora or (newest(config) if config else None)
+    assert source is not None
+    written, notes = run(source, output, form, dtype)
+    for note in notes:
+        click.echo(f"note: {note}")
+    click.echo(f"the adapter is in {written}")
 
 
 @commands.command()
@@ -79,7 +93,7 @@ def sample(path: Path, lora: Path | None, no_lora: bool, prompt: str | None, out
         raise click.UsageError("--lora and --no-lora contradict each other.")
     Stop().install()
     config, _ = load_with_notes(path)
-    adapter = None if no_lora else lora or Path(config.output_dir) / "pytorch_lora_weights.safetensors"
+    adapter = None if no_lora else lora or Path(config.output_dir) / FILES[config.formats[0]]
     if adapter and not adapter.is_file():
         raise CheckpointError(f"The adapter file {adapter} does not exist.", "Train first, or name one with --lora.")
     from xflux_trainer.commands import draw_samples

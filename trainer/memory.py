@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from xflux_trainer.config import TrainConfig
-from xflux_trainer.spec import FluxSpec, Linear, image_tokens, is_target
+from xflux_trainer.spec import Adapter, FluxSpec, adapters_of, image_tokens
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -113,15 +113,11 @@ def forecast(
 
 def adapter_parameters(config: TrainConfig, spec: FluxSpec) -> int:
     """Trained parameters of the run's adapters."""
-    return sum(config.rank * (linear.inputs + linear.outputs) for linear in _adapted(config, spec))
+    return sum(adapter.parameters(config.rank) for adapter in _adapted(config, spec))
 
 
-def _adapted(config: TrainConfig, spec: FluxSpec) -> list[Linear]:
-    return [
-        linear
-        for linear in spec.linears()
-        if is_target(linear.name, config.lora_targets, config.single_blocks, config.double_blocks)
-    ]
+def _adapted(config: TrainConfig, spec: FluxSpec) -> list[Adapter]:
+    return adapters_of(spec.linears(), config.lora_targets, config.single_blocks, config.double_blocks)
 
 
 def _compute_terms(config: TrainConfig, spec: FluxSpec, world_size: int, strategy: str) -> Iterator[Term]:
@@ -183,7 +179,8 @@ def _activations(config: TrainConfig, spec: FluxSpec, width: int) -> Iterator[Te
 
 def _saved_per_block(config: TrainConfig, spec: FluxSpec, tokens: int, width: int) -> Iterator[int]:
     """Bytes that autograd saves in each block, from the first one that a gradient passes through."""
-    names = {linear.name for linear in _adapted(config, spec)}
+    adapters = _adapted(config, spec)
+    names = {layer for adapter in adapters for layer in adapter.layers}
     unit = config.train_batch_size * tokens * spec.hidden * width
     # Attention keeps the log-sum-exp of every row, the two QK-norms their scales, in fp32.
     rows = 3 * config.train_batch_size * tokens * spec.heads * 4
@@ -200,7 +197,7 @@ def _saved_per_block(config: TrainConfig, spec: FluxSpec, tokens: int, width: in
             own = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
             reached = reached or bool(own)
             if reached:
-                yield units(own) * unit + rows + len(own) * low_rank
+                yield units(own) * unit + rows + sum(a.name.startswith(prefix) for a in adapters) * low_rank
 
 
 def _double(own: set[str]) -> int:

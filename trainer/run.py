@@ -62,7 +62,7 @@ def prepare(config: TrainConfig, notes: tuple[str, ...], ranks: Ranks, gauge: Me
         base = model.resolve(config.base_model)
         spec = model.read_spec(base)
         # Asked again of the model itself; but here nothing has been encoded or loaded yet.
-        lora.refuse_unmatched(config, [linear.name for linear in spec.linears()])
+        lora.check(config, spec.linears())
         resume = checkpoint.find(config)
         refuse_slow(spec, ranks)
     except UserError as error:

@@ -8,10 +8,18 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from xflux_trainer.targets import LORA_TARGETS, Adapter, adapters_of, count_blocks, is_target, unmatched
+
+__all__ = [
+    "FLUX_DEV", "FLUX_SCHNELL", "LORA_TARGETS", "PATCH", "SPECS", "TIME_CHANNELS", "Adapter", "FluxSpec", "Linear",
+    "adapters_of", "count_blocks", "count_parameters", "image_tokens", "is_target", "read_folder",
+    "safetensors_header", "shift_mu", "unmatched",
+]  # fmt: skip
 
 PATCH = 16
 """Pixels on a side of one image token."""
@@ -159,61 +167,6 @@ class FluxSpec:
 FLUX_DEV = FluxSpec("flux-dev")
 FLUX_SCHNELL = replace(FLUX_DEV, name="flux-schnell", guidance_embeds=False, dynamic_shift=False)
 SPECS = {spec.name: spec for spec in (FLUX_DEV, FLUX_SCHNELL)}
-
-_ATTENTION = (
-    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-    "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
-)  # fmt: skip
-LORA_TARGETS: dict[str, tuple[str, ...]] = {
-    "attn": _ATTENTION,
-    # X-Flux adapts the attention of both streams, and all of a single block's output layer.
-    "xflux": (*_ATTENTION, "single:proj_out"),
-    # The default of diffusers' own Flux script: attention and the double blocks' feed-forward layers.
-    "diffusers": (*_ATTENTION, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
-    "all-linear": ("*",),
-}
-"""Named sets of module name endings. `single:` binds an ending to single blocks; `*` is every linear layer."""
-
-
-BLOCKS = {"single_blocks": "single_transformer_blocks", "double_blocks": "transformer_blocks"}
-"""The train config's block lists, and where in diffusers' transformer those blocks hang."""
-
-
-def count_blocks(names: Iterable[str]) -> dict[str, int]:
-    """How many blocks of either kind a model with linear layers of these names has, by the keys of `BLOCKS`."""
-    found = {tuple(name.split(".")[:2]) for name in names}
-    return {key: sum(head == place[0] for place in found) for key, head in BLOCKS.items()}
-
-
-def unmatched(names: Iterable[str], targets: str | tuple[str, ...]) -> tuple[str, ...]:
-    """Endings of a list that match none of these layers, whatever blocks are chosen.
-
-    A named set has none: it is written for every FLUX.1 model.
-    """
-    if isinstance(targets, str):
-        return ()
-    layers = tuple(names)
-    return tuple(ending for ending in targets if not any(is_target(name, (ending,)) for name in layers))
-
-
-def is_target(
-    name: str,
-    targets: str | tuple[str, ...],
-    single_blocks: tuple[int, ...] | None = None,
-    double_blocks: tuple[int, ...] | None = None,
-) -> bool:
-    """Whether the linear layer of that diffusers name gets an adapter. `None` means all blocks."""
-    head, _, rest = name.partition(".")
-    chosen = {"transformer_blocks": double_blocks, "single_transformer_blocks": single_blocks}.get(head)
-    if chosen is not None and int(rest.split(".")[0]) not in chosen:
-        return False
-    for ending in LORA_TARGETS[targets] if isinstance(targets, str) else targets:
-        kind, colon, bare = ending.rpartition(":")
-        if colon and head != f"{kind}_transformer_blocks":
-            continue
-        if bare == "*" or name == bare or name.endswith("." + bare):
-            return True
-    return False
 
 
 def image_tokens(width: int, height: int) -> int:

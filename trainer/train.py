@@ -8,9 +8,10 @@ import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 
 import torch
-from xflux_trainer import cache, checkpoint, evaluate, flow, lora, meter, optim, sample
+from xflux_trainer import cache, checkpoint, evaluate, flow, lora, lora_files, meter, optim, sample
 from xflux_trainer.checkpoint import Progress
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.encoders import free
@@ -169,15 +170,15 @@ def _finish(run: Run, stop: Stop) -> int:
     """After the last step: the adapter, the held-out loss, the samples, the metrics. Returns a signal, or 0."""
     ranks = run.ranks
     weights = run.stepper.state().weights
-    path = run.output / lora.ADAPTER_FILE
+    paths: list[Path] = []
     problem: UserError | None = None
     if ranks.main:
         try:
-            lora.write(path, weights, run.config)
+            paths = lora_files.write_all(run.output, weights, run.config)
         except UserError as error:
             problem = error
     ranks.agree(problem)
-    ranks.say(f"the adapter is in {path}")
+    ranks.say(f"the adapter is in {' and '.join(map(str, paths))}")
     after = None
     if run.heldout:
         with run.meter.phase("train"):

@@ -13,6 +13,7 @@ from xflux_trainer.spec import (
     FLUX_SCHNELL,
     LORA_TARGETS,
     FluxSpec,
+    adapters_of,
     count_blocks,
     count_parameters,
     image_tokens,
@@ -22,6 +23,7 @@ from xflux_trainer.spec import (
     shift_mu,
     unmatched,
 )
+from xflux_trainer.targets import growth, unplaced
 
 TINY = FluxSpec("tiny", 2, 3, heads=2, head_dim=16, text_dim=24, pooled_dim=12)
 
@@ -101,13 +103,55 @@ def test_tokens_and_shift() -> None:
     assert shift_mu(1024) == pytest.approx(0.63)
 
 
+def count(targets: str | tuple[str, ...], **blocks: tuple[int, ...]) -> int:
+    return sum(adapter.parameters(16) for adapter in adapters_of(FLUX_DEV.linears(), targets, **blocks))
+
+
 def test_named_targets() -> None:
-    count = {
-        targets: sum(16 * (line.inputs + line.outputs) for line in FLUX_DEV.linears() if is_target(line.name, targets))
-        for targets in LORA_TARGETS
-    }
-    assert count["diffusers"] == 44_826_624  # diffusers' script prints this for rank 16
-    assert count["attn"] < count["xflux"] < count["diffusers"] < count["all-linear"]
+    counts = {targets: count(targets) for targets in LORA_TARGETS}
+    assert counts["diffusers"] == 44_826_624  # diffusers' script prints this for rank 16
+    # X-Flux's own counts of all blocks, and of its default file.
+    assert counts["xflux"] == 29_884_416
+    assert count("xflux", single_blocks=(1, 2, 3, 4)) == 13_172_736
+    assert counts["attn"] < counts["diffusers"] < counts["all-linear"]
+
+
+def test_xfluxs_adapters_are_fused_and_no_others() -> None:
+    names = {adapter.name: adapter for adapter in adapters_of(TINY.linears(), "xflux", (1,), (0,))}
+    h = TINY.hidden
+    double, single = "transformer_blocks.0.attn", "single_transformer_blocks.1"
+    assert {name: (adapter.inputs, adapter.outputs) for name, adapter in names.items()} == {
+        f"{double}.to_qkv": (h, 3 * h), f"{double}.to_added_qkv": (h, 3 * h),
+        f"{double}.to_out.0": (h, h), f"{double}.to_add_out": (h, h),
+        f"{single}.attn.to_qkv": (h, 3 * h), f"{single}.proj_out": (5 * h, h),
+    }  # fmt: skip
+    assert names[f"{double}.to_added_qkv"].layers == tuple(f"{double}.add_{part}_proj" for part in "qkv")
+    for targets in ("attn", "diffusers", "all-linear", LORA_TARGETS["xflux"]):
+        adapters = adapters_of(TINY.linears(), targets)
+        assert all(adapter.layers == (adapter.name,) for adapter in adapters)
+        assert [a.name for a in adapters] == [line.name for line in TINY.linears() if is_target(line.name, targets)]
+
+
+def test_what_a_format_has_no_place_for() -> None:
+    names = [line.name for line in FLUX_DEV.linears()]
+    placed = [name for name in names if not unplaced([name], "xlabs")]
+    assert placed == [name for name in names if is_target(name, "xflux")]
+    assert unplaced(names, "kohya") == unplaced(names, "diffusers") == ()
+
+
+@pytest.mark.parametrize(
+    ("targets", "grown"),
+    [
+        ("xflux", (1, 1, 1)),
+        ("attn", (1, 3, 3)),
+        ("all-linear", (1, 4, 3)),
+        (("attn.to_q", "attn.to_out.0"), (1, 1, 1)),
+        (("to_v", "proj_mlp"), (1, 2, 1)),
+    ],
+)
+def test_how_ranks_grow(targets: str | tuple[str, ...], grown: tuple[int, ...]) -> None:
+    adapters = adapters_of(FLUX_DEV.linears(), targets)
+    assert tuple(growth(adapters, form) for form in ("diffusers", "kohya", "xlabs")) == grown
 
 
 @pytest.mark.parametrize(
