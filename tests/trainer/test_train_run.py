@@ -47,7 +47,7 @@ def test_what_a_run_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "\x1b" not in said  # not a terminal: plain lines
     assert {path.name for path in out.iterdir()} == {
         "cache", "logs", "samples", "checkpoint-2", "checkpoint-4", "config.yaml", "metrics.json", "metrics.jsonl",
-        lora.ADAPTER_FILE,
+        lora.ADAPTER_FILE, "lora.safetensors",
     }  # fmt: skip
     assert load(out / "config.yaml") == load(path)
     assert len(list((out / "logs").glob("events*"))) == 1
@@ -245,7 +245,7 @@ def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with safe_open(folder / lora.ADAPTER_FILE, framework="pt") as file:
         assert file.metadata()["alpha"] == "8"
     raw = load_file(folder / checkpoint.ADAPTERS)
-    name = next(name for name in raw if "lora_B" in name)
+    name = next(name for name in raw if "to_out.0.lora_B" in name)
     # alpha 8 at rank 4: the scale of 2 is inside B.
     assert torch.allclose(half[f"transformer.{name}"].float(), raw[name] * 2, rtol=1e-2)
     assert capsys.readouterr().err == ""
