@@ -386,3 +386,11 @@ def test_convert_from_format_to_format(tmp_path: Path, capsys: pytest.CaptureFix
         ["--checkpoint", str(path)],
     ):
         assert convert(*arguments)[0] == 2
+
+
+@pytest.mark.usefixtures("keep_signals")
+def test_sample_takes_the_first_format_that_the_run_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "train.yaml"
+    path.write_text("img_dir: x\nlora_formats: [kohya, diffusers]\n", encoding="utf-8")
+    assert cli.main(["sample", "--config", str(path)]) == 1
+    assert "pytorch_lora_weights_kohya.safetensors does not exist" in capsys.readouterr().err
