@@ -7,23 +7,23 @@ the text stream's attention in every double block; `single_blocks.3`, `transform
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from xflux_trainer import bfl, files
+from xflux_trainer import files
 from xflux_trainer.bfl_spec import transformer_config
 from xflux_trainer.config import TrainConfig
-from xflux_trainer.errors import ConfigError, Problem, WriteError
+from xflux_trainer.errors import WriteError
 from xflux_trainer.layout import Base
 from xflux_trainer.model import empty_transformer, read_spec
 from xflux_trainer.tensorfile import TensorFile
+from xflux_trainer.trained import names
 from xflux_trainer.weights import STEM, open_weights
 
 FOLDER = "transformer"
@@ -41,25 +41,6 @@ def select(transformer: nn.Module, config: TrainConfig) -> dict[str, nn.Paramete
     for name, parameter in own.items():
         parameter.requires_grad_(name in wanted)
     return {name: parameter for name, parameter in own.items() if name in wanted}
-
-
-def names(own: Iterable[str], config: TrainConfig) -> list[str]:
-    """Those of a transformer's parameters (diffusers' names) that are trained, in their order. Raises `ConfigError`."""
-    own = list(own)
-    if not config.train_parameters:
-        return own
-    spellings = {name: _spellings(name) for name in own}
-    problems = []
-    for part in config.train_parameters:
-        if not any(_has(spelling, part) for both in spellings.values() for spelling in both):
-            seen = f'"{part}" is in no name of {config.base_model}'
-            problems.append(Problem("train_parameters", seen, _near(part, spellings)))
-    if problems:
-        raise ConfigError("train config", tuple(problems))
-    parts = config.train_parameters
-    return [
-        name for name, both in spellings.items() if any(_has(spelling, part) for spelling in both for part in parts)
-    ]
 
 
 def refuse_overwriting(output: Path, base: Base) -> None:
@@ -137,26 +118,3 @@ def _config(base: Base) -> dict[str, Any]:
     if base.transformer.is_file():
         return transformer_config(read_spec(base))
     return dict(json.loads((base.transformer / "config.json").read_text(encoding="utf-8")))
-
-
-def _spellings(name: str) -> tuple[str, ...]:
-    """diffusers' name, and BFL's of the tensor that it lies in."""
-    place = bfl.place(name)
-    return (name, place.name) if place else (name,)
-
-
-def _has(name: str, part: str) -> bool:
-    return f".{part.strip('.')}." in f".{name}."
-
-
-def _near(part: str, spellings: Mapping[str, tuple[str, ...]]) -> str:
-    """Pieces of names that look alike, as many dots deep as what was written."""
-    depth = part.count(".") + 1
-    words = {
-        ".".join(pieces[start : start + depth])
-        for both in spellings.values()
-        for pieces in (spelling.split(".") for spelling in both)
-        for start in range(len(pieces) - depth + 1)
-    }
-    near = difflib.get_close_matches(part, sorted(words), 3, 0.6)
-    return f"Did you mean {' or '.join(near)}?" if near else "Names such as txt_attn, attn.to_q or single_blocks.3."

@@ -11,6 +11,7 @@ import pytest
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.memory import GIB, STRATEGIES, Bill, adapter_parameters, forecast
 from xflux_trainer.spec import FLUX_DEV, is_target
+from xflux_trainer.trained import controlnet_size, parameters, trained
 
 BASE = TrainConfig(img_dir="x", img_size=1024, lora_targets="diffusers", disable_sampling=True)
 
@@ -102,9 +103,48 @@ def test_adapter_parameters_follow_the_targets() -> None:
 
 
 def test_an_unknown_strategy_is_an_error() -> None:
-    assert "zero3" not in STRATEGIES
-    with pytest.raises(ValueError, match="zero3"):
-        bill(strategy="zero3")
+    assert "zero0" not in STRATEGIES
+    with pytest.raises(ValueError, match="zero0"):
+        bill(strategy="zero0")
+
+
+def test_what_each_mode_trains() -> None:
+    """Counted on diffusers' own modules on the meta device, and published for X-Flux's scripts."""
+    finetune = replace(BASE, mode="finetune")
+    assert trained(finetune, FLUX_DEV).parameters == 11_901_408_320 == sum(dict(parameters(FLUX_DEV)).values())
+    assert trained(replace(finetune, train_parameters=("txt_attn",)), FLUX_DEV).parameters == 717_464_320
+    control = replace(BASE, mode="controlnet")
+    assert controlnet_size(control, FLUX_DEV) == 743_807_280
+    # The last block's text output is used by nobody.
+    assert trained(control, FLUX_DEV).parameters == 649_413_808
+
+
+@pytest.mark.parametrize(
+    ("changes", "least", "most"),
+    [
+        # Weights of 11.9 billion parameters in 16 bits and their gradients alone are 44.3 GiB.
+        ({"mode": "finetune"}, 130, 180),
+        ({"mode": "finetune", "step_in_backward": True, "optimizer": "adafactor"}, 23, 28),
+        ({"mode": "finetune", "optimizer": "adamw8bit"}, 66, 75),
+        ({"mode": "finetune", "train_parameters": ("txt_attn",)}, 33, 40),
+        ({"mode": "controlnet"}, 34, 42),
+        ({"quantization": "int8"}, 16, 19),
+        ({"quantization": "int8", "modulation": "quantize"}, 12.5, 15.5),
+        ({"quantization": "nf4"}, 12.5, 15.5),
+        ({"stream_blocks": 57}, 8.5, 10),  # the text encoders are the peak now
+        ({"modulation": "stream"}, 18, 21),
+    ],
+)
+def test_modes_and_savers(changes: dict[str, Any], least: float, most: float) -> None:
+    """GiB at 1024 px with every block checkpointed: what weights, gradients and states must add up to."""
+    assert least < bill(**changes).gpu_allocated / GIB < most
+
+
+def test_sharding_lowers_what_every_rank_holds() -> None:
+    whole = bill(mode="finetune")
+    for strategy in ("zero3", "fsdp"):
+        halves = [bill(ranks, strategy, mode="finetune").gpu_allocated for ranks in (2, 4, 8)]
+        assert whole.gpu_allocated > halves[0] > halves[1] > halves[2] > 11.9e9 * 14 / 8
 
 
 def test_the_torch_free_modules_stay_so_and_are_quick() -> None:

@@ -1,0 +1,271 @@
+"""The terms of a bill: weights, what is trained, activations, samples. Bytes of one rank, each with its reason.
+
+The counts of saved activations follow diffusers' blocks as autograd saves them with fused RMSNorm and
+flash attention. U below is one (tokens, hidden) tensor: 27 MiB at 1024 px in bf16.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from xflux_trainer.config import TrainConfig
+from xflux_trainer.spec import FluxSpec, Linear, image_tokens
+from xflux_trainer.trained import Trained, controlnet_spec, trained
+
+MIB = 1 << 20
+FORMATS = {
+    # (bytes of a weight, bytes of scales beside it)
+    "none": (2.0, 0.0),
+    "int8": (1.0, 2 / 3072),
+    "fp8": (1.0, 2 / 3072),
+    "torchao-int8": (1.0, 2 / 3072),
+    "torchao-fp8": (1.0, 4 / 3072),
+    "int4": (0.5, 4 / 128),  # a scale and a shift for each group of 128
+    "nf4": (0.5, 0.127 / 8),  # scales of 64 weights, themselves in 8 bits
+}
+"""What a quantised weight takes; embedders, norms and biases stay as they are."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """One item of the bill: what it is, how many bytes, in which phase of the run, and why that many."""
+
+    name: str
+    bytes: int
+    phase: str
+    why: str
+
+
+def width(config: TrainConfig) -> int:
+    """Bytes of a number of the computation."""
+    return 4 if config.mixed_precision == "no" else 2
+
+
+def weights(config: TrainConfig, spec: FluxSpec, world_size: int, strategy: str, phase: str) -> Iterator[Term]:
+    """The frozen or trained transformer as it lies on the device."""
+    size = width(config)
+    quantised = [linear for linear in spec.linears() if _is_quantised(config, linear)]
+    inner = sum(linear.inputs * linear.outputs for linear in quantised)
+    one, scale = FORMATS[config.quantization]
+    total = (spec.transformer_parameters - inner) * size + math.ceil(inner * (one + scale)) if inner else (
+        spec.transformer_parameters * size
+    )  # fmt: skip
+    why = f"{spec.transformer_parameters:,} parameters, {size} bytes each"
+    if inner:
+        why += f"; {inner:,} of them in {config.quantization}"
+    streamed = streamed_bytes(config, spec)
+    if streamed:
+        largest = max(block_bytes(config, spec, kind) for kind in ("double", "single"))
+        total += 2 * largest - streamed
+        why += f"; {streamed / MIB:,.0f} MiB of them wait in host memory, two blocks' room is for the ones on their way"
+    if strategy in ("zero3", "fsdp") and world_size > 1:
+        block = max(block_bytes(config, spec, kind) for kind in ("double", "single"))
+        total = math.ceil(total / world_size) + 2 * block
+        why += f"; 1/{world_size} of them on each rank, and two blocks whole"
+    yield Term("transformer", total, phase, why)
+
+
+def _is_quantised(config: TrainConfig, linear: Linear) -> bool:
+    if config.quantization == "none" or (".0." not in linear.name and "blocks." not in linear.name):
+        return False
+    return linear.per_token or config.modulation == "quantize"
+
+
+def block_bytes(config: TrainConfig, spec: FluxSpec, kind: str) -> int:
+    """Bytes of one block as it is held on the device."""
+    count = spec.double_blocks if kind == "double" else spec.single_blocks
+    prefix = "transformer_blocks.0." if kind == "double" else "single_transformer_blocks.0."
+    if not count:
+        return 0
+    one, scale = FORMATS[config.quantization]
+    total = 0.0
+    for linear in spec.linears():
+        if linear.name.startswith(prefix):
+            size = one + scale if _is_quantised(config, linear) else width(config)
+            total += linear.inputs * linear.outputs * size + linear.outputs * width(config)
+    return math.ceil(total)
+
+
+def streamed_bytes(config: TrainConfig, spec: FluxSpec) -> int:
+    """Bytes that wait in pinned host memory instead of on the device."""
+    blocks = min(config.stream_blocks, spec.double_blocks + spec.single_blocks)
+    double = min(blocks, spec.double_blocks)
+    total = double * block_bytes(config, spec, "double") + (blocks - double) * block_bytes(config, spec, "single")
+    if config.modulation == "stream":
+        layers = [one for one in spec.linears() if not one.per_token and "blocks." in one.name]
+        total += sum(one.inputs * one.outputs for one in layers) * width(config)
+    return min(total, spec.transformer_parameters * width(config))
+
+
+def states(config: TrainConfig, spec: FluxSpec, world_size: int, strategy: str) -> Iterator[Term]:
+    """What is trained, its gradients and the optimizer."""
+    what = trained(config, spec)
+    share = world_size if strategy in ("zero3", "fsdp") else 1
+    own = math.ceil(what.parameters / share)
+    count = f"{what.parameters:,} trained parameters" + (f", 1/{share} of them on each rank" if share > 1 else "")
+    if strategy.startswith("zero"):
+        yield from _deepspeed(config, what, world_size, strategy)
+        return
+    moments = _moments(config)
+    if config.mode == "lora" or width(config) == 4:
+        if config.mode != "finetune":
+            name = "adapters" if config.mode == "lora" else "ControlNet"
+            yield Term(name, own * 4, "train", f"{count} in fp32")
+        grads = what.largest if config.step_in_backward and config.mode == "finetune" else own
+        yield Term("gradients", grads * 4, "train", "fp32; under DDP they are views of its buckets")
+    else:
+        yield from _bf16_states(config, what, own, count)
+    if moments:
+        yield Term("Adam", math.ceil(own * moments), "train", f"two moments, {moments:g} bytes a parameter")
+    if config.ema_decay:
+        yield Term("moving average", own * 4, "train", "fp32")
+
+
+def _moments(config: TrainConfig) -> float:
+    # Adafactor's are a row and a column for each matrix; 8-bit ones have a scale for each block of 256.
+    return {"adamw": 8.0, "adamw8bit": 2 * (1 + 4 / 256), "adafactor": 0.0}[config.optimizer]
+
+
+def _bf16_states(config: TrainConfig, what: Trained, own: int, count: str) -> Iterator[Term]:
+    """Weights that the model computes with in 16 bits; those of a fine-tune are the transformer's own."""
+    if config.mode == "controlnet":
+        yield Term("ControlNet", own * 2, "train", f"{count}, 2 bytes each")
+    update = config.weight_update
+    if update == "auto":
+        update = "stochastic" if config.mode == "finetune" and not config.train_parameters else "master"
+    grads = what.largest if config.step_in_backward and config.mode == "finetune" else own
+    reason = "of the largest tensor: each is freed once it was stepped" if grads != own else count
+    yield Term("gradients", grads * 2, "train", f"16 bits, {reason}")
+    if update == "master":
+        yield Term("fp32 weights", own * 4, "train", "what the optimizer steps; the model computes with 16-bit copies")
+    elif update == "kahan":
+        yield Term("compensation", own * 2, "train", "what the last rounding lost of each weight")
+    yield Term("one tensor's step", what.largest * 4 * 3, "train", "each tensor is stepped in fp32 and rounded back")
+
+
+def _deepspeed(config: TrainConfig, what: Trained, world_size: int, strategy: str) -> Iterator[Term]:
+    count = f"{what.parameters:,} trained parameters"
+    share = math.ceil(what.parameters / world_size)
+    own = share if strategy == "zero3" else what.parameters
+    if config.mode != "finetune":
+        yield Term("adapters" if config.mode == "lora" else "ControlNet", own * 2, "train",
+                   f"{count}; DeepSpeed computes with bf16 copies")  # fmt: skip
+    grads = own if strategy == "zero1" else share
+    yield Term("gradients", own * 2 + grads * 4, "train", "bf16, and the fp32 of this rank's part")
+    yield Term("Adam and fp32 weights", share * 12, "train", f"1/{world_size} of them on each rank")
+    bucket = min(what.parameters, 500_000_000)
+    yield Term("reduce buckets", bucket * 4, "train", "reduce_bucket_size is set to the trained parameters")
+    if config.ema_decay:
+        yield Term("moving average", share * 4, "train", f"fp32, 1/{world_size} of it on each rank")
+
+
+# Activations ---------------------------------------------------------------------------------------------
+
+
+def activations(config: TrainConfig, spec: FluxSpec) -> Iterator[Term]:
+    """What the forward pass keeps for the backward pass, at the largest size that is trained on."""
+    size = width(config)
+    side = max(config.sizes)
+    tokens = image_tokens(side, side) + config.max_text_tokens
+    unit = config.train_batch_size * tokens * spec.hidden * size
+    what = trained(config, spec)
+    saved = list(_saved_per_block(config, spec, what, tokens))
+    if config.mode == "controlnet":
+        net = controlnet_spec(config, spec)
+        every = Trained(what.parameters, what.largest, frozenset(linear.name for linear in net.linears()))
+        saved += _saved_per_block(config, net, every, tokens)
+    shape = f"{config.train_batch_size} x {tokens} tokens"
+    if config.gradient_checkpointing:
+        yield Term("block inputs", len(saved) * unit, "train", f"{len(saved)} checkpointed blocks, {shape} each")
+        yield Term("one block's activations", max(saved, default=0), "train", "recomputed when its turn comes")
+    else:
+        yield Term("activations", sum(saved), "train", f"{len(saved)} blocks keep theirs, {shape}")
+    yield Term("backward's own", 4 * unit, "train", "the gradient of one feed-forward layer")
+    if config.mode == "controlnet":
+        yield Term("residuals", 2 * config.controlnet_depth * unit, "train", "the ControlNet's outputs, and their sums")
+        hint = config.train_batch_size * 16 * side**2 * size * 3
+        yield Term("condition", hint, "train", "the hint block's layers at full resolution")
+    ends = 2 * config.train_batch_size * tokens * (spec.in_channels * 12 + spec.hidden * size)
+    yield Term("inputs and loss", ends, "train", "latents, noise and prediction in fp32, and the embedded tokens")
+
+
+def _saved_per_block(config: TrainConfig, spec: FluxSpec, what: Trained, tokens: int) -> Iterator[int]:
+    """Bytes that autograd saves in each block, from the first one that a gradient passes through."""
+    size = width(config)
+    unit = config.train_batch_size * tokens * spec.hidden * size
+    # Attention keeps the log-sum-exp of every row, the two QK-norms their scales, in fp32.
+    rows = 3 * config.train_batch_size * tokens * spec.heads * 4
+    low_rank = config.train_batch_size * tokens * config.rank * size
+    ends = ("x_embedder", "context_embedder", "time_text_embed.timestep_embedder.linear_1")
+    reached = any(name in what.layers for name in ends) or config.mode == "controlnet"
+    kinds = (("transformer_blocks", spec.double_blocks, _double),
+             ("single_transformer_blocks", spec.single_blocks, _single))  # fmt: skip
+    for kind, count, units in kinds:
+        for index in range(count):
+            prefix = f"{kind}.{index}."
+            own = {name.removeprefix(prefix) for name in what.layers if name.startswith(prefix)}
+            reached = reached or bool(own)
+            if reached:
+                yield units(own) * unit + rows + sum(a.name.startswith(prefix) for a in what.adapters) * low_rank
+
+
+def _double(own: set[str]) -> int:
+    """U that a double block saves: 12 for the gradient to pass through, more for each trained layer."""
+    return (
+        12
+        + bool(own & {f"attn.{name}" for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")})
+        + bool(own & {"ff.net.0.proj", "ff_context.net.0.proj"})
+        + 4 * bool(own & {"ff.net.2", "ff_context.net.2"})
+        + 4 * bool(own & {"norm1.linear", "norm1_context.linear"})
+    )
+
+
+def _single(own: set[str]) -> int:
+    """U that a single block saves: 11 for the gradient to pass through, more for each trained layer."""
+    return (
+        11
+        + bool(own & {"attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"})
+        + 5 * ("proj_out" in own)
+        + 2 * ("norm.linear" in own)
+    )
+
+
+def sampling(config: TrainConfig, spec: FluxSpec) -> Iterator[Term]:
+    """Drawing images between steps."""
+    tokens = image_tokens(config.sample_width, config.sample_height) + config.max_text_tokens
+    one = 14 * tokens * spec.hidden * width(config)
+    yield Term("one block forward", one, "sample", "no gradients are kept")
+    yield Term("VAE", spec.vae_parameters * 2, "sample", "bf16, loaded for the samples only")
+    tile = min(config.sample_width, 512) * min(config.sample_height, 512)
+    yield Term("VAE activations", 6 * 256 * tile * 2, "sample", "decoded in tiles of 512 px")
+
+
+# The disk ------------------------------------------------------------------------------------------------
+
+
+def disk(config: TrainConfig, spec: FluxSpec, samples: int) -> Iterator[Term]:
+    """What the run writes: cache, checkpoints, results."""
+    what = trained(config, spec)
+    tokens = sum(image_tokens(size, size) for size in config.sizes) * (2 if config.random_flip else 1)
+    latents = tokens * spec.in_channels * 4
+    text = (config.max_text_tokens * spec.text_dim + spec.pooled_dim) * 2
+    edges = sum(size**2 for size in config.sizes) * 3 if config.mode == "controlnet" else 0
+    known = f"{samples} images and captions" if samples else "the number of images is not known"
+    yield Term("cache", samples * (latents + text + edges), "cache", known)
+    steps = config.max_train_steps or config.checkpointing_steps
+    written = math.ceil(steps / config.checkpointing_steps)
+    kept = min(written, config.checkpoints_total_limit or written)
+    full = config.mode == "finetune" and not config.train_parameters
+    held = 2 if full and width(config) == 2 and config.weight_update in ("auto", "stochastic", "nearest") else 4
+    one = held + _moments(config) + (4 if config.ema_decay else 0)
+    reason = f"{what.parameters:,} trained parameters, {one:g} bytes each with the optimizer"
+    yield Term("checkpoints", math.ceil((kept + 1) * what.parameters * one), "train",
+               f"{kept} kept and one being written: {reason}")  # fmt: skip
+    if config.mode == "lora":
+        yield Term("adapter files", what.parameters * 4 * len(config.formats), "train", ", ".join(config.formats))
+    elif config.mode == "controlnet":
+        yield Term("ControlNet files", what.parameters * 2 * 2, "train", "X-Flux's file and diffusers' folder, bf16")
+    else:
+        yield Term("transformer", spec.transformer_parameters * 2, "train", "diffusers' folder, bf16")
