@@ -158,6 +158,78 @@ def test_mu_between_the_anchors_is_a_line() -> None:
     assert shift_mu(2176) == pytest.approx((shift_mu(256) + shift_mu(4096)) / 2)
 
 
+def times_of_step(per_step: int, size: int, *, step: int = 5, tokens: int = 24, **more: object) -> list[float]:
+    """The times of all images of one step, in their order, of a run whose steps are so many batches of that size."""
+    draws = flow.Draws(TrainConfig("x", stratified_timesteps=True, **more), FLUX_DEV, per_step)  # type: ignore[arg-type]
+    numbers = range(step * per_step, (step + 1) * per_step)
+    return [t for number in numbers for t in draws.draw(number, (size, tokens, 64))[1].tolist()]
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "logit_normal"])
+@pytest.mark.parametrize("mu", [0.0, 1.15])
+def test_stratified_times_take_every_slice_once(sampling: str, mu: float) -> None:
+    times = torch.tensor(times_of_step(4, 16, timestep_sampling=sampling, timestep_shift=mu), dtype=torch.float64)
+    e = math.exp(mu)
+    unshifted = times / (e - (e - 1) * times)
+    u = unshifted if sampling == "uniform" else torch.special.ndtr(torch.logit(unshifted))
+    assert sorted((u * 64).floor().int().tolist()) == list(range(64))
+    assert times.tolist() != sorted(times.tolist())  # not in the order of the images
+
+
+def test_stratified_times_do_not_depend_on_how_a_step_is_shared() -> None:
+    """Batches of 1, 2 and 4 images: by accumulation or by ranks is the same to a batch's number."""
+    four, two, one = times_of_step(4, 1), times_of_step(2, 2), times_of_step(1, 4)
+    assert four == two == one
+    assert len(set(four)) == 4
+    assert times_of_step(4, 1, step=6) != four != times_of_step(4, 1, seed=1)
+
+
+def test_stratified_times_after_a_resume_with_other_ranks() -> None:
+    """Twelve batches in three steps, then two batches a step: the steps keep their slices, whatever came before."""
+    config = TrainConfig("x", stratified_timesteps=True)
+    resumed = flow.Draws(config, FLUX_DEV, per_step=2, step=3, batches=13)
+    got = [t for number in (13, 14) for t in resumed.draw(number, (2, 24, 64))[1].tolist()]
+    assert got == times_of_step(2, 2, step=3)
+
+
+def test_each_batch_of_a_step_is_shifted_by_its_own_tokens() -> None:
+    config = TrainConfig("x", stratified_timesteps=True)
+    u = flow.strata(2, 0, 0)
+    for side, mu in ((512, 0.63), (768, 0.846667), (1024, 1.15)):
+        draws = flow.Draws(config, FLUX_DEV, per_step=2)
+        t = draws.draw(0, (1, (side // 16) ** 2, 64))[1]
+        assert torch.equal(t, flow.shift(u[:1], shift_mu((side // 16) ** 2)).float())
+        assert flow.training_mu(config, FLUX_DEV, (side // 16) ** 2) == pytest.approx(mu, abs=1e-6)
+    # 1024 x 576: 64 x 36 tokens, and not those of a square of its long side.
+    assert flow.training_mu(config, FLUX_DEV, 64 * 36) == pytest.approx(0.5 + (2304 - 256) * 0.65 / 3840)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 64])
+def test_draws_are_of_the_batchs_shape_and_repeat(size: int) -> None:
+    for config in (CONFIG, TrainConfig("x", stratified_timesteps=True, timestep_sampling="logit_normal")):
+        draws = flow.Draws(config, FLUX_DEV, per_step=1)
+        eps, t = draws.draw(7, (size, 24, 64))
+        assert (eps.shape, t.shape, eps.dtype, t.dtype) == ((size, 24, 64), (size,), torch.float32, torch.float32)
+        assert len(set(t.tolist())) == size
+        assert bool(((t >= 0) & (t <= 1)).all())
+        again = draws.draw(7, (size, 24, 64))
+        assert torch.equal(again[0], eps) and torch.equal(again[1], t)
+
+
+def test_the_ends_of_the_quantiles_give_times() -> None:
+    """The inverse of the normal distribution is infinite there; a time is not."""
+    t = flow.stratified_t(torch.tensor([0.0, 1e-300, 0.5, 1.0], dtype=torch.float64), 1.15, "logit_normal")
+    assert t.tolist() == pytest.approx([0.0, 0.0, math.exp(1.15) / (1 + math.exp(1.15)), 1.0], abs=1e-6)
+
+
+def test_the_logit_normal_s_two_ways_are_one_distribution() -> None:
+    dice = torch.Generator().manual_seed(0)
+    plain = flow.sample_t(4000, 0.63, "logit_normal", dice)
+    even = flow.stratified_t(flow.strata(4000, 0, 0), 0.63, "logit_normal")
+    for q in (0.05, 0.25, 0.5, 0.75, 0.95):
+        assert float(plain.quantile(q)) == pytest.approx(float(even.quantile(q)), abs=0.02)
+
+
 def test_noise_and_time_follow_from_the_batch_s_number(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each batch has its own, whoever trains on it; the shift is that of its own count of tokens."""
     drawn: list[tuple[torch.Tensor, torch.Tensor]] = []
