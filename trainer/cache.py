@@ -50,6 +50,10 @@ class Batch:
     latents: Tensor
     text: Tensor
     pooled: Tensor
+    mask: Tensor | None = None
+    """(B, L) bool, the real text tokens; None: all are."""
+    condition: Tensor | None = None
+    """(B, 3, H, W) uint8, what a ControlNet is shown."""
 
 
 @dataclass(frozen=True)

@@ -1,43 +1,86 @@
-"""The held-out loss: fixed images, fixed times, fixed noise, so that two numbers differ by the adapter alone."""
+"""The held-out loss: fixed images, fixed times, fixed noise, so that two numbers differ by what was trained alone."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from xflux_trainer import cache, flow
 from xflux_trainer.cache import Entry
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.lora import generator
-from xflux_trainer.model import Velocity
 from xflux_trainer.ranks import Ranks
+
+SHARDED = ("zero3", "fsdp")
+"""Strategies whose ranks each hold a part of the model: a forward pass of one needs all of them."""
+SHARE = 0.02
+"""How much of the time may go into held-out losses between the start and the end."""
+STEP_FORWARDS = 2.3
+"""Forward passes that training on one image costs at the least: adapters at 1024 px without checkpointing."""
+
+
+def turns(count: int, ranks: Ranks, *, sharded: bool) -> list[tuple[int, bool]]:
+    """This rank's part of so many forward passes, and whether each is one to keep.
+
+    Where the model is sharded every rank gets as many: those that would have none repeat the last one.
+    """
+    own = [(index, True) for index in range(ranks.rank, count, ranks.world_size)]
+    if sharded and count:
+        own += [(count - 1, False)] * (math.ceil(count / ranks.world_size) - len(own))
+    return own
 
 
 @torch.no_grad()
-def heldout_loss(velocity: Velocity, config: TrainConfig, entries: list[Entry], ranks: Ranks) -> dict[str, Any]:
-    """The mean loss, and the loss at each time. The (image, time) pairs are shared out over the ranks."""
+def heldout_loss(
+    velocity: Callable[..., Tensor], config: TrainConfig, entries: list[Entry], ranks: Ranks, *, sharded: bool = False
+) -> dict[str, Any]:
+    """The mean loss, and the loss at each time: {"mean": float, "by_time": {"0.1": float, …}}.
+
+    Collective. The (image, time) pairs are shared out over the ranks.
+    """
     times = config.heldout_timesteps
     sums = [0.0] * len(times)
     pairs = [(image, k) for image in range(len(entries)) for k in range(len(times))]
-    for image, k in pairs[ranks.rank :: ranks.world_size]:
+    for index, kept in turns(len(pairs), ranks, sharded=sharded):
+        image, k = pairs[index]
         batch = cache.read_batch([entries[image]])
         x_0 = flow.pack(batch.latents)
         # No seed of the run in the key: runs with different seeds are compared at the same noise.
         eps = torch.randn(x_0.shape, generator=generator("heldout", image, k))
         loss = velocity_loss(velocity, config, batch, eps, torch.tensor([times[k]]), ranks.device)
-        sums[k] += float(loss.sum())
+        sums[k] += float(loss.sum()) if kept else 0.0
     sums = ranks.total(sums)
     by_time = {f"{t:g}": value / len(entries) for t, value in zip(times, sums)}  # noqa: B905 (of one length)
     return {"mean": sum(sums) / len(pairs), "by_time": by_time}
 
 
+def interval(config: TrainConfig, images: int, images_per_step: int) -> int:
+    """Steps between the held-out losses on the way: at every checkpoint, or at every so many of them that they cost
+    no more than 2 % of the training. Counted and not timed, so that all ranks come to the same."""
+    forwards = images * len(config.heldout_timesteps)
+    steps = forwards / (SHARE * STEP_FORWARDS * images_per_step)
+    return config.checkpointing_steps * max(1, math.ceil(steps / config.checkpointing_steps))
+
+
 def velocity_loss(
-    model: Any, config: TrainConfig, batch: cache.Batch, eps: torch.Tensor, t: torch.Tensor, device: torch.device
-) -> torch.Tensor:
+    model: Callable[..., Tensor], config: TrainConfig, batch: cache.Batch, eps: Tensor, t: Tensor, device: torch.device
+) -> Tensor:
     """(B,) losses of a batch with this noise, packed as (B, N, 4C), at these times (B,)."""
     h, w = batch.latents.shape[2:]
     x_0, eps, t = flow.pack(batch.latents).to(device), eps.to(device), t.to(device)
     x_t = flow.mix(x_0, eps, t)
     ids, text_ids = flow.image_ids(h, w).to(device), flow.text_ids(batch.text.shape[1]).to(device)
-    v = model(x_t, t, batch.text.to(device), batch.pooled.to(device), ids, text_ids, config.guidance)
+    more = extras(batch.mask, batch.condition, device)
+    v = model(x_t, t, batch.text.to(device), batch.pooled.to(device), ids, text_ids, config.guidance, *more)
     return flow.loss(v, x_0, eps)
+
+
+def extras(mask: Tensor | None, condition: Tensor | None, device: torch.device) -> tuple[Tensor | None, ...]:
+    """What comes after the guidance, by place: a wrapped module takes no names. The mask of the text (B, L) and a
+    ControlNet's condition (B, 3, H, W), either of which may be None; nothing where both are."""
+    if mask is None and condition is None:
+        return ()
+    return tuple(value if value is None else value.to(device) for value in (mask, condition))
