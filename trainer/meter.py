@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from xflux_trainer.speed import Rates, Window
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "deepspeed", "safetensors", "numpy")
 WARM_UP = 3
@@ -63,6 +64,9 @@ class Meter:
         self.host = HostWatch()
         self.device_peaks: dict[str, dict[str, int]] = {}
         self.step_seconds: list[float] = []
+        self.window = Window()
+        self.peak_tflops: float | None = None
+        """What the card can do at the most, where that is known: see `speed.peak`."""
         self.started = time.monotonic()
 
     def start(self) -> None:
@@ -95,6 +99,32 @@ class Meter:
         """The median; one slow step does not move it."""
         counted = self.step_seconds[WARM_UP:][-WINDOW:] or self.step_seconds
         return median(counted) if counted else None
+
+    def book(self, seconds: float, images: int, flops: float, waited: float) -> dict[str, float]:
+        """A step that is done: see `speed.Window.add`. Returns its line for metrics.jsonl."""
+        if len(self.step_seconds) == WARM_UP:
+            self.window.clear()
+        self.step_seconds.append(seconds)
+        return self.window.add(seconds, images, flops, waited)
+
+    def rates(self) -> Rates:
+        """Over the newest steps, without those of the warm-up where there are others."""
+        line = self.window.line()
+        return Rates(
+            self.seconds_per_step() or 0.0, line["samples_per_second"], line["tflops"], line["data_wait"],
+        )  # fmt: skip
+
+    def peak_share(self) -> float | None:
+        """Of what the card can do at the most; None where that is not known."""
+        return self.rates().tflops / self.peak_tflops if self.peak_tflops and self.step_seconds else None
+
+    def memory(self) -> tuple[int, int] | None:
+        """Bytes of the device that tensors took at the most so far, and all that it has; None without a device."""
+        if self.device.type != "cuda":
+            return None
+        self._read_device(self.host.phase)
+        peak = max(peak["allocated"] for peak in self.device_peaks.values())
+        return peak, torch.cuda.get_device_properties(self.device).total_memory
 
     def peaks(self) -> dict[str, Any]:
         """This rank's peaks so far, by phase and over all."""

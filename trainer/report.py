@@ -2,13 +2,63 @@
 
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
 from typing import Any
 
 from xflux_trainer import config as train_config
 from xflux_trainer import files, meter
+from xflux_trainer.errors import UserError
+from xflux_trainer.ranks import Ranks
 from xflux_trainer.run import Run
 from xflux_trainer.track import finite
+
+METRICS = "metrics.json"
+
+
+def take_over(output: Path, ranks: Ranks) -> None:
+    """The folder is this run's from here on: metrics.json says `starting`, and no longer what an earlier run wrote.
+
+    To be called as soon as the folder is there, by every rank; rank 0 writes. What the earlier run had written stays
+    under `earlier` until the first step. Raises `WriteError`.
+    """
+    if ranks.main:
+        files.write_json(output / METRICS, {**_start("starting", ranks), "earlier": _earlier(output / METRICS)})
+
+
+def failed_early(output: Path, ranks: Ranks, error: BaseException) -> None:
+    """The run ended before its first step, and had taken the folder over: say so, and why."""
+    if not ranks.main or _read(output / METRICS).get("status") != "starting":
+        return
+    seen = str(error) if isinstance(error, UserError) else type(error).__name__
+    told = {**_start("failed", ranks), "error": seen, "earlier": _read(output / METRICS).get("earlier")}
+    files.write_json(output / METRICS, told)
+
+
+def _start(status: str, ranks: Ranks) -> dict[str, Any]:
+    return {
+        "status": status,
+        "steps": 0,
+        "world_size": ranks.world_size,
+        "device": meter.device_name(ranks.device),
+        "versions": meter.versions(),
+    }
+
+
+def _earlier(path: Path) -> dict[str, Any] | None:
+    found = _read(path)
+    if found.get("status") in ("starting", "failed") and "earlier" in found:
+        return found["earlier"]  # a start that came to nothing had kept it
+    return found or None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def announce(run: Run) -> None:
@@ -40,7 +90,7 @@ def write_metrics(run: Run, status: str, after: dict[str, Any] | None = None, *,
     every = run.ranks.gather(own) if together else [own]
     if not run.ranks.main:
         return
-    progress, peaks = run.progress, meter.merge_peaks(every)
+    progress, peaks, rates = run.progress, meter.merge_peaks(every), run.meter.rates()
     heldout = None
     if run.heldout:
         heldout = {
@@ -52,7 +102,7 @@ def write_metrics(run: Run, status: str, after: dict[str, Any] | None = None, *,
             "of": run.config.heldout_dir or "the training images",
         }
     files.write_json(
-        run.output / "metrics.json",
+        run.output / METRICS,
         {
             "status": status,
             "steps": progress.step,
@@ -71,6 +121,10 @@ def write_metrics(run: Run, status: str, after: dict[str, Any] | None = None, *,
             },
             "heldout_loss": heldout,
             "seconds_per_step": run.meter.seconds_per_step(),
+            "samples_per_second": rates.samples,
+            "tflops": rates.tflops,
+            "peak_share": run.meter.peak_share(),
+            "data_wait": rates.waiting,
             "seconds_training": progress.seconds,
             "seconds_total": time.monotonic() - run.meter.started,
             "peak_device_bytes": peaks["device"],

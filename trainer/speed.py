@@ -1,0 +1,133 @@
+"""How fast a card is and how much a step asks of it: dense peaks by name, and the FLOPs of one image's step.
+
+Torch-free. A multiply and an add are two FLOPs; what is recomputed by gradient checkpointing counts, for it is done.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from xflux_trainer.settings import TrainConfig
+from xflux_trainer.spec import FluxSpec
+
+PEAKS: tuple[tuple[str, float], ...] = (
+    # TFLOP/s of dense bf16 with fp32 sums. NVIDIA's data sheets print twice as much, with sparsity.
+    ("GB300", 2500), ("B300", 2250),  # Blackwell Ultra data sheets
+    ("GB200", 2500), ("B200", 2250), ("B100", 1750),  # Blackwell architecture brief
+    ("GH200", 989.4),  # Grace Hopper data sheet
+    ("H200 NVL", 835.5), ("H200", 989.4),  # H200 data sheet: 1671 and 1979 with sparsity
+    ("H100 NVL", 835.5), ("H100 PCIE", 756.4), ("H100", 989.4),  # H100 data sheet: 1671, 1513, 1979 with sparsity
+    ("H800 PCIE", 756.4), ("H800", 989.4), ("H20", 148),
+    ("A100", 311.8), ("A800", 311.8), ("A30", 165), ("A40", 149.7), ("A10G", 70), ("A10", 125),  # data sheets
+    ("L40S", 362.05), ("L40", 181.05), ("L4", 121),  # data sheets
+    ("RTX PRO 6000 BLACKWELL WORKSTATION", 503.8), ("RTX 6000 ADA", 364.2), ("RTX 5000 ADA", 261.1),  # RTX papers
+    ("RTX A6000", 154.8), ("RTX A5000", 111.1), ("RTX A4000", 76.7),  # data sheets, halves of the sparse rate
+    ("RTX 5090", 209.5), ("RTX 5080", 112.6),  # RTX Blackwell architecture paper, appendix A
+    ("RTX 4090", 165.2), ("RTX 4080", 97.5),  # Ada architecture paper, appendix A
+    ("RTX 3090 TI", 80), ("RTX 3090", 71.2), ("RTX 3080", 59.5),  # GA102 architecture paper: half with fp32 sums
+)  # fmt: skip
+"""Names are looked for in this order, as whole words."""
+
+_OTHER = re.compile(r"LAPTOP|MAX-Q|\bMIG\b|\bD\b|-\d+[ABCQ]\b")
+"""Cut-down relatives that carry a listed card's name, and slices of a card: their peak is another."""
+
+
+def peak(name: str, precision: str) -> float | None:
+    """TFLOP/s that the card of that name can do at the most; None for one that is not known, and in fp32.
+
+    `precision` is the config's mixed_precision: fp16 is as fast as bf16 on all of these.
+    """
+    words = name.upper()
+    if precision == "no" or _OTHER.search(words):
+        return None
+    # Whole words: an L40S is no L40, but "A100-SXM4-80GB" is an A100; and a 4080 SUPER is no 4080.
+    return next((tflops for card, tflops in PEAKS if re.search(rf"\b{card}\b(?! (?:SUPER|TI)\b)", words)), None)
+
+
+def tokens_of(name: str, image_tokens: int, text_tokens: int) -> int:
+    """Tokens that go through the layer of that diffusers name; 1 for modulation and embeddings, once an image."""
+    if name.startswith("time_text_embed.") or re.search(r"\bnorm(1|1_context|_out)?\.linear\b", name):
+        return 1
+    if name.startswith("single_transformer_blocks."):
+        return image_tokens + text_tokens
+    return text_tokens if "context" in name or "add" in name.rpartition("attn.")[2] else image_tokens
+
+
+def step_flops(
+    config: TrainConfig, spec: FluxSpec, trained: Mapping[str, tuple[int, ...]], image_tokens: int, text_tokens: int
+) -> float:
+    """FLOPs of one image's forward and backward pass; `trained` are the trained parameters' shapes by name.
+
+    As if gradients went through every block: of a run that trains late blocks alone it is an upper bound. The
+    convolutions before a ControlNet (below 0.1 %) are left out.
+    """
+    again = 1 if config.gradient_checkpointing else 0
+    base = spec.step_flops(image_tokens, text_tokens, checkpointing=config.gradient_checkpointing)
+    products = sum(
+        2.0 * math.prod(shape) * tokens_of(name, image_tokens, text_tokens)
+        for name, shape in trained.items()
+        if len(shape) == 2
+    )
+    if config.mode == "finetune":
+        return base + products  # the weights' own gradients; forward and input gradients are in the base
+    own = products * (3 + again)
+    if config.mode == "controlnet":
+        # Its blocks attend as well. It stands beside the base, through which its gradients come.
+        blocks = len({tuple(name.split(".")[:2]) for name in trained if "transformer_blocks." in name})
+        own += blocks * (3.5 + again) * 4 * (image_tokens + text_tokens) ** 2 * spec.hidden
+    return base + own
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a run does at present."""
+
+    seconds: float
+    """A step's, the median."""
+    samples: float
+    """Images a second, of all ranks together."""
+    tflops: float
+    """TFLOP/s of this rank's card."""
+    waiting: float
+    """Share of a step's time in which there was no batch to train on."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    seconds: float
+    images: int
+    flops: float
+    waited: float
+
+
+class Window:
+    """The newest steps, and the rates over them together: images of different sizes cost different steps."""
+
+    def __init__(self, size: int = 100) -> None:
+        self._steps: deque[_Step] = deque(maxlen=size)
+
+    def add(self, seconds: float, images: int, flops: float, waited: float) -> dict[str, float]:
+        """One step: images of all ranks, FLOPs and seconds without a batch of this one. Returns the step's own line."""
+        step = _Step(max(seconds, 1e-9), images, flops, waited)
+        self._steps.append(step)
+        return {"seconds": seconds, **_line([step])}
+
+    def clear(self) -> None:
+        self._steps.clear()
+
+    def line(self) -> dict[str, float]:
+        """samples_per_second, tflops and data_wait over the window; noughts before the first step."""
+        return _line(list(self._steps))
+
+
+def _line(steps: list[_Step]) -> dict[str, float]:
+    seconds = sum(step.seconds for step in steps) or math.inf
+    return {
+        "samples_per_second": sum(step.images for step in steps) / seconds,
+        "tflops": sum(step.flops for step in steps) / seconds / 1e12,
+        "data_wait": sum(step.waited for step in steps) / seconds,
+    }
