@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xflux_trainer import config as train_config
 from xflux_trainer import files, meter
-from xflux_trainer.errors import UserError
+from xflux_trainer.errors import Interrupted, UserError
 from xflux_trainer.ranks import Ranks
-from xflux_trainer.run import Run
 from xflux_trainer.track import finite
+
+if TYPE_CHECKING:
+    from xflux_trainer.run import Run
 
 METRICS = "metrics.json"
 
@@ -29,10 +31,11 @@ def take_over(output: Path, ranks: Ranks) -> None:
 
 def failed_early(output: Path, ranks: Ranks, error: BaseException) -> None:
     """The run ended before its first step, and had taken the folder over: say so, and why."""
-    if not ranks.main or _read(output / METRICS).get("status") != "starting":
+    if not ranks.main or read(output / METRICS).get("status") != "starting":
         return
-    seen = str(error) if isinstance(error, UserError) else type(error).__name__
-    told = {**_start("failed", ranks), "error": seen, "earlier": _read(output / METRICS).get("earlier")}
+    seen = str(error) if isinstance(error, (UserError, Interrupted)) else type(error).__name__
+    status = "interrupted" if isinstance(error, Interrupted) else "failed"
+    told = {**_start(status, ranks), "error": seen, "earlier": read(output / METRICS).get("earlier")}
     files.write_json(output / METRICS, told)
 
 
@@ -47,13 +50,14 @@ def _start(status: str, ranks: Ranks) -> dict[str, Any]:
 
 
 def _earlier(path: Path) -> dict[str, Any] | None:
-    found = _read(path)
-    if found.get("status") in ("starting", "failed") and "earlier" in found:
+    found = read(path)
+    if found.get("status") in ("starting", "failed", "interrupted") and "earlier" in found:
         return found["earlier"]  # a start that came to nothing had kept it
     return found or None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
+    """metrics.json; nothing where there is none that can be read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -52,10 +52,10 @@ def write(samples: Path, *, final: bool) -> Path | None:
     return samples / NAME
 
 
-def set_aside(output: Path, after: int | None, place: Path | None) -> Path | None:
+def set_aside(output: Path, after: int | None) -> Path | None:
     """Move the samples of later steps (None: all) out of the way of a run that draws its own; nothing is deleted.
 
-    They go to `place`, where the checkpoints of that branch went, or to a `previous-N` of their own. Returns where.
+    They go where that branch's checkpoints went, or to a `previous-N` of their own. Returns where, or None.
     """
     old = [
         path
@@ -64,15 +64,16 @@ def set_aside(output: Path, after: int | None, place: Path | None) -> Path | Non
         if after is None or FINAL > step > after
     ]
     if not old:
-        return place
-    if place is None:
-        numbers = [int(p.name[9:]) for p in output.glob("previous-*") if p.name[9:].isdigit()]
-        place = output / f"previous-{1 + max(numbers, default=0)}"
+        return None
+    last = max((int(p.name[9:]) for p in output.glob("previous-*") if p.name[9:].isdigit()), default=0)
+    place = output / f"previous-{last}"
+    if not last or (place / "samples").exists():
+        place = output / f"previous-{last + 1}"
     with files.sentences(place):
-        (place / "samples").mkdir(parents=True, exist_ok=True)
+        (place / "samples").mkdir(parents=True)
         for path in old:
             path.rename(place / "samples" / path.name)
-    (output / "samples" / NAME).unlink(missing_ok=True)
+        (output / "samples" / NAME).unlink(missing_ok=True)
     return place
 
 

@@ -175,9 +175,10 @@ def test_samples_of_another_branch_are_put_aside(tmp_path: Path) -> None:
         paint(samples, f"step-{step:06d}", 0, "grey")
     paint(samples, "final", 0, "grey")
     sheet.write(samples, final=True)
-    assert sheet.set_aside(tmp_path, 6, None) is None
-    assert sheet.set_aside(tmp_path, 4, None) == tmp_path / "previous-1"
+    assert sheet.set_aside(tmp_path, 6) is None
+    (tmp_path / "previous-1").mkdir()  # where the branch's checkpoints are
+    assert sheet.set_aside(tmp_path, 4) == tmp_path / "previous-1"
     assert [path.name for path in (tmp_path / "previous-1" / "samples").iterdir()] == ["step-000006-0.png"]
     assert {path.name for path in samples.iterdir()} == {"step-000002-0.png", "step-000004-0.png", "final-0.png"}
-    assert sheet.set_aside(tmp_path, None, tmp_path / "previous-1") == tmp_path / "previous-1"
+    assert sheet.set_aside(tmp_path, None) == tmp_path / "previous-2"
     assert list(samples.iterdir()) == []
