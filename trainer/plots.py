@@ -17,7 +17,7 @@ from xflux_trainer.track import Smooth, read_lines
 NAME = "loss.svg"
 WIDTH, PANEL = 860, 300
 """Pixels: of the picture, and of one panel's height."""
-LEFT, RIGHT, TOP, BOTTOM = 64, 16, 34, 30
+LEFT, RIGHT, TOP, BOTTOM = 64, 24, 34, 30
 """Pixels around a panel's axes."""
 POINTS = 1500
 """More steps than these are drawn as the means of their neighbours: more would not be seen."""
