@@ -48,7 +48,7 @@ def draw_samples(config: TrainConfig, adapter: Path | None, image: Path | None, 
         if adapter:
             lora.attach_file(transformer, adapter)
         places = [_place(config, image, number, len(texts)) for number in range(len(texts))]
-        work = [Prompt(k, text, place) for k, (text, place) in enumerate(zip(texts, places))]  # noqa: B905
+        work = [Prompt(k, *one) for k, one in enumerate(zip(texts, places, prompts))]  # noqa: B905
         sample.draw(Velocity(transformer, guidance=spec.guidance_embeds), spec, config, base, ranks, work)
         ranks.say(f"sample images: {', '.join(str(place) for place in places)}")
     finally:

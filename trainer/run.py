@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
-from xflux_trainer import cache, checkpoint, files, lora, model, optim
+from xflux_trainer import cache, checkpoint, files, hub, lora, model, optim, report
 from xflux_trainer.cache import Entry
 from xflux_trainer.checkpoint import Progress
 from xflux_trainer.config import TrainConfig
@@ -50,15 +50,18 @@ class Run:
 
 def prepare(config: TrainConfig, notes: tuple[str, ...], ranks: Ranks, gauge: Meter) -> Run:
     """From files to a run that can take its first step."""
-    said = list(notes)
+    said = [*notes, *filter(None, [hub.foresee(config)])]
     problem: UserError | None = None
     output = Path(config.output_dir)
     try:  # what only one rank may find is told to all: the others must not wait for it
+        if (output / report.METRICS).exists():
+            report.take_over(output, ranks)
         sets, heldout_dir, ignored = find_sets(config)
         said += ignored
         files.make_folder(output)
         if ranks.main:
             files.remove_leftovers(output)
+        report.take_over(output, ranks)
         base = model.resolve(config.base_model)
         spec = model.read_spec(base)
         # Asked again of the model itself; but here nothing has been encoded or loaded yet.

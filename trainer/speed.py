@@ -5,10 +5,11 @@ Torch-free. A multiply and an add are two FLOPs; what is recomputed by gradient 
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from xflux_trainer.settings import TrainConfig
@@ -80,6 +81,11 @@ def step_flops(
         blocks = len({tuple(name.split(".")[:2]) for name in trained if "transformer_blocks." in name})
         own += blocks * (3.5 + again) * 4 * (image_tokens + text_tokens) ** 2 * spec.hidden
     return base + own
+
+
+def costs(config: TrainConfig, spec: FluxSpec, trained: Mapping[str, tuple[int, ...]]) -> Callable[[int, int], float]:
+    """`step_flops` of image and text tokens, reckoned once for each size: a step has no milliseconds for it."""
+    return functools.cache(lambda image, text: step_flops(config, spec, trained, image, text))
 
 
 @dataclass(frozen=True)

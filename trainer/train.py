@@ -9,9 +9,24 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import torch
-from xflux_trainer import cache, checkpoint, evaluate, flow, lora, lora_files, meter, optim, sample
+from torch import Tensor
+from xflux_trainer import (
+    cache,
+    card,
+    checkpoint,
+    deterministic,
+    evaluate,
+    flow,
+    hub,
+    lora_files,
+    meter,
+    optim,
+    report,
+    sample,
+    speed,
+)
 from xflux_trainer.checkpoint import Progress
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.encoders import free
@@ -22,24 +37,37 @@ from xflux_trainer.report import announce, write_metrics
 from xflux_trainer.run import Run, prepare
 from xflux_trainer.sample import Prompt
 from xflux_trainer.signals import Stop
-from xflux_trainer.track import Lines, Terminal, Tracker
+from xflux_trainer.watch import Watch
 
 
 def train(config: TrainConfig, notes: tuple[str, ...], stop: Stop) -> None:
     """Train as the config says. Raises `UserError` for what a user can mend, `Interrupted` after a signal."""
+    with deterministic.kernels(config):
+        main, results = _train(config, notes, stop)
+    # The other ranks have gone: nobody waits for an upload in a collective.
+    if config.push_to_hub and main:
+        pushed = hub.push(Path(config.output_dir), config, results)
+        print(pushed.text if pushed.done else f"note: {pushed.text}", flush=True)
+
+
+def _train(config: TrainConfig, notes: tuple[str, ...], stop: Stop) -> tuple[bool, list[Path]]:
+    """All but the upload. Returns whether this is rank 0, and the files that are the run's result."""
     ranks = Ranks(Launch.read(os.environ))
     gauge = Meter(ranks.device)
     gauge.start()
     ranks.join()
     run: Run | None = None
+    watch: Watch | None = None
+    results: list[Path] = []
     alone = False
     try:
         run = prepare(config, notes, ranks, gauge)
         announce(run)
         stop.defer()
-        signum = _loop(run, stop)
+        watch = _watch(run)
+        signum = _loop(run, watch, stop)
         if not signum:
-            signum = _finish(run, stop)
+            signum, results = _finish(run, watch, stop)
         if signum:
             write_metrics(run, "interrupted")
             raise Interrupted(signum)
@@ -48,48 +76,64 @@ def train(config: TrainConfig, notes: tuple[str, ...], stop: Stop) -> None:
         if run and ranks.main and not isinstance(error, Interrupted):
             with suppress(UserError):
                 write_metrics(run, "failed", together=False)
+        elif not run:
+            with suppress(UserError):
+                report.failed_early(Path(config.output_dir), ranks, error)
         traceback.clear_frames(error.__traceback__)  # they hold the model, see below
         raise
     finally:
         gauge.host.stop()
+        if watch:
+            watch.close()
         # DDP goes before the process group that it talks through: the other way round, torch 2.13 waits for ever.
-        run = None
+        run = watch = None
         free()
         # A rank with an error of its own goes at once, and the launcher ends the others: taking the group down
         # while they are inside a collective would make both wait for ever under NCCL.
         if not alone:
             ranks.leave()
+    return ranks.main, results
 
 
-def _loop(run: Run, stop: Stop) -> int:
+def _watch(run: Run) -> Watch | None:
+    """Rank 0's; what it cannot write ends all ranks."""
+    made: list[Watch] = []
+    run.ranks.together(lambda: made.append(Watch(run)) if run.ranks.main else None)
+    return made[0] if made else None
+
+
+def _loop(run: Run, watch: Watch | None, stop: Stop) -> int:
     """All steps from where the run stands to its end. Returns the signal that ended it before, or 0."""
     config, ranks, gauge, progress = run.config, run.ranks, run.meter, run.progress
-    tracker = Tracker(config) if ranks.main else None
-    for note in tracker.notes if tracker else ():
-        ranks.say(f"note: {note}")
-        run.notes.append(note)
-    lines = Lines(run.output / "metrics.jsonl", progress.step) if ranks.main else None
-    terminal = Terminal(run.total)
+    gauge.peak_tflops = speed.peak(meter.device_name(ranks.device), config.mixed_precision)
+    cost = speed.costs(config, run.spec, run.stepper.shapes())
+    images = config.train_batch_size * ranks.world_size * run.accumulation
     if run.heldout and progress.heldout_before is None:
-        with gauge.phase("train"):
-            progress.heldout_before = evaluate.heldout_loss(run.velocity, config, run.heldout, ranks)
+        progress.heldout_before = _heldout(run, watch)
     written = time.monotonic()
     trouble: UserError | None = None
-    reader = ThreadPoolExecutor(1)  # one batch is read while the one before it is trained on
+    reader = ThreadPoolExecutor(1)  # one batch is read, and its noise drawn, while the one before it is trained on
+    draws = flow.Draws(config, run.spec, ranks.world_size * run.accumulation, progress.step, progress.batches)
     number = progress.batches + ranks.rank
-    ahead = reader.submit(_read, run, number)
+    ahead = reader.submit(_read, run, draws, number)
     try:
         while progress.step < run.total:
             rate = optim.learning_rate(config, progress.step, run.total)
             started = time.perf_counter()
+            waited = flops = 0.0
             with gauge.phase("train"):
                 run.stepper.begin(rate)
                 loss = 0.0
                 for k in range(run.accumulation):
-                    batch, number = ahead.result(), number + ranks.world_size
-                    ahead = reader.submit(_read, run, number)
+                    asked = time.perf_counter()
+                    batch, drawn = ahead.result()
+                    waited += time.perf_counter() - asked
+                    number += ranks.world_size
+                    ahead = reader.submit(_read, run, draws, number)
                     with run.stepper.micro(last=k == run.accumulation - 1):
-                        loss += _micro_step(run, batch, number - ranks.world_size)
+                        loss += _micro_step(run, batch, drawn)
+                    size, tokens, _ = drawn.eps.shape
+                    flops += size * cost(tokens, batch.text.shape[1])
                 norm = run.stepper.step()
             # One exchange a step: the mean loss, whether a rank could not write, and whether one was told to stop.
             loss_sum, troubled, *told = ranks.total(
@@ -98,17 +142,14 @@ def _loop(run: Run, stop: Stop) -> int:
             if troubled:
                 ranks.agree(trouble)
             loss, signum = loss_sum / ranks.world_size, stop.first(told)
-            gauge.step_seconds.append(time.perf_counter() - started)
+            line = gauge.book(time.perf_counter() - started, images, flops, waited)
             progress.step += 1
             progress.batches += run.accumulation * ranks.world_size
             progress.seconds += gauge.step_seconds[-1]
             _book(progress, loss)
-            values = {"loss": loss, "learning_rate": rate, "grad_norm": norm, "seconds": gauge.step_seconds[-1]}
-            if lines and tracker:
-                terminal.step(progress.step, loss, rate, norm, gauge.seconds_per_step() or 0.0)
+            if watch:
                 try:
-                    lines.write({"step": progress.step, **values})
-                    tracker.log(values, progress.step)
+                    watch.step(progress.step, {"loss": loss, "learning_rate": rate, "grad_norm": norm, **line})
                     if time.monotonic() - written > 10:
                         written = time.monotonic()
                         write_metrics(run, "running", together=False)
@@ -123,33 +164,45 @@ def _loop(run: Run, stop: Stop) -> int:
             if signum or last or progress.step % config.checkpointing_steps == 0:
                 state = run.stepper.state()
                 checkpoint.save_checkpoint(run.output, state, progress, config, ranks, meter.versions())
+                ranks.together(lambda: watch.plot() if watch else None)
             if signum and not last:
                 return signum
+            if run.heldout and not last and progress.step % evaluate.interval(config, len(run.heldout), images) == 0:
+                _heldout(run, watch)
             if config.sample_every and not last and progress.step % config.sample_every == 0:
-                _draw(run, f"step-{progress.step:06d}")
+                _draw(run, f"step-{progress.step:06d}", watch)
         ranks.agree(trouble)
     finally:
         reader.shutdown(cancel_futures=True)
-        if lines and tracker:
-            lines.close()
-            tracker.close()
     return 0
 
 
-def _read(run: Run, number: int) -> cache.Batch:
-    return cache.read_batch([run.entries[image] for image in run.order[number]])
+class _Drawn(NamedTuple):
+    eps: Tensor
+    t: Tensor
 
 
-def _micro_step(run: Run, batch: cache.Batch, number: int) -> float:
-    """Forward and backward of one batch; its noise depends on the batch's number, not on who trains on it."""
-    config = run.config
-    dice = lora.generator("train", config.seed, number)
-    x_0 = flow.pack(batch.latents)
-    t = flow.sample_t(len(x_0), flow.training_mu(config, run.spec, x_0.shape[1]), config.timestep_sampling, dice)
-    eps = torch.randn(x_0.shape, generator=dice)
-    loss = evaluate.velocity_loss(run.stepper, config, batch, eps, t, run.ranks.device).mean()
+def _read(run: Run, draws: flow.Draws, number: int) -> tuple[cache.Batch, _Drawn]:
+    """The batch of that number, and its noise and times: in the reader's thread, while another is trained on."""
+    batch = cache.read_batch([run.entries[image] for image in run.order[number]])
+    b, c, h, w = batch.latents.shape
+    return batch, _Drawn(*draws.draw(number, (b, h // 2 * (w // 2), 4 * c)))
+
+
+def _micro_step(run: Run, batch: cache.Batch, drawn: _Drawn) -> float:
+    """Forward and backward of one batch."""
+    loss = evaluate.velocity_loss(run.stepper, run.config, batch, drawn.eps, drawn.t, run.ranks.device).mean()
     run.stepper.backward(loss)
     return float(loss.detach())
+
+
+def _heldout(run: Run, watch: Watch | None) -> dict[str, Any]:
+    """Measured by all ranks, written by rank 0."""
+    sharded = run.stepper.strategy in evaluate.SHARDED
+    with run.meter.phase("train"):
+        found = evaluate.heldout_loss(run.velocity, run.config, run.heldout, run.ranks, sharded=sharded)
+    run.ranks.together(lambda: watch.heldout(run.progress.step, found) if watch else None)
+    return found
 
 
 def _book(progress: Progress, loss: float) -> None:
@@ -166,8 +219,11 @@ def _diverged(step: int, loss: float) -> UserError:
     )
 
 
-def _finish(run: Run, stop: Stop) -> int:
-    """After the last step: the adapter, the held-out loss, the samples, the metrics. Returns a signal, or 0."""
+def _finish(run: Run, watch: Watch | None, stop: Stop) -> tuple[int, list[Path]]:
+    """After the last step: the adapter, the held-out loss, the samples, the metrics, the plot and the card.
+
+    Returns a signal, or 0, and the files that are the run's result.
+    """
     ranks = run.ranks
     weights = run.stepper.state().weights
     paths: list[Path] = []
@@ -179,24 +235,38 @@ def _finish(run: Run, stop: Stop) -> int:
             problem = error
     ranks.agree(problem)
     ranks.say(f"the adapter is in {' and '.join(map(str, paths))}")
-    after = None
-    if run.heldout:
-        with run.meter.phase("train"):
-            after = evaluate.heldout_loss(run.velocity, run.config, run.heldout, ranks)
+    after = _heldout(run, watch) if run.heldout else None
     if after and run.progress.heldout_before:
         before = run.progress.heldout_before["mean"]
         ranks.say(f"held-out loss {before:.4f} before, {after['mean']:.4f} after ({after['mean'] / before - 1:+.1%})")
     if signum := stop.first(ranks.total(stop.flags())):
-        return signum  # all that matters is saved
+        return signum, []  # all that matters is saved
     if not run.config.disable_sampling:
-        _draw(run, "final")
+        _draw(run, "final", watch)
     write_metrics(run, "finished", after)
-    return 0
+    ranks.together(lambda: _last_files(run, watch, paths) if watch else None)
+    return 0, paths
 
 
-def _draw(run: Run, stem: str) -> None:
-    folder = run.output / "samples"
-    prompts = [Prompt(k, text, folder / f"{stem}-{k}.png") for k, text in enumerate(run.prompts)]
+def _last_files(run: Run, watch: Watch, results: list[Path]) -> None:
+    watch.plot()
+    card.write(run.output, run.config, report.read(run.output / report.METRICS), results)
+
+
+def _draw(run: Run, stem: str, watch: Watch | None) -> None:
+    folder, config = run.output / "samples", run.config
+    said = config.sample_prompts or ("",) * len(run.prompts)
+    prompts = [
+        Prompt(k, text, folder / f"{stem}-{k}.png", said[k], _condition(run, k)) for k, text in enumerate(run.prompts)
+    ]
+    sharded = run.stepper.strategy in evaluate.SHARDED
     with run.meter.phase("sample"):
-        sample.draw(run.velocity, run.spec, run.config, run.base, run.ranks, prompts)
-    run.ranks.say(f"sample images: {', '.join(str(prompt.image) for prompt in prompts)}")
+        sample.draw(run.velocity, run.spec, config, run.base, run.ranks, prompts, sharded=sharded)
+    paths, final = [prompt.image for prompt in prompts], stem == "final"
+    run.ranks.together(lambda: watch.images(run.progress.step, paths, final=final) if watch else None)
+    run.ranks.say(f"sample images: {', '.join(map(str, paths))}")
+
+
+def _condition(run: Run, number: int) -> cache.Entry | None:
+    """What a ControlNet is shown: the first images' conditions, one a prompt."""
+    return run.entries[number % len(run.entries)] if run.config.mode == "controlnet" else None

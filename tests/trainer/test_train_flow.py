@@ -232,21 +232,30 @@ def test_the_logit_normal_s_two_ways_are_one_distribution() -> None:
 
 def test_noise_and_time_follow_from_the_batch_s_number(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each batch has its own, whoever trains on it; the shift is that of its own count of tokens."""
-    drawn: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def loss(_model: object, _config: object, _batch: Batch, eps: torch.Tensor, t: torch.Tensor, _: object) -> object:
-        drawn.append((eps, t))
-        return torch.ones(len(t))
-
-    monkeypatch.setattr(evaluate, "velocity_loss", loss)
+    monkeypatch.setattr(train.cache, "read_batch", lambda images: batch(len(images)))
     config = TrainConfig(img_dir="x", seed=3, timestep_sampling="logit_normal")
-    stepper, ranks = SimpleNamespace(backward=lambda _: None), Ranks(Launch(use_cpu=True))
-    run = SimpleNamespace(config=config, spec=FLUX_DEV, stepper=stepper, ranks=ranks)
-    for number in (0, 1, 0):
-        train._micro_step(run, batch(2), number)  # type: ignore[arg-type]
-    (eps, t), (other_eps, other_t), again = drawn
+    run = SimpleNamespace(order=[[0, 1], [2, 3]], entries=range(4))
+    draws = flow.Draws(config, FLUX_DEV, per_step=1)
+    (_, (eps, t)), (_, (other_eps, other_t)), (_, again) = (train._read(run, draws, n) for n in (0, 1, 0))  # type: ignore[arg-type]
     assert not torch.equal(eps, other_eps) and not torch.equal(t, other_t)
     assert torch.equal(eps, again[0]) and torch.equal(t, again[1])
     dice = lora.generator("train", 3, 0)
     assert torch.equal(t, flow.sample_t(2, shift_mu(4 * 6), "logit_normal", dice))
+    assert torch.equal(eps, torch.randn(2, 24, 64, generator=dice))
     assert not torch.equal(t, flow.sample_t(2, shift_mu(4 * 6), "uniform", lora.generator("train", 3, 0)))
+
+
+def test_the_loss_is_taken_at_the_noise_and_times_that_were_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+
+    def loss(_model: object, _config: object, _batch: Batch, eps: torch.Tensor, t: torch.Tensor, _: object) -> object:
+        seen.extend([eps, t])
+        return torch.tensor([1.0, 3.0])
+
+    monkeypatch.setattr(evaluate, "velocity_loss", loss)
+    told: list[float] = []
+    stepper = SimpleNamespace(backward=lambda value: told.append(float(value)))
+    run = SimpleNamespace(config=CONFIG, stepper=stepper, ranks=Ranks(Launch(use_cpu=True)))
+    drawn = train._Drawn(torch.zeros(2, 24, 64), torch.zeros(2))
+    assert train._micro_step(run, batch(2), drawn) == 2.0  # type: ignore[arg-type]
+    assert told == [2.0] and seen[0] is drawn.eps and seen[1] is drawn.t

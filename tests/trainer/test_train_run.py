@@ -14,7 +14,7 @@ pytest.importorskip("peft")
 
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from trainer_kit import DEMO, keep_signals, losses, metrics, put, squares, tiny_flux, write_config  # noqa: E402
+from trainer_kit import DEMO, keep_signals, losses, metrics, png, put, squares, tiny_flux, write_config  # noqa: E402
 from xflux_trainer import checkpoint, cli, lora, sample  # noqa: E402
 from xflux_trainer.config import TrainConfig, load  # noqa: E402
 from xflux_trainer.encoders import ImageCodec, TextEncoders  # noqa: E402
@@ -47,13 +47,14 @@ def test_what_a_run_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "\x1b" not in said  # not a terminal: plain lines
     assert {path.name for path in out.iterdir()} == {
         "cache", "logs", "samples", "checkpoint-2", "checkpoint-4", "config.yaml", "metrics.json", "metrics.jsonl",
-        lora.ADAPTER_FILE, "lora.safetensors",
+        "heldout.jsonl", "loss.svg", "README.md", lora.ADAPTER_FILE, "lora.safetensors",
     }  # fmt: skip
     assert load(out / "config.yaml") == load(path)
     assert len(list((out / "logs").glob("events*"))) == 1
     from PIL import Image
 
     names = {image.name for image in (out / "samples").iterdir()}
+    names.remove("contact-sheet.png")
     assert names == {"step-000002-0.png", "step-000002-1.png", "final-0.png", "final-1.png"}
     assert {Image.open(out / "samples" / name).size for name in names} == {(64, 48)}
 
@@ -64,7 +65,12 @@ def test_what_a_run_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert told["loss"]["mean"] == pytest.approx(sum(losses(out)) / 4)
     assert told["heldout_loss"]["after"] < told["heldout_loss"]["before"]
     assert set(told["heldout_loss"]["before_by_time"]) == {"0.1", "0.3", "0.5", "0.7", "0.9"}
-    assert told["seconds_per_step"] > 0
+    assert told["seconds_per_step"] > 0 and told["tflops"] > 0 and 0 <= told["data_wait"] < 1
+    assert told["samples_per_second"] == pytest.approx(4 / told["seconds_per_step"], rel=0.5)
+    held = [json.loads(line) for line in (out / "heldout.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in held] == [0, 4]
+    assert held[1]["by_time"] == told["heldout_loss"]["after_by_time"]
+    assert "samples/final-1.png" in (out / "README.md").read_text()
     assert set(told["peak_host_bytes"]) >= {"cache", "load", "train", "sample", "overall"}
     assert told["peak_host_bytes"]["overall"] == max(told["peak_host_bytes"].values()) > 50e6
     assert told["versions"]["torch"] == torch.__version__
@@ -162,7 +168,7 @@ def test_samples_do_not_change_the_training(tmp_path: Path) -> None:
     shared = {"output_dir": str(tmp_path / "b"), "heldout_samples": 2}
     small = {"sample_width": 64, "sample_height": 64, "sample_steps": 1}
     run(write_config(tmp_path, disable_sampling=False, sample_every=1, **small, **shared))
-    assert len(list((tmp_path / "b" / "samples").iterdir())) == 4
+    assert len(list((tmp_path / "b" / "samples").glob("*-0.png"))) == 4
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
     a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -181,6 +187,26 @@ def test_settings_have_their_effect(tmp_path: Path, changes: dict) -> None:
     shared = {"output_dir": str(tmp_path / "b"), "max_train_steps": 2}
     run(write_config(tmp_path, **shared, **changes))
     assert losses(tmp_path / "a") != losses(tmp_path / "b")
+
+
+def test_a_start_that_fails_says_so_over_an_earlier_end(tmp_path: Path) -> None:
+    path = write_config(tmp_path, max_train_steps=1)
+    run(path)
+    assert metrics(tmp_path / "out")["status"] == "finished"
+    put(tmp_path / "images", "broken.png", "half a square", png()[:60])
+    assert cli.main(["train", "--config", str(write_config(tmp_path, max_train_steps=1))]) == 1
+    told = metrics(tmp_path / "out")
+    assert (told["status"], told["earlier"]["status"]) == ("failed", "finished")
+    assert "broken.png" in told["error"]
+
+
+def test_stratified_and_deterministic_runs_repeat_and_resume(tmp_path: Path) -> None:
+    more = {"stratified_timesteps": True, "deterministic": True, "train_batch_size": 2, "checkpointing_steps": 2}
+    run(write_config(tmp_path, output_dir=str(tmp_path / "a"), **more))
+    run(write_config(tmp_path, output_dir=str(tmp_path / "b"), max_train_steps=2, **more))
+    run(write_config(tmp_path, output_dir=str(tmp_path / "b"), resume_from_checkpoint="latest", **more))
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_epochs_instead_of_steps(tmp_path: Path) -> None:
@@ -308,7 +334,8 @@ def test_every_line_of_metrics_has_its_step(tmp_path: Path) -> None:
     run(write_config(tmp_path))
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    assert all(set(line) == {"step", "loss", "learning_rate", "grad_norm", "seconds"} for line in lines)
+    named = {"step", "loss", "learning_rate", "grad_norm", "seconds", "samples_per_second", "tflops", "data_wait"}
+    assert all(set(line) == named for line in lines)
 
 
 def test_heldout_images_inside_the_training_folder_are_not_trained_on(

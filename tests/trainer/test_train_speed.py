@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.spec import FLUX_DEV, is_target
-from xflux_trainer.speed import Window, peak, step_flops, tokens_of
+from xflux_trainer.speed import Window, costs, peak, step_flops, tokens_of
 
 CONFIG = TrainConfig("x", gradient_checkpointing=False)
 
@@ -102,6 +102,7 @@ def test_a_controlnet_adds_its_own_passes_to_those_through_the_base() -> None:
     block = {f"transformer_blocks.{k}.attn.to_q.weight": (3072, 3072) for k in range(2)}
     got = step_flops(config, FLUX_DEV, block | {"input_hint_block.0.weight": (16, 3, 3, 3)}, 4096, 512)
     products, attention = 2 * 2.0 * 3072**2 * 4096, 2 * 4.0 * 4608**2 * 3072
+    assert costs(config, FLUX_DEV, block)(4096, 512) == got
     assert got == pytest.approx(171.1e12 + 3 * products + 3.5 * attention, rel=1e-3)
 
 
