@@ -1,48 +1,49 @@
-"""AdamW on the adapters: alone or under DDP here, inside DeepSpeed's engine in `zero`.
+"""One optimizer step: alone or under DDP here, inside DeepSpeed's engine in `zero`, sharded by FSDP in `fsdp`.
 
-Both kinds give and take the same values: fp32 weights and Adam's moments by parameter name. A checkpoint does
-not show which of them wrote it.
+All kinds give and take the same values: weights in fp32 where they are held so, and AdamW's moments, by parameter name.
+A checkpoint of theirs does not show which of them wrote it.
 """
 
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from xflux_trainer import optimizers, slots
+from xflux_trainer.averages import Averages
+from xflux_trainer.backward import BackwardSteps, coefficient
 from xflux_trainer.config import TrainConfig
+from xflux_trainer.errors import Unsupported
+from xflux_trainer.lossscale import LossScale
+from xflux_trainer.optimizers import MOMENTS, adamw
 from xflux_trainer.ranks import Ranks
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+__all__ = ["MOMENTS", "Piece", "PlainStepper", "Read", "Stepper", "adamw", "learning_rate"]
 
-
-@dataclass
-class State:
-    """What AdamW knows, on the host: fp32 weights, both moments, and the number of steps taken."""
-
-    weights: dict[str, Tensor]
-    moments: dict[str, dict[str, Tensor]]
-    steps: int
-    scale: float | None = None
-    """fp16's loss scale."""
+Piece = dict[str, Tensor]
+"""What is saved of one trained parameter: `weight`, the optimizer's tensors, `ema`, `compensation`."""
+Read = Callable[[str], Piece]
 
 
 class Stepper(Protocol):
-    """One optimizer step, whoever carries it out. `state` and `load` are called by every rank."""
+    """One optimizer step, whoever carries it out. Every rank calls every method."""
 
     strategy: str
 
-    def __call__(self, *args: Any) -> Tensor: ...
+    def __call__(self, *args: Any, **more: Any) -> Tensor: ...
     def begin(self, learning_rate: float) -> None: ...
-    def micro(self, last: bool) -> Any: ...
+    def micro(self, last: bool) -> AbstractContextManager[Any]: ...
     def backward(self, loss: Tensor) -> None: ...
     def step(self) -> float: ...
     def shapes(self) -> dict[str, tuple[int, ...]]: ...
-    def state(self) -> State: ...
-    def load(self, state: State) -> None: ...
+    def pieces(self) -> Iterator[tuple[str, Piece]]: ...
+    def scalars(self) -> dict[str, float]: ...
+    def load(self, read: Read, scalars: dict[str, float]) -> None: ...
+    def averaged(self) -> AbstractContextManager[Any]: ...
 
 
 def learning_rate(config: TrainConfig, step: int, total: int) -> float:
@@ -59,90 +60,175 @@ def learning_rate(config: TrainConfig, step: int, total: int) -> float:
     return config.learning_rate * falling
 
 
-def adamw(adapters: dict[str, nn.Parameter], config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        list(adapters.values()),
-        lr=config.learning_rate,  # every step sets its own
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.adam_weight_decay,
-        fused=device.type == "cuda",
-    )
-
-
 class PlainStepper:
-    """One process, or several under DDP."""
+    """One process, or several under DDP, each with all trained weights and the whole optimizer."""
 
     def __init__(
-        self, module: nn.Module, adapters: dict[str, nn.Parameter], config: TrainConfig, ranks: Ranks, accumulation: int
+        self, module: nn.Module, trained: dict[str, nn.Parameter], config: TrainConfig, ranks: Ranks, accumulation: int
     ) -> None:
         self.strategy = "ddp" if ranks.world_size > 1 else "single"
-        self._adapters = adapters
+        _refuse(config, self.strategy, accumulation)
+        self._main = ranks.main
+        self._trained = trained
         self._accumulation = accumulation
         self._max_norm = config.max_grad_norm
-        self._optimizer = adamw(adapters, config, ranks.device)
-        self._scaler = (
-            torch.amp.GradScaler(ranks.device.type) if config.mixed_precision == "fp16" else None  # type: ignore[attr-defined]
+        self._steps = 0
+        self._scale = LossScale() if config.mixed_precision == "fp16" else None
+        # Adapters are hundreds of small tensors, which one fused call steps together.
+        self._together = not config.step_in_backward and all(
+            slots.weight_update(config, weight.dtype) == "fp32" for weight in trained.values()
         )
-        self._model = module
-        if ranks.world_size > 1:
-            ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-            self._model = nn.parallel.DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
+        self._slots, self._optimizers = slots.make(trained, config, ranks.device, together=self._together)
+        self._averages = Averages(trained, config.ema_decay)
+        self._in_backward: BackwardSteps | None = None
+        if config.step_in_backward:
+            by_weight = {slot.weight: slot for slot in self._slots}
+            self._in_backward = BackwardSteps(
+                trained.values(),
+                config.backward_clip,
+                config.max_grad_norm,
+                lambda weight, grad, factor: self._take(by_weight[weight], grad, factor),
+            )
+        self._model = _distribute(module, trained, ranks) if ranks.world_size > 1 else module
 
-    def __call__(self, *args: Any) -> Tensor:
-        v: Tensor = self._model(*args)
+    def __call__(self, *args: Any, **more: Any) -> Tensor:
+        v: Tensor = self._model(*args, **more)
         return v
 
-    def micro(self, last: bool) -> Any:
+    def micro(self, last: bool) -> AbstractContextManager[Any]:
         """Around forward and backward: gradients are exchanged once, in the last pass of a step."""
         if last or not isinstance(self._model, nn.parallel.DistributedDataParallel):
             return nullcontext()
-        return self._model.no_sync()
-
-    def backward(self, loss: Tensor) -> None:
-        loss = loss / self._accumulation
-        (self._scaler.scale(loss) if self._scaler else loss).backward()
+        quiet: AbstractContextManager[Any] = self._model.no_sync()
+        return quiet
 
     def begin(self, learning_rate: float) -> None:
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+        for optimizer in self._optimizers:
+            optimizers.set_rate(optimizer, learning_rate)
+
+    def backward(self, loss: Tensor) -> None:
+        if self._in_backward:
+            self._steps += 1  # the number of the step that is being taken
+            self._steps -= not self._in_backward.run(loss)
+            return
+        loss = loss / self._accumulation
+        (loss * self._scale.scale if self._scale else loss).backward()
 
     def step(self) -> float:
-        """Returns the gradients' global norm before clipping."""
-        if self._scaler:
-            self._scaler.unscale_(self._optimizer)
-        limit = self._max_norm or math.inf
-        norm = float(nn.utils.clip_grad_norm_(list(self._adapters.values()), limit))
-        if self._scaler:
-            self._scaler.step(self._optimizer)
-            self._scaler.update()
-        else:
-            self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        """Returns the gradients' global norm before clipping. Where it is not finite no step is taken."""
+        if self._in_backward:
+            return self._in_backward.norm
+        grads = [weight.grad for weight in self._trained.values() if weight.grad is not None]
+        down = 1 / self._scale.scale if self._scale else 1.0
+        norm = self._clip(grads, down) if self._together else global_norm(grads) * down
+        if self._scale:
+            self._scale.update(overflow=not math.isfinite(norm))
+        if math.isfinite(norm):
+            self._steps += 1
+            if self._together:
+                with optimizers.quietly(self._optimizers[0], self._slots[0].weight.device):
+                    self._optimizers[0].step()
+                for slot in self._slots:
+                    self._averages.update(slot.name, slot.value(), self._steps)
+            else:
+                factor = coefficient(norm, self._max_norm) * down
+                for slot in self._slots:
+                    if slot.weight.grad is not None:
+                        self._take(slot, slot.weight.grad, factor)
+                        slot.weight.grad = None
+        for weight in self._trained.values():
+            weight.grad = None
         return norm
 
+    def _clip(self, grads: list[Tensor], down: float) -> float:
+        """Bring gradients in fp32 back to their scale, and below the global norm, where they are."""
+        if self._scale:
+            torch._foreach_mul_(grads, down)
+        return float(nn.utils.clip_grad_norm_(list(self._trained.values()), self._max_norm or math.inf))
+
+    def _take(self, slot: slots.Slot, grad: Tensor, factor: float | Tensor) -> None:
+        slot.step(grad, factor, self._steps)
+        self._averages.update(slot.name, slot.value(), self._steps)
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(parameter.shape) for name, parameter in self._adapters.items()}
+        return {name: tuple(parameter.shape) for name, parameter in self._trained.items()}
 
-    def state(self) -> State:
-        weights, moments, steps = {}, {}, 0
-        for name, parameter in self._adapters.items():
-            weights[name] = parameter.detach().float().cpu().clone()
-            held = self._optimizer.state.get(parameter, {})
-            if held:
-                moments[name] = {key: held[key].float().cpu().clone() for key in MOMENTS}
-                steps = int(held["step"])
-        return State(weights, moments, steps, self._scaler.get_scale() if self._scaler else None)
+    def pieces(self) -> Iterator[tuple[str, Piece]]:
+        """Every parameter's piece on the host of rank 0, one after the other; all ranks hold the same."""
+        for slot in self._slots:
+            if not self._main:
+                yield slot.name, {}
+                continue
+            piece, average = slot.piece(), self._averages.get(slot.name)
+            if average is not None:
+                piece["ema"] = average.to("cpu", copy=True)
+            yield slot.name, piece
 
-    def load(self, state: State) -> None:
-        for name, parameter in self._adapters.items():
-            with torch.no_grad():
-                parameter.copy_(state.weights[name])
-            if name in state.moments:
-                held = {key: state.moments[name][key].to(parameter.device) for key in MOMENTS}
-                # Fused AdamW counts on the device, the other kinds on the host.
-                place = parameter.device if parameter.device.type == "cuda" else torch.device("cpu")
-                step = torch.tensor(float(state.steps), device=place)
-                self._optimizer.state[parameter] = {"step": step, **held}
-        if self._scaler and state.scale:
-            self._scaler.load_state_dict({**self._scaler.state_dict(), "scale": state.scale})
+    def scalars(self) -> dict[str, float]:
+        """`steps` taken, fp16's `loss_scale` and `growth_tracker`, and the `previous_norm` that clips the next step."""
+        values = {"steps": float(self._steps)}
+        if self._scale:
+            values |= self._scale.scalars()
+        if self._in_backward and self._in_backward.previous is not None:
+            values["previous_norm"] = self._in_backward.previous
+        return values
+
+    def load(self, read: Read, scalars: dict[str, float]) -> None:
+        """Take over what `pieces` and `scalars` of any kind gave. `read` is asked for one parameter at a time."""
+        self._steps = int(scalars.get("steps", 0))
+        for slot in self._slots:
+            piece = read(slot.name)
+            slot.load(piece, self._steps)
+            # Where no average was kept, one begins with the weights.
+            self._averages.set(slot.name, piece["ema"] if "ema" in piece else slot.value())
+        if self._scale:
+            self._scale.load(scalars)
+        if self._in_backward:
+            self._in_backward.previous = scalars.get("previous_norm")
+
+    def averaged(self) -> AbstractContextManager[Any]:
+        return self._averages.swapped()
+
+
+def global_norm(grads: list[Tensor]) -> float:
+    """The 2-norm of all gradients as one vector, summed up in fp32 whatever they are held in."""
+    if not grads:
+        return 0.0
+    norms = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads])
+    return float(torch.linalg.vector_norm(norms))
+
+
+def _refuse(config: TrainConfig, strategy: str, accumulation: int) -> None:
+    """What stepping in the backward pass rules out: its gradients are gone before anybody could add to them."""
+    if not config.step_in_backward:
+        return
+    if strategy != "single":
+        raise Unsupported(
+            "step_in_backward steps before the ranks could exchange gradients, and this run has several ranks.",
+            "Set num_processes to 1 in the accelerate config, or step_in_backward to false.",
+        )
+    if accumulation > 1:
+        raise Unsupported(
+            f"step_in_backward cannot accumulate gradients, and gradient_accumulation_steps is {accumulation}.",
+            "Set it to 1 in the train config and the accelerate config, or step_in_backward to false.",
+        )
+    if config.mixed_precision == "fp16":
+        raise Unsupported(
+            "step_in_backward cannot leave out a step whose gradients overflow, and mixed_precision is fp16.",
+            "Set mixed_precision to bf16, or step_in_backward to false.",
+        )
+
+
+def _distribute(module: nn.Module, trained: dict[str, nn.Parameter], ranks: Ranks) -> nn.Module:
+    """DDP over the trained parameters alone.
+
+    It would send all parameters and buffers of rank 0 to the others at its start; the frozen ones are 24 GB that every
+    rank has read from the same files.
+    """
+    ours = {id(parameter) for parameter in trained.values()}
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    frozen = [name for name, tensor in tensors if id(tensor) not in ours]
+    ddp = nn.parallel.DistributedDataParallel
+    ddp._set_params_and_buffers_to_ignore_for_model(module, frozen)
+    ids = [ranks.device.index] if ranks.device.type == "cuda" else None
+    return ddp(module, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
