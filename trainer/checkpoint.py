@@ -1,6 +1,7 @@
-"""Checkpoints: adapters, optimizer, position and random state, in one folder that is whole or not there at all.
+"""Checkpoints: trained weights, optimizer, averages, position and random state, in a folder that is whole or not there.
 
-No frozen weights, no pickles. The manifest holds every file's hash, and is compared before anything is loaded.
+No frozen weights, no pickles. The pieces are written as they come, one parameter after the other, so that no rank ever
+holds all of them; the manifest holds every file's hash, and is compared before anything is loaded.
 """
 
 from __future__ import annotations
@@ -8,26 +9,31 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 from xflux_trainer import config as train_config
-from xflux_trainer import files
+from xflux_trainer import files, shards
 from xflux_trainer.config import TrainConfig
-from xflux_trainer.errors import CheckpointError, WriteError
-from xflux_trainer.optim import MOMENTS, State
+from xflux_trainer.errors import CheckpointError, UserError
+from xflux_trainer.optim import Piece, Stepper
 from xflux_trainer.ranks import Ranks
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
-ADAPTERS = "adapters.safetensors"
-OPTIMIZER = "optimizer.safetensors"
 NAME = re.compile(r"checkpoint-(\d+)")
+STEMS = {"weight": "weights", "ema": "ema"}
+"""Files of a piece's tensors; the others' are called `optimizer`. They start with these, and a number follows."""
+KEYS = 6
+"""More tensors than any optimizer keeps of one parameter: 8-bit AdamW has two codes, two scales and a compensation."""
 
 
 @dataclass
@@ -46,26 +52,86 @@ class Progress:
 
 @dataclass
 class Checkpoint:
-    """What a checkpoint folder holds."""
+    """What a checkpoint folder holds; tensors are mapped into memory, and read when they are looked at."""
 
     folder: Path
-    state: State
+    manifest: dict[str, Any]
     progress: Progress
-    config: dict[str, Any] = field(default_factory=dict)
+    _readers: dict[str, shards.Reader] = field(default_factory=dict, repr=False)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The train config that it was trained with."""
+        return dict(self.manifest["config"])
+
+    @property
+    def scalars(self) -> dict[str, float]:
+        return dict(self.manifest["scalars"])
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the trained parameters, in their order."""
+        return {name: tuple(shape) for name, shape in self.manifest["shapes"].items()}
+
+    @property
+    def averaged(self) -> bool:
+        """Whether it holds an average of the weights."""
+        return any(True for _ in self._readers["ema"])
+
+    def read(self, name: str) -> Piece:
+        """One parameter's piece. Raises `CheckpointError` where there is none."""
+        piece = {key: reader[name] for key in STEMS if name in (reader := self._readers[STEMS[key]])}
+        if "weight" not in piece:
+            raise CheckpointError(f"{self.folder} holds no {name}.", "Start afresh, or name another checkpoint.")
+        optimizer = self._readers["optimizer"]
+        keys = self.manifest["tensors"].get(name, [])
+        return piece | {key: optimizer[f"{name}.{key}"] for key in keys if key not in STEMS}
+
+    def weights(self, *, averaged: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """What was trained, one parameter after the other; where it is asked for and kept, its average."""
+        reader = self._readers["ema" if averaged and self.averaged else "weights"]
+        for name in self.shapes:
+            yield name, reader[name]
 
 
-def save_checkpoint(
-    output: Path, state: State, progress: Progress, config: TrainConfig, ranks: Ranks, versions: dict[str, str]
+def save(
+    output: Path,
+    stepper: Stepper,
+    progress: Progress,
+    config: TrainConfig,
+    ranks: Ranks,
+    versions: dict[str, str],
+    digests: dict[str, str],
+    accumulation: int | None = None,
 ) -> Path:
-    """Write `checkpoint-N`, then remove the oldest beyond the limit. Every rank calls it; rank 0 writes."""
+    """Write `checkpoint-N`, then remove the oldest beyond the limit. Every rank calls it; rank 0 writes.
+
+    `digests` name what the run is made of (`data`, `base`, `model`): a resume compares them. `accumulation` is the
+    number of forward passes of a step, where the launcher says otherwise than the config.
+    """
     folder = output / f"checkpoint-{progress.step}"
     randoms = [_from_bytes(state) for state in ranks.gather(_to_bytes(_random_state()))]
-    problem: WriteError | None = None
+    scalars, pieces = stepper.scalars(), stepper.pieces()
+    problem: UserError | None = None
     if ranks.main:
+        manifest = {
+            "format": FORMAT,
+            "progress": vars(progress),
+            "strategy": stepper.strategy,
+            "world_size": ranks.world_size,
+            "accumulation": accumulation or config.gradient_accumulation_steps,
+            "scalars": scalars,
+            "shapes": {name: list(shape) for name, shape in stepper.shapes().items()},
+            "config": train_config.to_dict(config),
+            "versions": versions,
+            "digests": digests,
+        }
         try:
-            _write(folder, state, progress, config, randoms, versions)
-        except WriteError as error:
+            _write(folder, pieces, manifest, randoms)
+        except UserError as error:
             problem = error
+    for _ in pieces:  # making them is work of all ranks, so a full disk ends it on none of them alone
+        pass
     ranks.agree(problem)
     if ranks.main and config.checkpoints_total_limit is not None:
         # Never the one just written, even where another run left later ones beside it.
@@ -76,33 +142,29 @@ def save_checkpoint(
 
 
 def _write(
-    folder: Path,
-    state: State,
-    progress: Progress,
-    config: TrainConfig,
-    randoms: list[dict[str, Tensor]],
-    versions: dict[str, str],
+    folder: Path, pieces: Iterator[tuple[str, Piece]], manifest: dict[str, Any], randoms: list[dict[str, Tensor]]
 ) -> None:
-    moments = {f"{name}.{key}": held[key] for name, held in state.moments.items() for key in MOMENTS}
-    contents = {ADAPTERS: state.weights, OPTIMIZER: moments}
-    contents |= {f"random-rank{rank}.safetensors": tensors for rank, tensors in enumerate(randoms)}
-    with files.new_folder(folder) as place:
-        for name, tensors in contents.items():
-            files.write_bytes(place / name, save({key: value.contiguous() for key, value in tensors.items()}))
-        manifest = {
-            "format": FORMAT,
-            "progress": vars(progress),
-            "optimizer_steps": state.steps,
-            "loss_scale": state.scale,
-            "world_size": len(randoms),
-            "config": train_config.to_dict(config),
-            "versions": versions,
-            "files": {
-                name: {"bytes": (place / name).stat().st_size, "sha256": files.sha256(place / name)}
-                for name in contents
-            },
-        }
-        files.write_json(place / MANIFEST, manifest)
+    names = list(manifest["shapes"])
+    rooms = {"weights": shards.room_for(names), "ema": shards.room_for(names)}
+    rooms["optimizer"] = shards.room_for([f"{name}.{'x' * 24}" for name in names for _ in range(KEYS)])
+    with files.new_folder(folder) as place, ExitStack() as cleanup:
+        writers = {stem: shards.Writer(place, stem, room) for stem, room in rooms.items()}
+        for writer in writers.values():
+            cleanup.callback(writer.abandon)
+        tensors = {}
+        for name, piece in pieces:
+            tensors[name] = list(piece)
+            for key, value in piece.items():
+                stem = STEMS.get(key, "optimizer")
+                writers[stem].add(name if key in STEMS else f"{name}.{key}", value)
+        entries: dict[str, Any] = {}
+        for rank, state in enumerate(randoms):
+            path = place / f"random-rank{rank}.safetensors"
+            files.write_bytes(path, to_bytes(state))
+            entries[path.name] = {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
+        for writer in writers.values():
+            entries |= writer.close()
+        files.write_json(place / MANIFEST, {**manifest, "tensors": tensors, "files": entries})
 
 
 def _remove(folder: Path) -> None:
@@ -145,32 +207,39 @@ def find(config: TrainConfig) -> Path | None:
 
 
 def load(folder: Path, ranks: Ranks | None = None) -> Checkpoint:
-    """Everything in the folder, after comparing it with the manifest; restores this rank's random state."""
+    """The folder's contents, after comparing its files with the manifest; restores this rank's random state.
+
+    Rank 0 compares the hashes, a megabyte at a time; the others, who read the same files, only that they are there.
+    """
     manifest = _manifest(folder)
     for name, entry in manifest["files"].items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != entry["bytes"] or files.sha256(path) != entry["sha256"]:
+        whole = path.is_file() and path.stat().st_size == entry["bytes"]
+        if not whole or ((ranks is None or ranks.main) and files.sha256(path) != entry["sha256"]):
             hint = "Remove that folder to resume from the one before it."
             raise CheckpointError(f"{path} is not as it was written.", hint)
-    try:
-        weights = load_file(folder / ADAPTERS)
-        flat = load_file(folder / OPTIMIZER)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{folder} cannot be read: {error}.", "Remove that folder.") from error
-    moments = {name: {key: flat[f"{name}.{key}"] for key in MOMENTS} for name in weights} if flat else {}
-    if ranks is not None and (folder / f"random-rank{ranks.rank}.safetensors").is_file():
-        _restore_random(load_file(folder / f"random-rank{ranks.rank}.safetensors"), ranks.device)
-    state = State(weights, moments, int(manifest["optimizer_steps"]), manifest.get("loss_scale"))
-    return Checkpoint(folder, state, Progress(**manifest["progress"]), manifest["config"])
+    readers = {
+        stem: shards.Reader(sorted(folder / name for name in manifest["files"] if name.startswith(f"{stem}-")))
+        for stem in (*STEMS.values(), "optimizer")
+    }
+    if ranks is not None and (place := folder / f"random-rank{ranks.rank}.safetensors").is_file():
+        try:
+            _restore_random(load_file(place), ranks.device)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{place} cannot be read: {error}.", "Remove that folder.") from error
+    return Checkpoint(folder, manifest, Progress(**manifest["progress"]), readers)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
-            raise CheckpointError(f"{folder} has the format {manifest['format']}, not {FORMAT}.", "Start afresh.")
+            seen = f"{folder} has the format {manifest['format']}; this release reads and writes {FORMAT}."
+            hint = "Finish that run with the release that began it, or start afresh (lora_init takes its adapter file)."
+            raise CheckpointError(seen, hint)
         Progress(**manifest["progress"])
-        _ = manifest["files"].items(), manifest["optimizer_steps"], manifest["config"]
+        _ = [manifest[key].items() for key in ("files", "config", "scalars", "shapes", "digests", "tensors")]
+        _ = [int(manifest[key]) for key in ("world_size", "accumulation")]
     except OSError as error:
         raise CheckpointError(f"{folder} is not a checkpoint folder: {error.strerror}.", "Name another.") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:

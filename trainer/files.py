@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import json
@@ -52,16 +53,26 @@ def new_folder(path: Path) -> Iterator[Path]:
             temporary.chmod(0o777 & ~_umask())
             _sync_folder(temporary)
             if path.exists():  # the same step again, after a resume from an earlier one
-                old = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
-                path.replace(old)
-                temporary.replace(path)
-                shutil.rmtree(old, ignore_errors=True)
+                _exchange(temporary, path)
+                shutil.rmtree(temporary, ignore_errors=True)
             else:
                 temporary.replace(path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         _sync_folder(path.parent)
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Let two folders change names. At no moment is there none of the name `old`, where the system can do that."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    call = getattr(libc, "renameat2", None)  # glibc 2.28, Linux 3.15
+    here, exchange = -100, 2
+    if call is None or call(here, os.fsencode(new), here, os.fsencode(old), exchange) != 0:
+        between = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=old.parent))
+        old.replace(between)
+        new.replace(old)
+        between.replace(new)
 
 
 def make_folder(path: Path) -> None:
