@@ -50,4 +50,4 @@ def _checkpoint(folder: Path) -> tuple[dict[str, Tensor], TrainConfig]:
     if config.mode != "lora":
         seen = f"{folder} is of a run in mode {config.mode}, which trains no adapter."
         raise CheckpointError(seen, "Its result is written when the run ends: resume it to its end.")
-    return loaded.state.weights, config
+    return dict(loaded.weights(averaged=True)), config

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
-from xflux_trainer import cache, checkpoint, files, hub, lora, model, optim, report
+from xflux_trainer import cache, checkpoint, files, hub, lora, model, report, resume
 from xflux_trainer.cache import Entry
 from xflux_trainer.checkpoint import Progress
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.data import Order, list_samples, outside
-from xflux_trainer.errors import CheckpointError, DataError, Unsupported, UserError
+from xflux_trainer.errors import CheckpointError, ConfigError, DataError, Unsupported, UserError
 from xflux_trainer.layout import Base
 from xflux_trainer.meter import Meter
 from xflux_trainer.model import Velocity
@@ -42,6 +42,8 @@ class Run:
     progress: Progress
     trained: int
     notes: list[str]
+    digests: dict[str, str]
+    """What the run is made of, for a resume to compare."""
 
     @property
     def output(self) -> Path:
@@ -66,7 +68,7 @@ def prepare(config: TrainConfig, notes: tuple[str, ...], ranks: Ranks, gauge: Me
         spec = model.read_spec(base)
         # Asked again of the model itself; but here nothing has been encoded or loaded yet.
         lora.check(config, spec.linears())
-        resume = checkpoint.find(config)
+        found = checkpoint.find(config)
         refuse_slow(spec, ranks)
     except UserError as error:
         problem = error
@@ -92,11 +94,12 @@ def prepare(config: TrainConfig, notes: tuple[str, ...], ranks: Ranks, gauge: Me
     total = config.max_train_steps or math.ceil((config.num_train_epochs or 1) * order.per_epoch / per_step)
     with gauge.phase("train"):
         stepper = _stepper(velocity, adapters, config, ranks, accumulation)
-    progress, resumed = _resume(resume, stepper, ranks, output, total)
+    digests = resume.digests(base, entries)
+    progress, resumed = _resume(found, stepper, config, ranks, digests, accumulation, total)
     trained = sum(parameter.numel() for parameter in adapters.values())
     return Run(
         config, ranks, gauge, base, spec, velocity, stepper, entries, heldout, prompts, order, accumulation,
-        total, progress, trained, said + resumed,
+        total, progress, trained, said + resumed, digests,
     )  # fmt: skip
 
 
@@ -152,24 +155,38 @@ def choose_prompts(config: TrainConfig, sets: dict[str, list[Sample]]) -> list[s
     return list(config.sample_prompts) or [sets[config.img_dir][0].caption]
 
 
-def _resume(found: Path | None, stepper: Stepper, ranks: Ranks, output: Path, total: int) -> tuple[Progress, list[str]]:
+def _resume(
+    found: Path | None,
+    stepper: Stepper,
+    config: TrainConfig,
+    ranks: Ranks,
+    digests: dict[str, str],
+    accumulation: int,
+    total: int,
+) -> tuple[Progress, list[str]]:
     """Load the checkpoint, and clear the way for what the run will save."""
+    output = Path(config.output_dir)
     if found is None:
         place = _set_aside(output, None, ranks)
         return Progress(), [f"an earlier run's checkpoints were moved to {place}."] if place else []
     problem: UserError | None = None
     try:
         loaded = checkpoint.load(found, ranks)
-        _compare(loaded.state, stepper, found)
+        problems, changes = resume.compatible(
+            loaded.manifest, config, digests, stepper.shapes(), ranks.world_size, accumulation
+        )
+        if problems:
+            raise ConfigError(f"resume from {found}", tuple(problems))
         _refuse_overrun(loaded.progress.step, total, found)
     except UserError as error:
         problem = error
     ranks.agree(problem)
-    stepper.load(loaded.state)
-    step = loaded.progress.step
-    notes = [f"resumed from {found} at step {step}."]
-    place = _set_aside(output, step, ranks)
-    return loaded.progress, [*notes, f"later checkpoints were moved to {place}."] if place else notes
+    stepper.load(loaded.read, loaded.scalars)
+    progress = loaded.progress
+    progress.batches = resume.batches(loaded.manifest, ranks.world_size, accumulation)
+    notes = [f"resumed from {found} at step {progress.step}.", *changes]
+    place = _set_aside(output, progress.step, ranks)
+    return progress, [*notes, f"later checkpoints were moved to {place}."] if place else notes
 
 
 def _set_aside(output: Path, after: int | None, ranks: Ranks) -> Path | None:
@@ -190,7 +207,3 @@ def _refuse_overrun(step: int, total: int, found: Path) -> None:
     if step > total:
         hint = "Raise max_train_steps (or num_train_epochs), or resume from an earlier checkpoint."
         raise CheckpointError(f"{found} is at step {step}, beyond the {total} steps of this run.", hint)
-
-
-def _compare(state: optim.State, stepper: Stepper, found: Path) -> None:
-    lora.compare(stepper.shapes(), {name: tuple(value.shape) for name, value in state.weights.items()}, found)

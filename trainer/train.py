@@ -162,8 +162,9 @@ def _loop(run: Run, watch: Watch | None, stop: Stop) -> int:
             if signum and not last:
                 ranks.say(f"stopping after step {progress.step} of {run.total}: a checkpoint is being saved")
             if signum or last or progress.step % config.checkpointing_steps == 0:
-                state = run.stepper.state()
-                checkpoint.save_checkpoint(run.output, state, progress, config, ranks, meter.versions())
+                checkpoint.save(
+                    run.output, run.stepper, progress, config, ranks, meter.versions(), run.digests, run.accumulation
+                )
                 ranks.together(lambda: watch.plot() if watch else None)
             if signum and not last:
                 return signum
@@ -225,7 +226,8 @@ def _finish(run: Run, watch: Watch | None, stop: Stop) -> tuple[int, list[Path]]
     Returns a signal, or 0, and the files that are the run's result.
     """
     ranks = run.ranks
-    weights = run.stepper.state().weights
+    # Every rank takes part in gathering them. The average is what is kept, where there is one.
+    weights = {name: piece.get("ema", piece["weight"]) for name, piece in run.stepper.pieces() if piece}
     paths: list[Path] = []
     problem: UserError | None = None
     if ranks.main:

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.errors import Unsupported
-from xflux_trainer.optim import MOMENTS, State, adamw
+from xflux_trainer.optim import MOMENTS, Piece, Read, adamw
 from xflux_trainer.ranks import Ranks
 
 
@@ -44,10 +44,10 @@ class ZeroStepper:
         self._device = ranks.device
         masters = {name: parameter.detach().float().clone() for name, parameter in adapters.items()}
         self._engine, *_ = deepspeed.initialize(
-            model=module, optimizer=adamw(adapters, config, ranks.device), config=settings
+            model=module, optimizer=adamw(list(adapters.values()), config, ranks.device), config=settings
         )
         self._zero: Any = self._engine.optimizer
-        self.load(State(masters, {}, 0))
+        self.load(lambda name: {"weight": masters[name]}, {})
 
     def __call__(self, *args: Any) -> Tensor:
         v: Tensor = self._engine(*args)
@@ -73,30 +73,33 @@ class ZeroStepper:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(parameter.shape) for name, parameter in self._adapters.items()}
 
-    def state(self) -> State:
-        weights = {name: self._gather(parameter, self._master) for name, parameter in self._adapters.items()}
+    def pieces(self) -> Iterator[tuple[str, Piece]]:
         held = self._zero.optimizer.state.get(self._master, {})
-        if "exp_avg" not in held:
-            return State(weights, {}, 0)
-        moments = {
-            name: {key: self._gather(parameter, held[key]) for key in MOMENTS}
-            for name, parameter in self._adapters.items()
-        }
-        return State(weights, moments, int(held["step"]))
-
-    def load(self, state: State) -> None:
         for name, parameter in self._adapters.items():
-            self._scatter(parameter, self._master, state.weights[name])
-            # The next forward pass reads the bf16 copy, which the engine renews only after a step.
-            parameter.data.copy_(state.weights[name])
-        if not state.moments:
-            return
-        place = self._device if self._device.type == "cuda" else torch.device("cpu")
+            piece = {"weight": self._gather(parameter, self._master)}
+            piece |= {key: self._gather(parameter, held[key]) for key in MOMENTS if key in held}
+            yield name, piece
+
+    def scalars(self) -> dict[str, float]:
+        held = self._zero.optimizer.state.get(self._master, {})
+        return {"steps": float(held["step"]) if held else 0.0}
+
+    def load(self, read: Read, scalars: dict[str, float]) -> None:
+        steps = scalars.get("steps", 0.0)
         held = {key: torch.zeros_like(self._master) for key in MOMENTS}
         for name, parameter in self._adapters.items():
-            for key in MOMENTS:
-                self._scatter(parameter, held[key], state.moments[name][key])
-        self._zero.optimizer.state[self._master] = {"step": torch.tensor(float(state.steps), device=place), **held}
+            piece = read(name)
+            self._scatter(parameter, self._master, piece["weight"])
+            # The next forward pass reads the bf16 copy, which the engine renews only after a step.
+            parameter.data.copy_(piece["weight"])
+            for key in MOMENTS if steps else ():
+                self._scatter(parameter, held[key], piece[key])
+        if steps:
+            place = self._device if self._device.type == "cuda" else torch.device("cpu")
+            self._zero.optimizer.state[self._master] = {"step": torch.tensor(steps, device=place), **held}
+
+    def averaged(self) -> Any:
+        return nullcontext()
 
     @property
     def _master(self) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from trainer_kit import environment, keep_signals, put, trainer, write_config
+from trainer_kit import environment, keep_signals, metrics, put, trainer, write_config
 
 pytest.importorskip("click")
 
@@ -96,7 +96,11 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path, capsys: pytest
     more = {"rank": 8, "resume_from_checkpoint": "latest", "max_train_steps": 2}
     capsys.readouterr()
     assert cli.main(["train", "--config", str(write_config(tmp_path, **more))]) == 1
-    assert "holds other adapters than this run" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.count("error: ") == 1
+    assert "rank: is 8, the checkpoint's is 4. Keep the rank, or start afresh." in said
+    # What the run before left must not say that this one has finished.
+    assert metrics(tmp_path / "out")["status"] == "failed"
 
 
 def test_an_exploding_loss_stops_the_run_before_it_is_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -131,7 +131,7 @@ def test_zero_2_trains_and_resumes_exactly(tmp_path: Path) -> None:
     done = launch(ZERO, write_config(tmp_path, "b.yaml", max_train_steps=6, **more, **common))
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "a")[3:] == losses(tmp_path / "b")
-    for name in ("adapters.safetensors", "optimizer.safetensors"):
+    for name in ("weights-00001.safetensors", "optimizer-00001.safetensors"):
         a, b = (tmp_path / run / "checkpoint-6" / name for run in "ab")
         assert a.read_bytes() == b.read_bytes(), name
 
