@@ -77,9 +77,11 @@ def quietly(optimizer: torch.optim.Optimizer, device: torch.device) -> AbstractC
     """Around a step. torchao compiles its step, which on a GPU saves copies of the weights; on a CPU it would want a
     C++ compiler and seconds for every shape, for models that are there to be tested with."""
     if device.type == "cpu" and type(optimizer).__name__ == "AdamW8bit":
-        import torch._dynamo
+        if hasattr(torch.compiler, "set_stance"):  # from 2.6 on
+            return torch.compiler.set_stance("force_eager")
+        from torch._dynamo import config as dynamo
 
-        return torch._dynamo.config.patch(disable=True)
+        return dynamo.patch(disable=True)
     return nullcontext()
 
 

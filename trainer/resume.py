@@ -13,6 +13,7 @@ from xflux_trainer.cache import Entry
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.errors import Problem
 from xflux_trainer.layout import Base
+from xflux_trainer.settings import MODE_KEYS
 
 SAME = {
     "mode": "Train in the same mode",
@@ -71,7 +72,7 @@ def compatible(
     problems = [
         Problem(key, f"is {_show(new[key])}, the checkpoint's is {_show(old[key])}", f"{advice}, or start afresh.")
         for key, advice in SAME.items()
-        if old[key] != new[key]
+        if old[key] != new[key] and _read(key, config.mode)
     ]
     problems += _alpha(old, config) + _digests(manifest, digests, config.mode)
     if not problems:  # a cause says more than the shapes that follow from it
@@ -86,7 +87,7 @@ def compatible(
     notes = [
         f"{key} is {_show(new[key])} from here on; up to the checkpoint it was {_show(old[key])}."
         for key in TOLD
-        if old[key] != new[key]
+        if old[key] != new[key] and _read(key, config.mode)
     ]
     if images == now and (old["train_batch_size"], manifest["world_size"]) != (config.train_batch_size, world_size):
         notes.append(
@@ -112,6 +113,11 @@ def _complete(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config that an earlier release wrote knows fewer keys: its runs had the defaults."""
     defaults = train_config.to_dict(TrainConfig(img_dir=""))
     return {field.name: config.get(field.name, defaults[field.name]) for field in fields(TrainConfig)}
+
+
+def _read(key: str, mode: str) -> bool:
+    """Whether that mode looks at the key at all."""
+    return key in MODE_KEYS[mode] or not any(key in keys for keys in MODE_KEYS.values())
 
 
 def _alpha(old: Mapping[str, Any], config: TrainConfig) -> list[Problem]:
