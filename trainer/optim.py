@@ -22,7 +22,7 @@ from xflux_trainer.lossscale import LossScale
 from xflux_trainer.optimizers import MOMENTS, adamw
 from xflux_trainer.ranks import Ranks
 
-__all__ = ["MOMENTS", "Piece", "PlainStepper", "Read", "Stepper", "adamw", "learning_rate"]
+__all__ = ["MOMENTS", "Piece", "PlainStepper", "Read", "Stepper", "adamw", "learning_rate", "refuse_step_in_backward"]
 
 Piece = dict[str, Tensor]
 """What is saved of one trained parameter: `weight`, the optimizer's tensors, `ema`, `compensation`."""
@@ -67,7 +67,7 @@ class PlainStepper:
         self, module: nn.Module, trained: dict[str, nn.Parameter], config: TrainConfig, ranks: Ranks, accumulation: int
     ) -> None:
         self.strategy = "ddp" if ranks.world_size > 1 else "single"
-        _refuse(config, self.strategy, accumulation)
+        refuse_step_in_backward(config, self.strategy, accumulation)
         self._main = ranks.main
         self._trained = trained
         self._accumulation = accumulation
@@ -128,17 +128,19 @@ class PlainStepper:
             if self._together:
                 with optimizers.quietly(self._optimizers[0], self._slots[0].weight.device):
                     self._optimizers[0].step()
-                for slot in self._slots:
-                    self._averages.update(slot.name, slot.value(), self._steps)
+                self._averages.update_all(self._trained, self._steps)
             else:
-                factor = coefficient(norm, self._max_norm) * down
-                for slot in self._slots:
-                    if slot.weight.grad is not None:
-                        self._take(slot, slot.weight.grad, factor)
-                        slot.weight.grad = None
+                self._step_each(coefficient(norm, self._max_norm) * down)
         for weight in self._trained.values():
             weight.grad = None
         return norm
+
+    def _step_each(self, factor: float) -> None:
+        """One parameter after the other, so that there is one fp32 gradient at a time."""
+        for slot in self._slots:
+            if slot.weight.grad is not None:
+                self._take(slot, slot.weight.grad, factor)
+                slot.weight.grad = None
 
     def _clip(self, grads: list[Tensor], down: float) -> float:
         """Bring gradients in fp32 back to their scale, and below the global norm, where they are."""
@@ -198,14 +200,15 @@ def global_norm(grads: list[Tensor]) -> float:
     return float(torch.linalg.vector_norm(norms))
 
 
-def _refuse(config: TrainConfig, strategy: str, accumulation: int) -> None:
-    """What stepping in the backward pass rules out: its gradients are gone before anybody could add to them."""
+def refuse_step_in_backward(config: TrainConfig, strategy: str, accumulation: int) -> None:
+    """Raise `Unsupported` for what stepping in the backward pass rules out, under whatever strategy: its gradients are
+    gone before anybody could add to them."""
     if not config.step_in_backward:
         return
     if strategy != "single":
         raise Unsupported(
-            "step_in_backward steps before the ranks could exchange gradients, and this run has several ranks.",
-            "Set num_processes to 1 in the accelerate config, or step_in_backward to false.",
+            f"step_in_backward steps before gradients could be exchanged or sharded, and this run is under {strategy}.",
+            "Set distributed_type to NO and num_processes to 1 in the accelerate config, or step_in_backward to false.",
         )
     if accumulation > 1:
         raise Unsupported(

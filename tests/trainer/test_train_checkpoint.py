@@ -167,6 +167,18 @@ def test_a_full_disk_ends_the_saving_after_the_last_piece(tmp_path: Path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
+def test_tensors_are_mapped_and_not_read(tmp_path: Path) -> None:
+    """A fine-tune's masters and moments are 140 GB: every rank looks at its part of them."""
+    loaded = checkpoint.load(save(tmp_path), RANKS)
+    value = loaded.read("a.lora_A.weight")["exp_avg"]
+    ranges = [
+        [int(text, 16) for text in line.split()[0].split("-")]
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if "optimizer-00001" in line
+    ]
+    assert any(start <= value.data_ptr() < end for start, end in ranges)
+
+
 def test_an_earlier_format_is_a_sentence(tmp_path: Path) -> None:
     folder = save(tmp_path)
     manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
