@@ -7,216 +7,317 @@ an entry can be missing, but it cannot be wrong, and a caption cannot meet anoth
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
-from xflux_trainer import files, model
+from xflux_trainer import conditions, digests, entries, files, imagework
+from xflux_trainer.buckets import enlarged
+from xflux_trainer.conditions import ControlFiles
 from xflux_trainer.config import TrainConfig
-from xflux_trainer.data import choose_ratio, load_image
-from xflux_trainer.encoders import ImageCodec, TextEncoders, free
+from xflux_trainer.digests import ID, Digests, Rows
+from xflux_trainer.encoders import TextEncoders, free
+from xflux_trainer.entries import KEY, Entries, Entry, Key
 from xflux_trainer.errors import DataError, UserError
+from xflux_trainer.imagefile import shown
+from xflux_trainer.imagework import Item, Recipe
+from xflux_trainer.keys import key
 from xflux_trainer.layout import Base
 from xflux_trainer.ranks import Ranks
+from xflux_trainer.recall import Recall
 from xflux_trainer.samples import Sample
 
-VERSION = "1"
-"""Part of every key: raised when what is encoded, or how, changes."""
-
+__all__ = ["Batch", "Entries", "Entry", "fill", "read_batch", "read_text"]
 
 Work = TypeVar("Work")
 
 
 @dataclass(frozen=True)
-class Entry:
-    """Where one sample's latents (C, h, w) and its caption's embeddings lie."""
-
-    latents: Path
-    text: Path
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class Batch:
-    """Latents (B, C, h, w) in fp32, T5 states (B, L, D) and pooled CLIP vectors (B, P) in bf16."""
+    """Latents (B, C, h, w) in fp32, T5 states (B, L, D) and pooled CLIP vectors (B, P) in bf16.
+
+    `mask` (B, L) is true at the tokens that are real; None: all are. `condition` is (B, 3, 8h, 8w) in uint8.
+    """
 
     latents: Tensor
     text: Tensor
     pooled: Tensor
     mask: Tensor | None = None
-    """(B, L) bool, the real text tokens; None: all are."""
     condition: Tensor | None = None
-    """(B, 3, H, W) uint8, what a ControlNet is shown."""
-
-
-@dataclass(frozen=True)
-class _Image:
-    path: Path
-    ratio: float | None
-    place: Path
 
 
 def fill(
     config: TrainConfig, base: Base, ranks: Ranks, sets: dict[str, list[Sample]], prompts: list[str]
-) -> tuple[dict[str, list[Entry]], list[Path]]:
+) -> tuple[dict[str, Entries], list[Path]]:
     """Encode what is missing, the ranks of a host sharing the work.
 
     `sets` are samples by the folder they were listed from. Returns their entries, and the prompts' files.
     """
     folder = config.cache_path
-    files.make_folder(folder)
-    text_parts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-    text_id = "".join(model.fingerprint(getattr(base, part)) for part in text_parts)
-    image_id = model.fingerprint(base.vae)
-    captions = {
-        text: folder / f"text-{_key(text_id, str(config.max_text_tokens), text)}.safetensors"
-        for text in [*prompts, *(sample.caption for samples in sets.values() for sample in samples)]
-    }
-    images = {
-        sample.image: _image(config, folder, Path(root), sample.image, image_id)
-        for root, samples in sets.items()
-        for sample in samples
-    }
-    missing_text = sorted(text for text, place in captions.items() if not _whole(place))
-    missing_images = [images[path] for path in sorted(images) if not _whole(images[path].place)]
-    # The shares must be cut from one list: the first rank's of this host, since another run may fill the same cache.
-    first = ranks.rank - ranks.launch.local_rank
-    missing_text, wanted = ranks.gather((missing_text, [image.path for image in missing_images]))[first]
-    missing_images = [images[path] for path in wanted]
-    if missing_text or missing_images:
-        found = len(captions) - len(missing_text), len(images) - len(missing_images)
-        ranks.say(
-            f"encoding {len(missing_text)} captions and {len(missing_images)} images "
-            f"({found[0]} and {found[1]} are in {folder})"
-        )
     problem: UserError | None = None
+    text_id = image_id = ""
+    control: ControlFiles | None = None
     try:
-        _encode_text(config, base, ranks, _share(missing_text, ranks), captions)
-        _encode_images(config, base, ranks, _share(missing_images, ranks))
+        files.make_folder(folder)
+        # One rank of a host reads the weights, and only where they are not remembered.
+        if ranks.launch.local_rank == 0:
+            text_id, image_id = _who(base, folder)
+        signature = conditions.signature(config) if sets else ""
+        control = ControlFiles(config.control_dir or "") if signature == "files" else None
     except UserError as error:
         problem = error
     ranks.agree(problem)
-    entries = {
-        root: [
-            Entry(images[sample.image].place, captions[sample.caption], _shape(images[sample.image].place))
-            for sample in samples
-        ]
-        for root, samples in sets.items()
-    }
-    return entries, [captions[prompt] for prompt in prompts]
+    text_id, image_id = ranks.gather((text_id, image_id))[_first(ranks)]
+    _same_sets(ranks, sets)
+
+    captions = dict.fromkeys([*prompts, *(sample.caption for samples in sets.values() for sample in samples)])
+    if config.caption_dropout and sets:
+        captions[""] = None
+    options = text_id, str(config.max_text_tokens), config.text_padding
+    texts = {caption: key(*options, caption) for caption in captions}
+    _fill_texts(config, base, ranks, texts)
+    recipe = Recipe(config, folder, image_id, control, signature)
+    items = [
+        Item(sample, Path(root), root == config.img_dir) for root, samples in sets.items() for sample in samples
+    ]  # fmt: skip
+    contents, controls = _fill_images(recipe, base, ranks, items)
+    made: dict[str, Entries] = {}
+    start = 0
+    for root, samples in sets.items():
+        part = slice(start, start + len(samples))
+        made[root] = _entries(recipe, items[part], contents[part], controls[part], texts)
+        start += len(samples)
+    _notes(recipe, ranks, items, contents)
+    return made, [entries.place(folder, "text", texts[prompt]) for prompt in prompts]
 
 
-def read_batch(entries: list[Entry]) -> Batch:
-    """The batch of these samples, in the host's memory."""
-    latents = [_read(entry.latents)["latents"] for entry in entries]
-    texts = [_read(entry.text) for entry in entries]
-    return Batch(
-        torch.stack(latents),
-        torch.stack([text["text"] for text in texts]),
-        torch.stack([text["pooled"] for text in texts]),
-    )
+def read_batch(chosen: Sequence[Entry]) -> Batch:
+    """The batch of these samples, in the host's memory. Raises `DataError` where an entry is damaged."""
+    latents = torch.stack([entries.read(entry.latents)["latents"] for entry in chosen])
+    texts = [entries.read(entry.text) for entry in chosen]
+    text, mask = _padded([one["text"] for one in texts])
+    return Batch(latents, text, torch.stack([one["pooled"] for one in texts]), mask, _condition(chosen, latents))
 
 
 def read_text(place: Path) -> tuple[Tensor, Tensor]:
     """(1, L, D) and (1, P) of one prompt."""
-    tensors = _read(place)
+    tensors = entries.read(place)
     return tensors["text"][None], tensors["pooled"][None]
 
 
-def _image(config: TrainConfig, folder: Path, root: Path, path: Path, encoder: str) -> _Image:
-    ratio = choose_ratio(path, root, config.seed, config.random_ratio)
-    try:
-        content = files.sha256(path)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.", "Allow reading it, or remove it.") from error
-    key = _key(encoder, content, str(config.img_size), f"{ratio}")
-    return _Image(path, ratio, folder / f"image-{key}.safetensors")
+def _padded(texts: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """(B, L, D), the shorter ones filled up with zeros, and which tokens are real: None when all are."""
+    lengths = [len(text) for text in texts]
+    if len(set(lengths)) == 1:
+        return torch.stack(texts), None
+    mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
+    return torch.nn.utils.rnn.pad_sequence(texts, batch_first=True), mask
 
 
-def _key(*parts: str) -> str:
-    # Lengths stand before the parts, so that no two lists of parts read alike.
-    text = "".join(f"{len(part)}:{part}" for part in (VERSION, *parts))
-    return hashlib.sha256(text.encode()).hexdigest()[:40]
+def _condition(chosen: Sequence[Entry], latents: Tensor) -> Tensor | None:
+    if not chosen or chosen[0].condition is None:
+        return None
+    made = []
+    for entry in chosen:
+        assert entry.condition is not None
+        condition = entries.read(entry.condition)["condition"]
+        if condition.shape[1:] != (8 * latents.shape[2], 8 * latents.shape[3]):
+            seen = f"{shown(entry.condition)} is {tuple(condition.shape[1:])}, its latents {tuple(latents.shape[2:])}."
+            raise DataError(seen, "Delete it and start again.")
+        made.append((condition.flip(-1) if entry.flipped else condition).expand(3, -1, -1))
+    return torch.stack(made)
+
+
+def _who(base: Base, folder: Path) -> tuple[str, str]:
+    """Who the text encoders are, and who the VAE is."""
+    known = Digests(folder, "weights")
+    parts = (base.text_encoder, base.text_encoder_2, base.tokenizer, base.tokenizer_2)
+    found = "".join(known.weights(part) for part in parts), known.weights(base.vae)
+    known.write()
+    return found
+
+
+def _first(ranks: Ranks) -> int:
+    """The first rank of this host; hosts do not rely on a common disk."""
+    return ranks.rank - ranks.launch.local_rank
 
 
 def _share(work: list[Work], ranks: Ranks) -> list[Work]:
-    """This rank's part of the work of its host; hosts do not rely on a common disk."""
+    """This rank's part of the work of its host."""
     launch = ranks.launch
     return work[launch.local_rank % launch.local_world_size :: launch.local_world_size]
 
 
-def _encode_text(config: TrainConfig, base: Base, ranks: Ranks, texts: list[str], places: dict[str, Path]) -> None:
-    if not texts:
-        return
-    encoders = TextEncoders(base, ranks.device, config.max_text_tokens)
-    for caption in texts:
-        text, pooled = encoders.encode(caption)
-        files.write_bytes(places[caption], save({"text": text.cpu(), "pooled": pooled.cpu()}))
-    if encoders.cut:
-        ranks.say(f"note: {encoders.cut} captions are longer than {config.max_text_tokens} T5 tokens and are cut")
-    del encoders
-    free()
+def _of_host(ranks: Ranks, value: Work) -> list[Work]:
+    first = _first(ranks)
+    return list(ranks.gather(value)[first : first + ranks.launch.local_world_size])
 
 
-def _encode_images(config: TrainConfig, base: Base, ranks: Ranks, images: list[_Image]) -> None:
-    if not images:
-        return
-    codec = ImageCodec(base, ranks.device, torch.float32)
-    for image, pixels in _decoded(config, images):
-        latents = codec.encode(pixels).cpu().contiguous()
-        if not torch.isfinite(latents).all():
-            raise DataError(f"{image.path} is encoded to numbers that are not finite.", "Look at the image.")
-        files.write_bytes(image.place, save({"latents": latents}))
-    del codec
-    free()
+def _same_sets(ranks: Ranks, sets: dict[str, list[Sample]]) -> None:
+    """Ranks that list different images would train on each other's numbers. They agree before anything is shared."""
+    digest = hashlib.sha256()
+    for root, samples in sets.items():
+        for sample in samples:
+            name = os.fsencode(os.path.relpath(sample.name, root))
+            digest.update(b"%d:%b%d:" % (len(name), name, len(sample.caption)) + sample.caption.encode())
+        digest.update(b"#%d" % len(samples))
+    found = ranks.gather(digest.hexdigest())
+    if len(set(found)) > 1:
+        raise DataError(
+            f"Rank {next(k for k, one in enumerate(found) if one != found[0])} lists other images or captions than "
+            "rank 0.",
+            "Give every machine the same files, and let nothing change them while a run starts.",
+        )
 
 
-def _decoded(config: TrainConfig, images: list[_Image]) -> Iterator[tuple[_Image, Tensor]]:
-    """The images as tensors, a few decoded ahead on threads."""
-    if config.num_workers == 0:
-        for image in images:
-            yield image, load_image(image.path, config.img_size, image.ratio)
-        return
-    with ThreadPoolExecutor(config.num_workers) as threads:
-        rest = iter(images)
-        ahead = [
-            (image, threads.submit(load_image, image.path, config.img_size, image.ratio))
-            for image in islice(rest, 2 * config.num_workers)
-        ]
-        while ahead:
-            image, pending = ahead.pop(0)
-            for other in islice(rest, 1):
-                ahead.append((other, threads.submit(load_image, other.path, config.img_size, other.ratio)))
-            yield image, pending.result()
+# Captions ------------------------------------------------------------------------------------------------
 
 
-def _whole(place: Path) -> bool:
-    """Whether the entry is there. Opening it compares the file's size with what its header promises."""
+def _fill_texts(config: TrainConfig, base: Base, ranks: Ranks, texts: dict[str, Key]) -> None:
+    folder = config.cache_path
+
+    def place(caption: str) -> Path:
+        return entries.place(folder, "text", texts[caption])
+
+    # The shares must be cut from one list: the first rank's of this host, since another run may fill the same cache.
+    missing = [k for k, caption in enumerate(texts) if not entries.whole(place(caption))]
+    listed = list(texts)
+    missing = sorted(ranks.gather(missing)[_first(ranks)], key=lambda k: listed[k])
+    if missing:
+        ranks.say(f"encoding {len(missing)} captions ({len(texts) - len(missing)} are in {folder})")
+    cut = 0
+
+    def work() -> None:
+        nonlocal cut
+        own = [listed[k] for k in _share(missing, ranks)]
+        if not own:
+            return
+        encoders = TextEncoders(base, ranks.device, config.max_text_tokens, config.text_padding)
+        for caption in own:
+            text, pooled = encoders.encode(caption)
+            entries.write(place(caption), {"text": text.cpu(), "pooled": pooled.cpu()})
+        cut = encoders.cut
+        del encoders
+        free()
+
+    ranks.together(work)
+    cut = sum(_of_host(ranks, cut)) if missing else 0
+    if cut:
+        ranks.say(f"note: {cut} captions are longer than {config.max_text_tokens} T5 tokens and are cut")
+
+
+# Images --------------------------------------------------------------------------------------------------
+
+
+def _fill_images(recipe: Recipe, base: Base, ranks: Ranks, items: list[Item]) -> tuple[Rows, np.ndarray]:
+    """Every image's content, and the hash of its condition's file, in the order of the items."""
+    memory = Recall(recipe, items)
+    problem: UserError | None = None
+    wanted: list[int] = []
     try:
-        with safe_open(place, framework="pt") as file:
-            return bool(file.keys())
-    except (OSError, SafetensorError):
-        return False
+        wanted = memory.recall() if ranks.launch.local_rank == 0 else []
+    except UserError as error:
+        problem = error
+    ranks.agree(problem)
+    wanted, memory.contents, memory.controls = ranks.gather((wanted, memory.contents, memory.controls))[_first(ranks)]
+    done: list[imagework.Prepared] = []
+    encoded = 0
+
+    def work() -> None:
+        nonlocal done, encoded
+        done, encoded = imagework.encode(recipe, base, ranks, [(k, items[k]) for k in _share(wanted, ranks)])
+
+    ranks.together(work)
+    if not wanted:
+        return memory.contents, memory.controls
+    found = [(one.index, one.content, one.condition) for one in done]
+    told = _of_host(ranks, (found, encoded))
+    for part, _ in told:
+        for index, content, condition in part:
+            memory.contents[index] = digests.pack([content])[0]
+            memory.controls[index] = np.void(condition.ljust(ID, b"\0"))
+    if ranks.launch.local_rank == 0:
+        memory.keep(wanted)
+    if total := sum(count for _, count in told):
+        ranks.say(f"encoded {total} images ({len(items) - total} were in {recipe.folder})")
+    return memory.contents, memory.controls
 
 
-def _shape(place: Path) -> tuple[int, ...]:
-    try:
-        with safe_open(place, framework="pt") as file:
-            return tuple(file.get_slice("latents").get_shape())
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"The cache entry {place} cannot be read: {error}.", "Delete it and start again.") from error
+def _entries(recipe: Recipe, items: list[Item], contents: Rows, controls: np.ndarray, texts: dict[str, Key]) -> Entries:
+    """The entries of one set: all images at the first size, then all at the next."""
+    count = len(items)
+    sizes = len(recipe.sizes(items[0])) if items else 1
+    mirrored = bool(items) and items[0].training and recipe.config.random_flip
+    latents = np.zeros((sizes * count, 2 if mirrored else 1), KEY)
+    drawn = np.zeros(sizes * count, KEY) if recipe.signature else None
+    shapes: dict[tuple[int, int], int] = {}
+    shape_of = np.zeros(sizes * count, np.int32)
+    known: list[tuple[int, ...]] = []
+    for k, item in enumerate(items):
+        control = b"" if recipe.control is None else bytes(controls[k])
+        for place, view in enumerate(recipe.views(item, digests.content(contents[k]), control)):
+            number = place * count + k
+            latents[number] = [np.void(one) for one in view.latents]
+            if drawn is not None and view.condition is not None:
+                drawn[number] = np.void(view.condition)
+            if view.size not in shapes:
+                shapes[view.size] = len(known)
+                known.append(entries.shape(entries.place(recipe.folder, "image", view.latents[0])))
+            shape_of[number] = shapes[view.size]
+    numbers = {caption: k for k, caption in enumerate(texts)}
+    text_of = np.fromiter((numbers[item.sample.caption] for item in items), np.int32, count)
+    config = recipe.config
+    return Entries(
+        recipe.folder, latents, list(texts.values()), np.tile(text_of, sizes), known, shape_of,
+        silent=texts.get("") if config.caption_dropout else None, conditions=drawn,
+        repeats=np.tile(_repeats(config, items), sizes) if items and items[0].training else None,
+    )  # fmt: skip
 
 
-def _read(place: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(place, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"The cache entry {place} cannot be read: {error}.", "Delete it and start again.") from error
+def _repeats(config: TrainConfig, items: list[Item]) -> np.ndarray:
+    """How often each image counts in one pass: as the nearest folder above it that is named."""
+    named = {Path(os.path.normpath(folder)): times for folder, times in config.repeats}
+    used = set()
+    found = np.ones(len(items), np.int32)
+    for k, item in enumerate(items if named else []):
+        below = item.sample.image.relative_to(item.root)
+        folder = next((parent for parent in below.parents if parent in named), None)
+        if folder is not None:
+            used.add(folder)
+            found[k] = named[folder]
+    if missing := [shown(folder) for folder in named if folder not in used]:
+        seen = f"repeats names {', '.join(missing)}, and no image of {shown(config.img_dir)} lies there."
+        raise DataError(seen, "Folders are named from img_dir on, for example `faces/close`; `.` is img_dir itself.")
+    return found
+
+
+def _notes(recipe: Recipe, ranks: Ranks, items: list[Item], contents: Rows) -> None:
+    """Say what is made up of too few pixels, and what is there twice."""
+    _say_enlarged(recipe, ranks.say, items, contents)
+    training = [k for k, item in enumerate(items) if item.training]
+    twins = len(training) - len({bytes(contents[k]["id"]) for k in training})
+    if twins:
+        ranks.say(f"note: {twins} images are copies, byte for byte, of others, which so count more often")
+
+
+def _say_enlarged(recipe: Recipe, say: Callable[[str], None], items: list[Item], contents: Rows) -> None:
+    smaller, worst = 0, (1.0, 0)
+    for k, item in enumerate(items):
+        if not item.training:
+            continue
+        one = digests.content(contents[k])
+        scale = max(enlarged(one.width, one.height, target) for target in recipe.targets(item, one))
+        smaller += scale > 1
+        worst = max(worst, (scale, k))
+    if smaller:
+        one = digests.content(contents[worst[1]])
+        name = shown(items[worst[1]].sample.name)
+        say(
+            f"note: {smaller} images have fewer pixels than they are trained at and are enlarged; "
+            f"{name}, {one.width} x {one.height}, {worst[0]:.1f} times"
+        )

@@ -22,13 +22,20 @@ TILE = 512
 
 
 class TextEncoders:
-    """T5 and CLIP as FLUX uses them: T5's tokens are padded to a fixed length and no mask is used."""
+    """T5 and CLIP as FLUX uses them.
 
-    def __init__(self, base: Base, device: torch.device, max_tokens: int) -> None:
+    `full`: T5's tokens are padded to `max_tokens` and no mask is used, neither in T5 nor in the transformer. FLUX was
+    trained so and samples so: the states of the padding are part of what it attends to, and it uses them.
+    `none`: T5 sees the caption's own tokens, and there is nothing else to attend to. That is what T5's states are
+    under its attention mask (its positions are relative, and softmax gives masked ones nothing), for less work.
+    """
+
+    def __init__(self, base: Base, device: torch.device, max_tokens: int, padding: str = "full") -> None:
         from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
         self.device = device
         self.max_tokens = max_tokens
+        self.padding = padding
         self.clip_tokenizer = _load(CLIPTokenizer, base.tokenizer)
         self.t5_tokenizer = _load(T5TokenizerFast, base.tokenizer_2)
         self.clip = _load_weights(CLIPTextModel, base.text_encoder, device)
@@ -38,10 +45,11 @@ class TextEncoders:
 
     @torch.no_grad()
     def encode(self, caption: str) -> tuple[Tensor, Tensor]:
-        """(L, D) T5 states and the (P,) pooled CLIP vector, in bf16."""
+        """(L, D) T5 states and the (P,) pooled CLIP vector, in bf16; L is max_tokens or the caption's own length."""
         length = len(self.t5_tokenizer(caption).input_ids)
         self.cut += length > self.max_tokens
-        t5_ids = self._ids(self.t5_tokenizer, caption, self.max_tokens)
+        padded = self.max_tokens if self.padding == "full" else min(length, self.max_tokens)
+        t5_ids = self._ids(self.t5_tokenizer, caption, padded)
         clip_ids = self._ids(self.clip_tokenizer, caption, self.clip.config.max_position_embeddings)
         text = self.t5(t5_ids)[0][0]
         pooled = self.clip(clip_ids, output_hidden_states=False).pooler_output[0]

@@ -1,11 +1,45 @@
-"""Whether a file is a whole image, by its first and last bytes, without an image library."""
+"""One image file, without an image library: whether it is whole, and how many pixels it has."""
 
 from __future__ import annotations
 
 import os
-import struct
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
+
+from xflux_trainer.imageheader import READERS, Cut
+
+EXTENSIONS = tuple(
+    ".jpg .jpeg .jpe .jfif .png .apng .webp .bmp .dib .gif .tif .tiff .avif .avifs .j2c .j2k .jp2 .jpc .jpf .jpx "
+    ".tga .icb .vda .vst .pbm .pgm .ppm .pnm .pfm .qoi .psd .dds .ico .icns .cur .pcx .dcx .sgi .rgb .rgba .bw .ras "
+    ".blp .fit .fits .flc .fli .ftc .ftu .gbr .iim .im .msp .pcd .pxr .xbm .xpm".split()
+)
+"""Endings of the formats that Pillow decodes by itself, in small letters; of animations the first picture is taken.
+AVIF wants Pillow 11.3."""
+OTHER_IMAGES = tuple(
+    # Pillow names these, but decodes them nowhere (stubs), on Windows only, or with Ghostscript; or they are videos.
+    ".bufr .grib .h5 .hdf .emf .wmf .eps .ps .mpg .mpeg "
+    # Pillow does not know these.
+    ".heic .heif .jxl .svg .exr .hdr .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf .mp4 .webm".split()
+)
+"""Endings of images that are not read here: they are counted and left out."""
+
+_STARTS = (
+    b"8BPS", b"qoif", b"DDS ", b"BLP1", b"BLP2", b"icns", b"\x01\xda", b"\x59\xa6\x6a\x95", b"SIMPLE  =", b"P1", b"P2",
+    b"P3", b"P4", b"P5", b"P6", b"Pf", b"PF", b"\x00\x00\x01\x00", b"\x00\x00\x02\x00", b"\xff\x4f\xff\x51",
+    b"\x00\x00\x00\x0cjP  ", b"/* XPM", b"#define", b"DanM", b"LinS", b"\x0a",
+)  # fmt: skip
+"""First bytes of the formats that are recognised and not looked into."""
+_NAMELESS = tuple(".tga .icb .vda .vst .pcx .dcx .pcd .im .iim .fli .flc .ftc .ftu .gbr .pxr .xbm .icb".split())
+"""Formats without first bytes of their own, or with ones far inside: the ending is believed."""
+
+
+class Look(NamedTuple):
+    """What one image's file shows. `fault`: (a fixed word, what was seen, what to do), None when it is whole."""
+
+    fault: tuple[str, str, str] | None
+    bytes: int = 0
+    size: tuple[int, int] | None = None
+    """Width and height as the image is shown; None where the format is not looked into."""
 
 
 def at_once(path: str, flags: int) -> int:
@@ -13,83 +47,63 @@ def at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-def image_fault(path: Path) -> tuple[str, str, str] | None:
-    """What is wrong with the image, as a fixed word, in words, and what to do; None when it is whole."""
+def shown(path: object) -> str:
+    """A path as text that every terminal and file takes: of a name that is not UTF-8 the odd bytes as \\xNN."""
+    return os.fsencode(str(path)).decode("utf-8", "backslashreplace")
+
+
+def look(path: str | Path) -> Look:
+    """Open the file once. Nothing is raised."""
+    size = 0
     try:
         with open(path, "rb", opener=at_once) as file:
             size = os.fstat(file.fileno()).st_size
             if size == 0:
-                return ("zero-byte", "is empty (0 bytes)", "Copy the image again, or remove it.")
-            head = file.read(32)
-            whole = _whole(file, head, size)
+                return Look(("zero-byte", "is empty (0 bytes)", "Copy the image again, or remove it."))
+            pixels = _pixels(file, size, os.path.splitext(path)[1].lower())  # noqa: PTH122 - may be many thousands
     except OSError as error:
-        return ("unreadable", f"cannot be read: {error.strerror}", "Allow reading it.")
-    if whole is None:
-        hint = "Save it as JPEG, PNG, WebP or BMP, or remove it."
-        return ("not-an-image", f"is not an image but {_kind(head)}", hint)
-    if not whole:
+        return Look(("unreadable", f"cannot be read: {error.strerror}", "Allow reading it."), size)
+    except Cut:
         seen = f"is cut short: its {size:,} bytes end in the middle of the image"
-        return ("truncated", seen, "Copy the image again, or remove it.")
-    return None
+        return Look(("truncated", seen, "Copy the image again, or remove it."), size)
+    except Unknown as unknown:
+        hint = "Save it as JPEG, PNG or WebP, or remove it."
+        return Look(("not-an-image", f"is not an image but {unknown}", hint), size)
+    return Look(None, size, pixels)
 
 
-def _whole(file: BinaryIO, head: bytes, size: int) -> bool | None:
-    """Whether the image is there to its end; None when it is not an image of a format that is read."""
-    if head.startswith(b"\xff\xd8\xff"):
-        return _whole_jpeg(file, size)
-    if head.startswith(b"\x89PNG\r\n\x1a\n"):
-        return _whole_png(file, size)
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        return int(struct.unpack("<I", head[4:8])[0]) + 8 <= size
-    if head[:2] == b"BM" and len(head) >= 26 and struct.unpack("<I", head[14:18])[0] in (12, 40, 52, 56, 64, 108, 124):
-        return int(struct.unpack("<I", head[2:6])[0]) <= size
-    return None
+def image_fault(path: Path) -> tuple[str, str, str] | None:
+    """What is wrong with the image, as a fixed word, in words, and what to do; None when it is whole."""
+    return look(path).fault
 
 
-def _whole_jpeg(file: BinaryIO, size: int) -> bool:
-    """Walk the segments up to the scan, then look for its end; a thumbnail's own end does not count."""
-    position = 2
-    while True:
-        file.seek(position)
-        marker = file.read(4)
-        if len(marker) < 4 or marker[0] != 0xFF:
-            return False
-        if marker[1] == 0xDA:
-            break
-        if marker[1] == 0xFF:  # padding
-            position += 1
-            continue
-        position += 2 + struct.unpack(">H", marker[2:])[0]
-    # Cameras put megabytes behind the end marker; inside the scan its two bytes cannot occur.
-    for start in (max(position, size - 4096), position):
-        file.seek(start)
-        if b"\xff\xd9" in file.read():
-            return True
-    return False
+class Unknown(Exception):
+    """The file is of no format that is read; the message says what it seems to be."""
 
 
-def _whole_png(file: BinaryIO, size: int) -> bool:
-    position = 8
-    while position + 12 <= size:
-        file.seek(position)
-        length, kind = struct.unpack(">I4s", file.read(8))
-        if kind == b"IEND":
-            return True
-        position += 12 + length
-    return False
+def _pixels(file: BinaryIO, size: int, ending: str) -> tuple[int, int] | None:
+    head = file.read(32)
+    for recognises, read in READERS:
+        if recognises(head):
+            return read(file, size)
+    kind = _kind(head)
+    if head[4:8] == b"ftyp" and head[8:12] in (b"avif", b"avis", b"mif1") and ending in (".avif", ".avifs"):
+        return None
+    if not kind and (head.startswith(_STARTS) or (ending in _NAMELESS and len(head) >= 16)):
+        return None
+    raise Unknown(kind or "something else")
 
 
 def _kind(head: bytes) -> str:
-    """What a file without an image's first bytes probably is."""
+    """What a file without an image's first bytes probably is; empty where there is no telling."""
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     for start, name in (
         (b"<!doctype html", "an HTML page"), (b"<html", "an HTML page"), (b"<?xml", "an XML file"),
         (b"<svg", "an SVG drawing"), (b"version https://git-lfs", "a git-lfs pointer: run `git lfs pull`"),
-        (b"gif8", "a GIF"), (b"ii*\0", "a TIFF"), (b"mm\0*", "a TIFF"), (b"%pdf", "a PDF"), (b"pk\x03\x04", "a zip"),
-        (b"{", "JSON"),
+        (b"%pdf", "a PDF"), (b"pk\x03\x04", "a zip"), (b"{", "JSON"),
     ):  # fmt: skip
         if text.startswith(start):
             return name
     if head[4:8] == b"ftyp":
         return "a HEIC, AVIF or video file"
-    return "something else"
+    return ""

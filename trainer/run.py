@@ -8,15 +8,16 @@ from pathlib import Path
 
 from torch import nn
 from xflux_trainer import cache, checkpoint, files, hub, lora, model, report, resume
-from xflux_trainer.cache import Entry
+from xflux_trainer.cache import Entries, Entry
 from xflux_trainer.checkpoint import Progress
 from xflux_trainer.config import TrainConfig
-from xflux_trainer.data import Order, list_samples, outside
+from xflux_trainer.data import list_samples, outside
 from xflux_trainer.errors import CheckpointError, ConfigError, DataError, Unsupported, UserError
 from xflux_trainer.layout import Base
 from xflux_trainer.meter import Meter
 from xflux_trainer.model import Velocity
 from xflux_trainer.optim import PlainStepper, Stepper
+from xflux_trainer.order import Order
 from xflux_trainer.ranks import Ranks
 from xflux_trainer.samples import Sample
 from xflux_trainer.spec import FluxSpec
@@ -33,7 +34,7 @@ class Run:
     spec: FluxSpec
     velocity: Velocity
     stepper: Stepper
-    entries: list[Entry]
+    entries: Entries
     heldout: list[Entry]
     prompts: list[Path]
     order: Order
@@ -89,7 +90,8 @@ def prepare(config: TrainConfig, notes: tuple[str, ...], ranks: Ranks, gauge: Me
     adapters = lora.attach(transformer, config)
     velocity = Velocity(transformer, guidance=spec.guidance_embeds)
 
-    order = Order([entry.shape for entry in entries], config.train_batch_size, ranks.world_size, config.seed)
+    order = Order.of(entries.buckets, config)
+    said += order.notes()
     per_step = ranks.world_size * accumulation
     total = config.max_train_steps or math.ceil((config.num_train_epochs or 1) * order.per_epoch / per_step)
     with gauge.phase("train"):
@@ -125,11 +127,12 @@ def refuse_slow(spec: FluxSpec, ranks: Ranks) -> None:
 
 def find_sets(config: TrainConfig) -> tuple[dict[str, list[Sample]], str, list[str]]:
     """Samples by their folder, the folder of the held-out ones, and notes."""
-    samples, note = list_samples(config.img_dir, config.caption_type)
+    columns = config.image_column, config.caption_column
+    samples, note = list_samples(config.img_dir, config.caption_type, columns)
     sets, notes = {config.img_dir: samples}, [note]
     heldout_dir = config.heldout_dir or config.img_dir
     if heldout_dir not in sets:
-        heldout, note = list_samples(heldout_dir, config.caption_type)
+        heldout, note = list_samples(heldout_dir, config.caption_type, columns)
         sets[heldout_dir] = heldout[: config.heldout_samples]
         notes.append(note)
         sets[config.img_dir], note = _leave_out(samples, config.img_dir, heldout_dir)

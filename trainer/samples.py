@@ -1,45 +1,46 @@
 """List a training set: which images there are, what is said of them, and everything that is wrong.
 
-X-Flux's layout: an image and, beside it, `NAME.json` holding {"caption": …} or `NAME.txt`. Files are judged
-without an image library: a file that was cut short or is not an image at all shows in its first and last bytes.
+X-Flux's layout: an image and, beside it, `NAME.json` holding {"caption": …} or `NAME.txt`; or tables of images and
+captions. Files are judged without an image library: one that was cut short or is not an image at all shows in its
+first and last bytes.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from xflux_trainer.imagefile import at_once, image_fault
+from xflux_trainer import buckets, tables
+from xflux_trainer.captions import SampleProblem, estimate_tokens, no_caption, read_caption
+from xflux_trainer.errors import DataError
+from xflux_trainer.imagefile import EXTENSIONS, OTHER_IMAGES, at_once, look, shown
+from xflux_trainer.tables import Table
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-OTHER_IMAGES = (".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jfif")
-MAX_CAPTION = 1 << 20
+__all__ = [
+    "COLUMNS", "EXTENSIONS", "OTHER_IMAGES", "Opened", "Sample", "SampleIndex", "SampleProblem", "Survey",
+    "buckets", "copies", "find_samples", "shown", "survey",
+]  # fmt: skip
+
+COLUMNS = ("image", "text")
+"""Columns of a table's images and captions, unless the config names others."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image and its caption."""
+    """One image and its caption. In a table both lie in `row` of one file."""
 
     image: Path
     caption_path: Path
     caption: str = ""
+    row: int | None = None
 
-
-@dataclass(frozen=True)
-class SampleProblem:
-    """One file that cannot be used. `kind` is a fixed word, the rest is for people."""
-
-    path: Path
-    kind: str
-    seen: str
-    hint: str
-
-    def __str__(self) -> str:
-        return f"{self.path} {self.seen}. {self.hint}".strip()
+    @property
+    def name(self) -> Path:
+        """Who the image is: its path, for a table's with `#row` behind it."""
+        return self.image if self.row is None else Path(f"{self.image}#{self.row}")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,15 @@ class SampleIndex:
     samples: tuple[Sample, ...]
     problems: tuple[SampleProblem, ...]
     ignored: tuple[Path, ...] = ()
+
+
+class Opened(NamedTuple):
+    """What a survey saw of one image: pixels as it is shown (None where its header is not read), and its caption's
+    length in T5 tokens, estimated."""
+
+    path: str
+    size: tuple[int, int] | None
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,13 @@ class Survey:
     opened: int
     problems: tuple[SampleProblem, ...]
     ignored: int = 0
+    looks: tuple[Opened, ...] = ()
+    tables: tuple[Table, ...] = ()
+    """Tables among the files; their rows are in `count` where they could be counted."""
+    folders: tuple[str, ...] = ()
+    """Folders below the root that hold images, relative to it with `/`; the root itself is `.`."""
+    paths: tuple[str, ...] = ()
+    """Every image's path, for `copies`."""
 
 
 class _File(NamedTuple):
@@ -73,33 +90,97 @@ class _File(NamedTuple):
     listed: bool
 
 
-def find_samples(img_dir: str | Path, caption_type: str = "json") -> SampleIndex:
+class _Listing(NamedTuple):
+    images: list[_File]
+    tables: list[Table]
+    problems: list[SampleProblem]
+    ignored: list[str]
+
+
+def find_samples(
+    img_dir: str | Path, caption_type: str = "json", columns: tuple[str, str] = COLUMNS
+) -> SampleIndex:  # fmt: skip
     """Every image below the folder, with its caption. Nothing is raised: problems are part of the answer."""
-    images, problems, ignored = _list(Path(img_dir), caption_type)
-    samples = []
-    for file in images:
-        sample, found = _open(file, caption_type)
+    listing = _list(Path(img_dir), caption_type)
+    samples, problems = [], listing.problems
+    for file in listing.images:
+        sample, found = _open(file, caption_type)[:2]
         problems += found
         if not found:
             samples.append(sample)
-    return SampleIndex(tuple(samples), tuple(problems), tuple(Path(path) for path in ignored))
+    for table in listing.tables:
+        rows, found = _rows(table, columns)
+        problems += found
+        samples += rows
+    if listing.tables:
+        samples.sort(key=lambda sample: (str(sample.image), sample.row or 0))
+    return SampleIndex(tuple(samples), tuple(problems), tuple(Path(path) for path in listing.ignored))
 
 
-def survey(img_dir: str | Path, caption_type: str = "json", most: int = 1000) -> Survey:
-    """As `find_samples`, but at most `most` images are opened, evenly spread; of the others the names are looked at."""
-    images, problems, ignored = _list(Path(img_dir), caption_type)
+def survey(
+    img_dir: str | Path, caption_type: str = "json", most: int = 1000, columns: tuple[str, str] = COLUMNS
+) -> Survey:
+    """As `find_samples`, but at most `most` images are opened, evenly spread; of the others the names are looked at.
+
+    Of tables the footers are read, and no library is needed.
+    """
+    listing = _list(Path(img_dir), caption_type)
+    images, problems = listing.images, listing.problems
     total, before = len(images), len(problems)
     chosen = {number * total // most for number in range(most)} if total > most else set(range(total))
-    faulty = 0
+    faulty, looks = 0, []
     for number, file in enumerate(images):
         found: list[SampleProblem] = []
         if number in chosen:
-            found = _open(file, caption_type)[1]
+            sample, found, size = _open(file, caption_type)
+            if not found:
+                looks.append(Opened(file.image, size, estimate_tokens(sample.caption)))
         elif not file.listed and not _is_there(file.caption, len(problems) - before):
-            found = [_no_caption(Path(file.image), Path(file.caption), caption_type)]
+            found = [no_caption(Path(file.image), Path(file.caption), caption_type)]
         problems += found
         faulty += bool(found)
-    return Survey(total - faulty, len(chosen), tuple(problems), len(ignored))
+    sound = [(table, tables.lacking(table, columns)) for table in listing.tables]
+    problems += [problem for _, problem in sound if problem]
+    rows = sum(table.rows or 0 for table, problem in sound if not problem)
+    folders = {os.path.dirname(file.key) for file in images} | {_folder(table, img_dir) for table in listing.tables}  # noqa: PTH120
+    return Survey(
+        total - faulty + rows, len(chosen), tuple(problems), len(listing.ignored), tuple(looks),
+        tuple(listing.tables), tuple(sorted(folder or "." for folder in folders)), tuple(file.image for file in images),
+    )  # fmt: skip
+
+
+def copies(paths: tuple[str, ...], most: int = 2000) -> list[tuple[str, str]]:
+    """(image, the earlier one that it equals byte for byte). Only files of one length are read, `most` at the most."""
+    import hashlib
+
+    lengths: dict[int, list[str]] = {}
+    for path in paths:
+        try:
+            lengths.setdefault(os.stat(path).st_size, []).append(path)  # noqa: PTH116 - there may be many thousands
+        except OSError:
+            continue
+    found, read = [], 0
+    for group in lengths.values():
+        first: dict[bytes, str] = {}
+        for path in group if len(group) > 1 and read < most else ():
+            read += 1
+            try:
+                with open(path, "rb", opener=at_once) as file:
+                    # Two images of one length differ early or not at all; the rest is read to be sure.
+                    digest = hashlib.blake2b(file.read(65536), digest_size=16)
+                    while chunk := file.read(1 << 20):
+                        digest.update(chunk)
+            except OSError:
+                continue
+            owner = first.setdefault(digest.digest(), path)
+            if owner != path:
+                found.append((path, owner))
+    return found
+
+
+def _folder(table: Table, root: str | Path) -> str:
+    folder = table.path.parent.relative_to(root).as_posix()
+    return "" if folder == "." else folder
 
 
 def _is_there(path: str, seen: int) -> bool:
@@ -107,41 +188,79 @@ def _is_there(path: str, seen: int) -> bool:
     return seen < 100 and os.path.exists(path)  # noqa: PTH110
 
 
-def _open(file: _File, caption_type: str) -> tuple[Sample, list[SampleProblem]]:
-    """The sample, and what is wrong with its two files."""
+def _open(file: _File, caption_type: str) -> tuple[Sample, list[SampleProblem], tuple[int, int] | None]:
+    """The sample, what is wrong with its two files, and its pixels."""
     image, caption_path = Path(file.image), Path(file.caption)
-    fault = image_fault(image)
-    caption, caption_problem = _caption(image, caption_path, caption_type)
-    found = [problem for problem in (SampleProblem(image, *fault) if fault else None, caption_problem) if problem]
-    return Sample(image, caption_path, caption), found
+    seen = look(file.image)
+    caption, caption_problem = read_caption(image, caption_path, caption_type)
+    found = [SampleProblem(image, *seen.fault)] if seen.fault else []
+    found += [caption_problem] if caption_problem else []
+    return Sample(image, caption_path, caption), found, seen.size
 
 
-def _list(root: Path, caption_type: str) -> tuple[list[_File], list[SampleProblem], list[str]]:
-    """The images by their path, those of other formats, and what is wrong with the names alone. Opens no file."""
-    problems: list[SampleProblem] = []
+def _rows(table: Table, columns: tuple[str, str]) -> tuple[list[Sample], list[SampleProblem]]:
+    from xflux_trainer import parquet  # needs pyarrow, which only tables need
+
+    try:
+        captions, problems = parquet.read_captions(table.path, columns)
+    except DataError as error:
+        return [], [SampleProblem(table.path, "bad-table", error.seen.rstrip("."), error.hint)]
+    path = table.path
+    return [Sample(path, path, caption, row) for row, caption in enumerate(captions) if caption], problems
+
+
+def _list(root: Path, caption_type: str) -> _Listing:
+    """The images by their path, the tables, those of other formats, and what is wrong with the names alone. Opens no
+    image."""
+    listing = _Listing([], [], [], [])
     if not root.is_dir():
         seen = "is a file" if root.exists() else "does not exist"
         problem = SampleProblem(root, "no-folder", seen, "Set img_dir to the folder of training images.")
-        return [], [problem], []
+        return listing._replace(problems=[problem])
     images: list[_File] = []
-    ignored: list[str] = []
+    problems = listing.problems
     top = len(os.path.join(root, ""))  # noqa: PTH118 - plain strings: there may be many thousands
-    for folder, names in _walk(root, problems):
+    for folder, names in walk(root, problems):
         inside = set(names)
         base = os.path.join(folder, "")  # noqa: PTH118
+        holds_tables = False
         for name in names:
             stem, dot, suffix = name.rpartition(".")
             kind = f"{dot}{suffix}".lower()
-            if kind in EXTENSIONS:
+            if kind in _KINDS:
                 caption = f"{stem}.{caption_type}"
                 path = f"{base}{name}"
                 images.append(_File(path[top:], path, f"{base}{caption}", caption in inside))
-            elif kind in OTHER_IMAGES:
-                ignored.append(f"{base}{name}")
+            elif kind in _OTHERS:
+                listing.ignored.append(f"{base}{name}")
+            elif kind in tables.ENDINGS or name == "dataset_dict.json":
+                holds_tables = True
+        if holds_tables:
+            _add_tables(folder, names, listing)
     images.sort(key=lambda file: file.key)
-    if not images and not problems:
-        hint = f"Put {', '.join(EXTENSIONS)} files there, or correct img_dir."
+    if not images and not problems and not listing.tables:
+        hint = "Put .jpg, .png or .webp files there, or tables (.parquet), or correct img_dir."
         problems.append(SampleProblem(root, "no-samples", "holds no images", hint))
+    return listing._replace(images=_alone(images, problems))
+
+
+_KINDS, _OTHERS = frozenset(EXTENSIONS), frozenset(OTHER_IMAGES)
+
+
+def _add_tables(folder: str, names: list[str], listing: _Listing) -> None:
+    files, problem = tables.saved_files(folder, names)
+    if problem:
+        listing.problems.append(problem)
+    for name in files:
+        table, problem = tables.measure(Path(folder, name))
+        if problem:
+            listing.problems.append(problem)
+        else:
+            listing.tables.append(table)
+
+
+def _alone(images: list[_File], problems: list[SampleProblem]) -> list[_File]:
+    """The images without those that share their caption's file with an earlier one."""
     owners: dict[str, str] = {}
     alone = []
     for file in images:
@@ -149,12 +268,12 @@ def _list(root: Path, caption_type: str) -> tuple[list[_File], list[SampleProble
         if owner is file.image:
             alone.append(file)
         else:
-            seen = f"shares its caption file with {os.path.basename(owner)}"  # noqa: PTH119
+            seen = f"shares its caption file with {shown(os.path.basename(owner))}"  # noqa: PTH119
             problems.append(SampleProblem(Path(file.image), "shared-caption", seen, "Rename one of the two images."))
-    return alone, problems, ignored
+    return alone
 
 
-def _walk(root: Path, problems: list[SampleProblem]) -> Iterator[tuple[str, list[str]]]:
+def walk(root: Path, problems: list[SampleProblem]) -> Iterator[tuple[str, list[str]]]:
     """Every folder from `root` with its files; links followed, hidden ones (and macOS' `._` twins) left out."""
 
     def unreadable(error: OSError) -> None:
@@ -174,57 +293,3 @@ def _walk(root: Path, problems: list[SampleProblem]) -> Iterator[tuple[str, list
         visited.add((stat.st_dev, stat.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
         yield folder, [name for name in files if not name.startswith(".")]
-
-
-# Captions ------------------------------------------------------------------------------------------------
-
-
-def _caption(image: Path, path: Path, caption_type: str) -> tuple[str, SampleProblem | None]:
-    try:
-        with open(path, "rb", opener=at_once) as file:
-            raw = file.read(MAX_CAPTION + 1)
-    except FileNotFoundError:
-        return "", _no_caption(image, path, caption_type)
-    except OSError as error:
-        return "", SampleProblem(path, "unreadable", f"cannot be read: {error.strerror}", "Allow reading it.")
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return "", SampleProblem(path, "not-utf8", "is not UTF-8 text", "Save the caption as UTF-8.")
-    if len(raw) > MAX_CAPTION:
-        return "", SampleProblem(path, "bad-caption", "is larger than 1 MiB", "A caption is a sentence or a few.")
-    if caption_type == "json":
-        return _json_caption(path, text)
-    if not text.strip():
-        return "", SampleProblem(path, "empty-caption", "is empty", "Write what the image shows.")
-    return text.strip(), None
-
-
-def _no_caption(image: Path, path: Path, caption_type: str) -> SampleProblem:
-    other = "txt" if caption_type == "json" else "json"
-    hint = f"Write {path.name} beside the image."
-    if image.with_suffix(f".{other}").exists():
-        hint = f"There is a .{other} caption: set caption_type to {other}."
-    return SampleProblem(image, "no-caption", f"has no caption file {path.name}", hint)
-
-
-def _json_caption(path: Path, text: str) -> tuple[str, SampleProblem | None]:
-    hint = 'Write {"caption": "what the image shows"}.'
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        seen = "is empty" if not text.strip() else f"is not JSON: {error}"
-        return "", SampleProblem(path, "bad-json", seen, hint)
-    if not isinstance(data, dict) or "caption" not in data:
-        return "", SampleProblem(path, "no-caption-key", 'has no "caption"', hint)
-    caption = data["caption"]
-    if not isinstance(caption, str):
-        seen = f'has a "caption" that is not a text but a {type(caption).__name__}'
-        return "", SampleProblem(path, "bad-caption", seen, hint)
-    if not caption.strip():
-        return "", SampleProblem(path, "empty-caption", 'has an empty "caption"', hint)
-    try:
-        caption.encode()
-    except UnicodeEncodeError:
-        return "", SampleProblem(path, "bad-caption", "holds half of a character (a lone surrogate)", "Write it anew.")
-    return caption.strip(), None

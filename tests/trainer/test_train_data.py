@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from xflux_trainer.data import (  # noqa: E402
     target_size,
 )
 from xflux_trainer.errors import DataError  # noqa: E402
+from xflux_trainer.order import buckets_of, split  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -109,21 +111,19 @@ SHAPES = [(16, 8, 8)] * 5 + [(16, 8, 4)] * 3 + [(16, 4, 8)]
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 4])
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_every_image_comes_and_batches_are_of_one_shape(batch: int, world: int) -> None:
-    batches = epoch_batches(SHAPES, batch, world, seed=0, epoch=3)
-    assert len(batches) % world == 0
+def test_every_image_comes_and_batches_are_of_one_shape(batch: int) -> None:
+    batches = epoch_batches(buckets_of(SHAPES), batch, seed=0, epoch=3).tolist()
     assert {image for images in batches for image in images} == set(range(len(SHAPES)))
     for images in batches:
         assert len(images) == batch
         assert len({SHAPES[image] for image in images}) == 1
-    if (batch, world) == (1, 1):
+    if batch == 1:
         assert Counter(image for images in batches for image in images) == Counter(range(len(SHAPES)))
 
 
 def test_the_order_is_a_function_of_the_seed() -> None:
     def order(seed: int) -> list[list[int]]:
-        images = Order(SHAPES, 1, 1, seed)
+        images = Order(buckets_of(SHAPES), 1, seed)
         return [images[number] for number in range(40)]
 
     assert order(0) == order(0)
@@ -134,17 +134,62 @@ def test_the_order_is_a_function_of_the_seed() -> None:
 
 
 def test_going_back_in_the_order_gives_the_same_batches() -> None:
-    images = Order(SHAPES, 2, 2, 0)
+    images = Order(buckets_of(SHAPES), 2, 0)
     forward = [images[number] for number in range(50)]
     assert [images[number] for number in reversed(range(50))] == forward[::-1]
 
 
-def test_two_ranks_share_what_one_would_see() -> None:
-    """Eight images, batch 1: two ranks' numbers 0, 2, 4 … and 1, 3, 5 … are the single rank's 0, 1, 2 …"""
-    shapes = [(16, 8, 8)] * 8
-    one, two = Order(shapes, 1, 1, 0), Order(shapes, 1, 2, 0)
-    assert [one[k] for k in range(32)] == [two[k] for k in range(32)]
-    assert not {two[k][0] for k in range(0, 8, 2)} & {two[k][0] for k in range(1, 8, 2)}
+def test_the_order_of_earlier_releases_is_kept() -> None:
+    """What a seed gave before the order was kept in arrays; a run that is resumed goes on with the same images."""
+    images = Order(buckets_of(SHAPES), 2, 7)
+    assert [images[number] for number in range(10)] == EARLIER
+
+
+EARLIER = [[6, 5], [8, 8], [0, 1], [4, 2], [7, 6], [3, 0], [1, 0], [0, 3], [8, 8], [6, 7]]
+
+
+@pytest.mark.parametrize("count", [8, 9, 11])
+def test_two_ranks_see_what_one_would_whatever_the_number_of_images(count: int) -> None:
+    """One stream over all epochs: steps of two ranks hold the batches of one rank that accumulates twice."""
+    images = Order(buckets_of([(16, 8, 8)] * count), 1, 0)
+    stream = [images[number][0] for number in range(6 * count)]
+    two = [[images[number][0] for number in range(rank, 6 * count, 2)] for rank in (0, 1)]
+    assert [image for pair in zip(*two, strict=True) for image in pair] == stream
+    for epoch in range(6):
+        assert sorted(stream[epoch * count : (epoch + 1) * count]) == list(range(count))
+
+
+def test_repeats_count_in_every_pass() -> None:
+    images = Order(buckets_of(SHAPES, [3, 1, 1, 1, 1, 2, 1, 1, 1]), 1, 0)
+    assert images.per_epoch == 12
+    seen = Counter(images[number][0] for number in range(12))
+    assert (seen[0], seen[5], sum(seen.values())) == (3, 2, 12)
+
+
+def test_views_follow_from_the_seed_and_the_number() -> None:
+    """Half are mirrored, a third are silent, and a run that starts in the middle draws the same."""
+    images = Order(buckets_of([(16, 8, 8)] * 50), 2, 3, flip=True, dropout=1 / 3)
+    drawn = [images[number] for number in range(2000)]
+    again = Order(buckets_of([(16, 8, 8)] * 50), 2, 3, flip=True, dropout=1 / 3)
+    assert again[1234] == drawn[1234]
+    views = [pick // 50 for batch in drawn for pick in batch]
+    assert abs(sum(view & 1 for view in views) / len(views) - 1 / 2) < 0.03
+    assert abs(sum(view >> 1 for view in views) / len(views) - 1 / 3) < 0.03
+    plain = Order(buckets_of([(16, 8, 8)] * 50), 2, 3)
+    assert [[pick % 50 for pick in batch] for batch in drawn] == [plain[number] for number in range(2000)]
+    # The views of one image differ from pass to pass.
+    assert len({pick // 50 for batch in drawn for pick in batch if pick % 50 == 7}) == 4
+
+
+def test_an_order_of_a_million_images_starts_at_once() -> None:
+    kinds = np.arange(1_000_000, dtype=np.int32) % 12
+    started = time.perf_counter()
+    images = Order(split(kinds), 4, 0)
+    first = images[0]
+    assert time.perf_counter() - started < 20  # two seconds on an idle core
+    assert len({kinds[image] for image in first}) == 1
+    assert images.per_epoch == sum(-(-int(n) // 4) for n in np.bincount(kinds))
+    assert sum(batch.nbytes for batch in images._buckets) + images._current[1].nbytes < 10_000_000
 
 
 def test_samples_below_a_folder_are_told_apart(tmp_path: Path) -> None:

@@ -41,11 +41,11 @@ def test_hidden_files_and_others_are_not_images(tmp_path: Path) -> None:
     put(tmp_path, ".ipynb_checkpoints/a.png", None)
     put(tmp_path, "__MACOSX/a.png", None)
     (tmp_path / "notes.txt").write_text("not a caption")
-    put(tmp_path, "moving.gif", None, b"GIF89a")
+    put(tmp_path, "phone.HEIC", None, b"\0\0\0\x18ftypheic")
     index = find_samples(tmp_path)
     assert [sample.image.name for sample in index.samples] == ["a.png"]
     assert index.problems == ()
-    assert [path.name for path in index.ignored] == ["moving.gif"]
+    assert [path.name for path in index.ignored] == ["phone.HEIC"]
 
 
 def test_txt_captions(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_captions_that_cannot_be_used(tmp_path: Path, text: str | bytes | None, 
         (png()[:-5], "truncated"), (png()[:40], "truncated"), (b"RIFF\xff\xff\0\0WEBPVP8 ", "truncated"),
         (b"<!DOCTYPE html><html>404</html>", "not-an-image"),
         (b"version https://git-lfs.github.com/spec/v1\n", "not-an-image"),
-        (b"GIF89a" + b"\0" * 40, "not-an-image"), (b"\0" * 100, "not-an-image"), (b"BM", "not-an-image"),
+        (b"GIF89a" + b"\0" * 40, "truncated"), (b"\0" * 100, "not-an-image"), (b"BM", "not-an-image"),
         (b"x", "not-an-image"),
     ],
 )  # fmt: skip
