@@ -29,7 +29,7 @@ _STARTS = (
     b"\x00\x00\x00\x0cjP  ", b"/* XPM", b"#define", b"DanM", b"LinS", b"\x0a",
 )  # fmt: skip
 """First bytes of the formats that are recognised and not looked into."""
-_NAMELESS = tuple(".tga .icb .vda .vst .pcx .dcx .pcd .im .iim .fli .flc .ftc .ftu .gbr .pxr .xbm .icb".split())
+_NAMELESS = tuple(".dib .tga .vda .vst .pcx .dcx .pcd .im .iim .fli .flc .ftc .ftu .gbr .pxr .xbm .icb".split())
 """Formats without first bytes of their own, or with ones far inside: the ending is believed."""
 
 

@@ -62,7 +62,7 @@ def measure(path: Path) -> tuple[Table, SampleProblem | None]:
             empty = not file.read(1)
     except OSError as error:
         return Table(path), SampleProblem(path, "unreadable", f"cannot be read: {error.strerror}", "Allow reading it.")
-    except (ValueError, IndexError, struct.error) as error:
+    except (ValueError, IndexError, struct.error, RecursionError) as error:
         seen = f"is not a whole parquet file: {error}"
         return Table(path), SampleProblem(path, "bad-table", seen, "Copy it again.")
     if empty:
