@@ -114,14 +114,14 @@ def test_a_name_that_is_not_utf8_is_read_and_can_be_shown(tmp_path: Path) -> Non
     name = b"caf\xe9"
     (tmp_path / "b.png").write_bytes(png())
     for ending, data in ((b".png", png()), (b".json", b'{"caption": "a cup"}')):
-        with open(os.path.join(folder, name + ending), "wb") as file:  # noqa: PTH118, PTH123
+        with open(os.path.join(folder, name + ending), "wb") as file:
             file.write(data)
     index = find_samples(tmp_path)
     assert [sample.caption for sample in index.samples] == ["a cup"]
     assert index.samples[0].image.read_bytes() == png()
     assert shown(index.samples[0].image).endswith("caf\\xe9.png")
     shown(index.samples[0].image).encode()
-    with open(os.path.join(folder, name + b".json"), "wb") as file:  # noqa: PTH118, PTH123
+    with open(os.path.join(folder, name + b".json"), "wb") as file:
         file.write(b"{}")
     with pytest.raises(DataError) as caught:
         list_samples(str(tmp_path), "json")

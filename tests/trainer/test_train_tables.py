@@ -155,7 +155,7 @@ def test_paths_in_a_table_are_taken_from_where_it_lies(tmp_path: Path) -> None:
     path = colors(tmp_path / "set", "parquet", "paths")
     assert next(parquet.read_images(path, "image", [2])) == (2, png(64, 64, COLORS["blue"]))
     (tmp_path / "set" / "files.d" / "blue.png").unlink()
-    with pytest.raises(DataError, match="blue.png, which cannot be read"):
+    with pytest.raises(DataError, match=r"blue\.png, which cannot be read"):
         list(parquet.read_images(path, "image", [2]))
 
 
