@@ -76,7 +76,7 @@ def test_conditions_from_files(tmp_path: Path) -> None:
 def test_conditions_that_are_missing_or_of_another_aspect(tmp_path: Path) -> None:
     put(tmp_path / "images", "a.png", "x", png(64, 64))
     run = of_files(tmp_path)
-    with pytest.raises(DataError, match="control_dir .* is not a folder"):
+    with pytest.raises(DataError, match=r"control_dir .* is not a folder"):
         fill(run)
     put(tmp_path / "control", "b.png", None, png(64, 64))
     with pytest.raises(DataError, match=r"a\.png has no condition image a\.\*"):
