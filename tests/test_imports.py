@@ -33,7 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
      "checks.machines",
      "checks.deepspeed", "checks.deepspeed_section", "checks.deepspeed_stages", "checks.deepspeed_file",
      "checks.deepspeed_wins", "checks.deepspeed_memory",
-     "checks.memory", "checks.room", "checks.storage", "checks.data",
+     "checks.memory", "checks.room", "checks.storage", "checks.data", "checks.lint",
      "checks.weights", "checks.network", "checks.xflux", "checks.xflux_run", "checks.xflux_data",
      "checks.xflux_resume", "checks"),
     ("yamlnodes", "yamlscalar", "meaning", "plan", "yamlcomment", "yamltext", "jsontext", "repair", "joint", "nodes",
@@ -46,7 +46,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
      "commands", "cli"),
 )  # fmt: skip
 TORCH_STACK = {"torch", "torchvision", "transformers", "diffusers", "accelerate", "deepspeed", "peft", "optimum"}
-TORCH_FREE_TRAINER = {"config", "spec", "memory", "samples"}
+TORCH_FREE_TRAINER = {"config", "spec", "memory", "samples", "lint"}
 PACKAGE = ROOT / "xflux_doctor"
 
 

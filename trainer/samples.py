@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from xflux_trainer import buckets, tables
+from xflux_trainer import tables
 from xflux_trainer.captions import SampleProblem, estimate_tokens, no_caption, read_caption
 from xflux_trainer.errors import DataError
-from xflux_trainer.imagefile import EXTENSIONS, OTHER_IMAGES, at_once, look, shown
+from xflux_trainer.imagefile import EXTENSIONS, OTHER_IMAGES, look, shown
 from xflux_trainer.tables import Table
 
 __all__ = [
     "COLUMNS", "EXTENSIONS", "OTHER_IMAGES", "Opened", "Sample", "SampleIndex", "SampleProblem", "Survey",
-    "buckets", "copies", "find_samples", "shown", "survey",
+    "find_samples", "shown", "survey", "walk",
 ]  # fmt: skip
 
 COLUMNS = ("image", "text")
@@ -147,35 +147,6 @@ def survey(
         total - faulty + rows, len(chosen), tuple(problems), len(listing.ignored), tuple(looks),
         tuple(listing.tables), tuple(sorted(folder or "." for folder in folders)), tuple(file.image for file in images),
     )  # fmt: skip
-
-
-def copies(paths: tuple[str, ...], most: int = 2000) -> list[tuple[str, str]]:
-    """(image, the earlier one that it equals byte for byte). Only files of one length are read, `most` at the most."""
-    import hashlib
-
-    lengths: dict[int, list[str]] = {}
-    for path in paths:
-        try:
-            lengths.setdefault(os.stat(path).st_size, []).append(path)  # noqa: PTH116 - there may be many thousands
-        except OSError:
-            continue
-    found, read = [], 0
-    for group in lengths.values():
-        first: dict[bytes, str] = {}
-        for path in group if len(group) > 1 and read < most else ():
-            read += 1
-            try:
-                with open(path, "rb", opener=at_once) as file:
-                    # Two images of one length differ early or not at all; the rest is read to be sure.
-                    digest = hashlib.blake2b(file.read(65536), digest_size=16)
-                    while chunk := file.read(1 << 20):
-                        digest.update(chunk)
-            except OSError:
-                continue
-            owner = first.setdefault(digest.digest(), path)
-            if owner != path:
-                found.append((path, owner))
-    return found
 
 
 def _folder(table: Table, root: str | Path) -> str:

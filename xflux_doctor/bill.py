@@ -63,7 +63,8 @@ def dataset(case: Case) -> samples.Survey:
     """The dataset's images and faults. Raises SkipCheck where its mount does not answer."""
     assert case.job.train is not None
     _must_answer(case, "images")
-    return _survey(case.job.train.img_dir, case.job.train.caption_type)
+    train = case.job.train
+    return _survey(train.img_dir, train.caption_type, (train.image_column, train.caption_column))
 
 
 def _must_answer(case: Case, purpose: str) -> None:
@@ -74,6 +75,6 @@ def _must_answer(case: Case, purpose: str) -> None:
 
 
 @functools.lru_cache(maxsize=4)
-def _survey(img_dir: str, caption_type: str) -> samples.Survey:
+def _survey(img_dir: str, caption_type: str, columns: tuple[str, str]) -> samples.Survey:
     """Walked once per process: several checks ask, and none changes it."""
-    return samples.survey(img_dir, caption_type)
+    return samples.survey(img_dir, caption_type, columns=columns)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from xflux_trainer import samples
+
 from xflux_doctor.bill import dataset as survey_of
 from xflux_doctor.check import Case, SkipCheck, check
 from xflux_doctor.checks.room import GIB, of_output
@@ -18,7 +20,7 @@ def dataset(case: Case) -> Iterator[Finding]:
     assert case.job.train is not None
     survey = survey_of(case)
     for problem in survey.problems[:_SHOWN]:
-        seen = f"{problem.path}: {problem.seen}"
+        seen = f"{samples.shown(problem.path)}: {problem.seen}"
         yield error(f"{seen.rstrip('.')}.", "The trainer stops at this file.", problem.hint)
     if len(survey.problems) > _SHOWN:
         more = len(survey.problems) - _SHOWN

@@ -24,9 +24,9 @@ OF_INTEREST = frozenset(
 )
 PRESENT = frozenset(
     "einops omegaconf timm matplotlib pandas datasets onnxruntime onnxruntime-gpu opencv-python "
-    "opencv-python-headless opencv-contrib-python opencv-contrib-python-headless".split()
+    "opencv-python-headless opencv-contrib-python opencv-contrib-python-headless pyarrow".split()
 )
-"""What X-Flux's own scripts import besides: whether it is there is all that is asked."""
+"""What X-Flux's own scripts and some data sets want besides: whether it is there is all that is asked."""
 _MODULES = {
     "optimum-quanto": "optimum/quanto",
     "huggingface-hub": "huggingface_hub",
