@@ -171,8 +171,9 @@ def encode(recipe: Recipe, base: Base, ranks: Ranks, work: list[tuple[int, Item]
             told = now
             left = (now - started) / len(done) * (len(work) - len(done))
             ranks.say(f"images: {len(done):,} of {len(work):,} are ready, about {max(1, round(left / 60))} min to go")
-    del codec
-    free()
+    if codec is not None:
+        codec = None
+        free()
     return done, encoded
 
 
