@@ -81,6 +81,7 @@ class Ranks:
         self.world_size = launch.world_size
         self.device = _device(launch)
         self._joined = False
+        self.lockstep = False
 
     def join(self) -> None:
         """Meet the other processes."""

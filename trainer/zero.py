@@ -1,230 +1,280 @@
-"""AdamW inside DeepSpeed's engine, ZeRO 1 and 2, with settings from what `accelerate launch` leaves behind."""
+"""AdamW inside DeepSpeed's engine: ZeRO 1, 2 and 3, on the device or offloaded to the host.
+
+DeepSpeed keeps the fp32 weights of all parameters end to end, cut into one flat part for each rank, and Adam's moments
+of the same shape. Its public calls for them (`safe_get_full_*`) fail before the first step of a run, which is when a
+checkpoint is loaded, and know no average; so the parts are addressed here, by the maps that those calls use.
+"""
 
 from __future__ import annotations
 
-import base64
-import json
-import math
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from xflux_trainer.config import TrainConfig
-from xflux_trainer.errors import Unsupported
-from xflux_trainer.optim import MOMENTS, Piece, Read, adamw
+from xflux_trainer.model import DTYPES
 from xflux_trainer.ranks import Ranks
+from xflux_trainer.zero_settings import deepspeed_settings
+
+__all__ = ["ZeroStepper", "deepspeed_settings", "partitioner"]
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Fragment(NamedTuple):
+    """Where this rank's part of one parameter lies."""
+
+    flat: int
+    """Number of the flat tensor."""
+    offset: int
+    """First element there."""
+    start: int
+    """First element of the parameter, as if it had one dimension."""
+    numel: int
 
 
 class ZeroStepper:
-    """DeepSpeed's engine with ZeRO 1 or 2. The adapters in the model are bf16 copies of its fp32 masters."""
+    """DeepSpeed's engine. The trained parameters in the model are copies of its fp32 masters, in bf16 or fp16."""
 
     def __init__(
-        self, module: nn.Module, adapters: dict[str, nn.Parameter], config: TrainConfig, ranks: Ranks, accumulation: int
+        self, module: nn.Module, trained: dict[str, nn.Parameter], config: TrainConfig, ranks: Ranks, accumulation: int
     ) -> None:
-        if ranks.device.type == "cpu":
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it would take a GPU that is there, asked for or not
-        import deepspeed
-
-        trained = sum(parameter.numel() for parameter in adapters.values())
-        settings, notes = deepspeed_settings(os.environ, config, ranks.world_size, accumulation, trained)
+        deepspeed = _deepspeed(ranks)
+        self._gathered = deepspeed.zero.GatheredParameters
+        self._trained = trained
+        self._device = ranks.device
+        # ZeRO-3's own partitioning leaves a shape of nothing behind.
+        self._shapes = {name: tuple(getattr(value, "ds_shape", value.shape)) for name, value in trained.items()}
+        count = sum(torch.Size(shape).numel() for shape in self._shapes.values())
+        settings, notes = deepspeed_settings(os.environ, config, ranks.world_size, accumulation, count)
         for note in notes:
             ranks.say(f"note: {note}")
-        deepspeed.utils.logger.setLevel("WARNING")
-        if ranks.device.type == "cpu":
-            # DeepSpeed would compile collectives of its own at every first start: minutes, and a compiler, for
-            # nothing that gloo does not do.
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        self.strategy = f"zero{settings['zero_optimization']['stage']}"
-        self._adapters = adapters
-        self._device = ranks.device
-        masters = {name: parameter.detach().float().clone() for name, parameter in adapters.items()}
-        self._engine, *_ = deepspeed.initialize(
-            model=module, optimizer=adamw(list(adapters.values()), config, ranks.device), config=settings
-        )
+        zero = settings["zero_optimization"]
+        self.strategy = f"zero{zero['stage']}"
+        ranks.lockstep |= zero["stage"] == 3
+        dtype = DTYPES[config.mixed_precision]
+        # The engine makes its masters from what it is given, and it wants that in its own format: what is finer
+        # (adapters in fp32 on a bf16 model) would be rounded, so it waits on the host.
+        finer = {name: value.detach().float().cpu() for name, value in trained.items() if value.dtype != dtype}
+        for name in finer:
+            trained[name].data = trained[name].data.to(dtype)
+        if zero["stage"] == 3:
+            _tell_of_adapters(deepspeed, module)
+        optimizer = _adamw(trained, config, ranks.device, offloaded="offload_optimizer" in zero)
+        self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         self._zero: Any = self._engine.optimizer
-        self.load(lambda name: {"weight": masters[name]}, {})
+        self._fragments = {name: _fragment(self._zero, value, ranks.rank) for name, value in trained.items()}
+        for name, value in finer.items():
+            self._write(self._flats, name, value)
+            self._publish(name, value)
+        self._decay = config.ema_decay
+        self._average = [flat.detach().clone() for flat in self._flats] if self._decay else []
 
-    def __call__(self, *args: Any) -> Tensor:
-        v: Tensor = self._engine(*args)
+    def __call__(self, *args: Any, **more: Any) -> Tensor:
+        v: Tensor = self._engine(*args, **more)
         return v
+
+    def begin(self, learning_rate: float) -> None:
+        for group in self._zero.param_groups:
+            group["lr"] = learning_rate
 
     @contextmanager
     def micro(self, last: bool) -> Iterator[None]:
-        """The engine counts the passes itself."""
+        """The engine counts the passes itself. ZeRO 1 exchanges gradients once a step, 2 and 3 as they come, since
+        no rank keeps all of them."""
         yield
         self._engine.step()
 
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss)
 
-    def begin(self, learning_rate: float) -> None:
-        for group in self._zero.param_groups:
-            group["lr"] = learning_rate
-
     def step(self) -> float:
         """The engine has stepped at the end of the last pass; this is the norm that it saw."""
+        if self._average and self._engine.was_step_applied():
+            for mean, flat in zip(self._average, self._flats):  # noqa: B905 (of one length)
+                mean.lerp_(flat.detach(), 1 - self._decay)
         return float(self._engine.get_global_grad_norm() or 0.0)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(parameter.shape) for name, parameter in self._adapters.items()}
+        return dict(self._shapes)
 
-    def pieces(self) -> Iterator[tuple[str, Piece]]:
-        held = self._zero.optimizer.state.get(self._master, {})
-        for name, parameter in self._adapters.items():
-            piece = {"weight": self._gather(parameter, self._master)}
-            piece |= {key: self._gather(parameter, held[key]) for key in MOMENTS if key in held}
-            yield name, piece
+    def pieces(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Every parameter with its fp32 master, moments and average, whole on rank 0's host. Every rank iterates."""
+        parts = {"weight": self._flats}
+        if self._steps:
+            parts |= {key: [self._state(flat)[key] for flat in self._flats] for key in MOMENTS}
+        if self._average:
+            parts["ema"] = self._average
+        main = dist.get_rank() == 0
+        for name in self._trained:
+            values = {}
+            for key, flats in parts.items():
+                whole = self._whole(flats, name, everywhere=False)
+                if main:
+                    values[key] = whole.cpu()
+            yield name, values
 
     def scalars(self) -> dict[str, float]:
-        held = self._zero.optimizer.state.get(self._master, {})
-        return {"steps": float(held["step"]) if held else 0.0}
+        """The number of steps, and fp16's loss scale with what moves it."""
+        values = {"steps": float(self._steps)}
+        scaler = getattr(self._zero, "loss_scaler", None)
+        if scaler is not None and getattr(scaler, "dynamic", False):
+            clean = scaler.cur_iter - scaler.last_overflow_iter - 1
+            values |= {"loss_scale": float(scaler.cur_scale), "growth_tracker": float(clean % scaler.scale_window)}
+            values["hysteresis"] = float(scaler.cur_hysteresis)
+        return values
 
-    def load(self, read: Read, scalars: dict[str, float]) -> None:
+    def load(self, read: Callable[[str], dict[str, Tensor]], scalars: dict[str, float]) -> None:
+        """Put a checkpoint's values in. Every rank calls it, and each copies its own part."""
         steps = scalars.get("steps", 0.0)
-        held = {key: torch.zeros_like(self._master) for key in MOMENTS}
-        for name, parameter in self._adapters.items():
-            piece = read(name)
-            self._scatter(parameter, self._master, piece["weight"])
-            # The next forward pass reads the bf16 copy, which the engine renews only after a step.
-            parameter.data.copy_(piece["weight"])
-            for key in MOMENTS if steps else ():
-                self._scatter(parameter, held[key], piece[key])
         if steps:
-            place = self._device if self._device.type == "cuda" else torch.device("cpu")
-            self._zero.optimizer.state[self._master] = {"step": torch.tensor(steps, device=place), **held}
+            for flat in self._flats:
+                place = flat.device if flat.device.type == "cuda" else torch.device("cpu")
+                zeros = {key: torch.zeros_like(flat) for key in MOMENTS}
+                self._zero.optimizer.state[flat] = {"step": torch.tensor(steps, device=place), **zeros}
+        for name in self._trained:
+            values = read(name)
+            self._write(self._flats, name, values["weight"])
+            self._publish(name, values["weight"])  # the engine renews its copies only after a step
+            for key in MOMENTS if steps else ():
+                self._write([self._state(flat)[key] for flat in self._flats], name, values[key])
+            if self._average:
+                self._write(self._average, name, values.get("ema", values["weight"]))
+        scaler = getattr(self._zero, "loss_scaler", None)
+        if scaler is not None and getattr(scaler, "dynamic", False) and scalars.get("loss_scale"):
+            scaler.cur_scale = scalars["loss_scale"]
+            scaler.last_overflow_iter, scaler.cur_iter = -1, int(scalars.get("growth_tracker", 0))
+            scaler.cur_hysteresis = int(scalars.get("hysteresis", scaler.cur_hysteresis))
 
-    def averaged(self) -> Any:
-        return nullcontext()
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model computes with the average's values inside, and with the masters' again after it."""
+        if not self._average:
+            yield
+            return
+        for name in self._trained:
+            self._publish(name, self._whole(self._average, name))
+        try:
+            yield
+        finally:
+            for name in self._trained:
+                self._publish(name, self._whole(self._flats, name))
 
     @property
-    def _master(self) -> Tensor:
-        """This rank's part of the fp32 weights, flat; all adapters are in one parameter group."""
-        master: Tensor = self._zero.single_partition_of_fp32_groups[0]
-        return master
-
-    def _gather(self, parameter: nn.Parameter, flat: Tensor) -> Tensor:
-        """The whole of one parameter's value, of which every rank holds a part or none in its `flat`."""
-        whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=self._device)
-        mapping = getattr(parameter, "_hp_mapping", None)
-        if mapping is not None:
-            here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
-            whole.narrow(0, here.start, here.numel).copy_(flat.detach().narrow(0, there.start, there.numel))
-        dist.all_reduce(whole)
-        return whole.view(parameter.shape).cpu()
-
-    def _scatter(self, parameter: nn.Parameter, flat: Tensor, value: Tensor) -> None:
-        """Put this rank's part of `value` where it belongs in `flat`."""
-        mapping = getattr(parameter, "_hp_mapping", None)
-        if mapping is not None:
-            here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
-            part = value.flatten().narrow(0, here.start, here.numel)
-            with torch.no_grad():
-                flat.narrow(0, there.start, there.numel).copy_(part)
-
-
-def deepspeed_settings(
-    environ: Mapping[str, str], config: TrainConfig, world_size: int, accumulation: int, trained: int
-) -> tuple[dict[str, Any], list[str]]:
-    """DeepSpeed's config from what `accelerate launch` leaves in the environment, and notes on what was changed."""
-    settings, notes = _deepspeed_file(environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")), []
-    zero = settings.pop("zero_optimization", {})
-    if not isinstance(zero, dict):
-        raise Unsupported(f"The DeepSpeed file's zero_optimization is {zero!r}.", "Write keys and values there.")
-    zero = dict(zero)
-    stage = zero.get("stage", environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
-    stage = "2" if stage == "auto" else stage  # what accelerate writes there
-    stage = int(stage) if str(stage).isdigit() else stage
-    if stage not in (1, 2):
-        raise Unsupported(
-            f"The accelerate config asks for ZeRO stage {stage}, which this trainer does not do.",
-            "Set zero_stage to 2: adapters are so small that stage 3 saves nothing but costs time.",
+    def _flats(self) -> list[Tensor]:
+        """This rank's fp32 masters, by parameter group or, under ZeRO-3, by sub-group."""
+        zero = self._zero
+        flats: list[Tensor] = (
+            zero.fp32_partitioned_groups_flat if self.strategy == "zero3" else zero.single_partition_of_fp32_groups
         )
-    notes += _overruled(settings, config)
-    settings = {key: value for key, value in settings.items() if value != "auto" or key == "gradient_clipping"}
-    for name in ("optimizer", "scheduler"):
-        if settings.pop(name, None) is not None:
-            notes.append(f"the DeepSpeed file's {name} is not used: the train config names it.")
-    for name in ("optimizer", "param"):
-        device = environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{name.upper()}_DEVICE", "none")
-        old = zero.pop("cpu_offload" if name == "optimizer" else "cpu_offload_param", None)
-        named = zero.pop(f"offload_{name}", None) or (old and "cpu")
-        if (named.get("device", "none") if isinstance(named, dict) else named or "none") != "none" or device != "none":
-            notes.append(f"offload_{name} is not used: the optimizer of {trained:,} parameters fits on the device.")
-    where = "DeepSpeed file" if "gradient_clipping" in settings else "accelerate config"
-    clipping = settings.pop("gradient_clipping", environ.get("ACCELERATE_GRADIENT_CLIPPING", "auto"))
-    limit = config.max_grad_norm if clipping in ("auto", "none", "", None) else _limit(clipping, where)
-    if limit != config.max_grad_norm:
-        notes.append(f"gradients are clipped to {limit:g}, as the {where} says; max_grad_norm is ignored.")
-    if zero.get("reduce_bucket_size", "auto") == "auto":
-        # The default of 5e8 elements would allocate a gigabyte for a few million gradients.
-        zero["reduce_bucket_size"] = max(trained, 1 << 20)
-    precision = config.mixed_precision
-    settings.update(
-        train_micro_batch_size_per_gpu=config.train_batch_size,
-        gradient_accumulation_steps=accumulation,
-        train_batch_size=config.train_batch_size * accumulation * world_size,
-        gradient_clipping=limit,
-        steps_per_print=2**31,
-        zero_allow_untested_optimizer=True,
-        bf16={"enabled": precision == "bf16"},
-        fp16={"enabled": precision == "fp16"},
-        zero_optimization={**zero, "stage": stage},
+        return flats
+
+    def _state(self, flat: Tensor) -> dict[str, Tensor]:
+        held: dict[str, Tensor] = self._zero.optimizer.state.get(flat, {})
+        return held
+
+    @property
+    def _steps(self) -> int:
+        return int(self._state(self._flats[0]).get("step", 0))
+
+    def _whole(self, flats: list[Tensor], name: str, *, everywhere: bool = True) -> Tensor:
+        """One parameter's values on the device, of which every rank has a part or none; else on rank 0 alone."""
+        shape = self._shapes[name]
+        whole = torch.zeros(torch.Size(shape).numel(), dtype=torch.float32, device=self._device)
+        if found := self._fragments[name]:
+            flat = flats[found.flat].detach().narrow(0, found.offset, found.numel)
+            whole.narrow(0, found.start, found.numel).copy_(flat)
+        if everywhere:
+            dist.all_reduce(whole)
+        else:
+            dist.reduce(whole, 0)
+        return whole.view(shape)
+
+    def _write(self, flats: list[Tensor], name: str, value: Tensor) -> None:
+        """Put this rank's part of `value` where it belongs."""
+        if found := self._fragments[name]:
+            part = value.flatten().narrow(0, found.start, found.numel)
+            flats[found.flat].detach().narrow(0, found.offset, found.numel).copy_(part)
+
+    @torch.no_grad()
+    def _publish(self, name: str, value: Tensor) -> None:
+        """Give the model the value to compute with. Every rank has the same, and calls it."""
+        parameter: Any = self._trained[name]
+        if self.strategy != "zero3":
+            parameter.data.copy_(value)
+            return
+        with self._gathered([parameter], modifier_rank=0):
+            parameter.data.copy_(value)
+
+
+def partitioner(config: TrainConfig, ranks: Ranks) -> Callable[[str, nn.Module], None] | None:
+    """What cuts a block up among the ranks as soon as it is loaded, for `load_transformer(prepare=…)`.
+
+    None where whole weights stay on every device, which is all but ZeRO-3. With it no device ever holds more of the
+    base than its share and one block.
+    """
+    if not ranks.launch.deepspeed:
+        return None
+    settings, _ = deepspeed_settings(os.environ, config, ranks.world_size, 1, 1)
+    if settings["zero_optimization"]["stage"] != 3:
+        return None
+    deepspeed = _deepspeed(ranks)
+
+    def partition(name: str, block: nn.Module) -> None:
+        deepspeed.zero.Init(module=block, config_dict_or_path=settings, dtype=DTYPES[config.mixed_precision])
+
+    return partition
+
+
+def _deepspeed(ranks: Ranks) -> Any:
+    """The package, quiet, and without what it would compile at its first start."""
+    if ranks.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it would take a GPU that is there, asked for or not
+        os.environ.setdefault("LOCAL_SIZE", str(ranks.launch.local_world_size))  # else it runs numactl to count
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel("WARNING")
+    if ranks.device.type == "cpu":
+        # Collectives of its own: minutes, and a compiler, for nothing that gloo does not do.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _adamw(
+    trained: dict[str, nn.Parameter], config: TrainConfig, device: torch.device, *, offloaded: bool
+) -> torch.optim.AdamW:
+    """torch's, whose fused kernel for the host needs no compiler, unlike DeepSpeed's own CPU Adam."""
+    return torch.optim.AdamW(
+        list(trained.values()),
+        lr=config.learning_rate,  # every step sets its own
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.adam_weight_decay,
+        fused=device.type == "cuda" or offloaded,
     )
-    return settings, notes
 
 
-def _overruled(settings: Mapping[str, Any], config: TrainConfig) -> list[str]:
-    """A note for each thing that the DeepSpeed file says otherwise and the train config decides."""
-    notes = []
-    for name in ("bf16", "fp16", "bfloat16"):
-        block = settings.get(name)
-        on = block.get("enabled") if isinstance(block, dict) else block
-        if str(on).lower() == "true" and config.mixed_precision != ("bf16" if name == "bfloat16" else name):
-            own = config.mixed_precision
-            notes.append(f"mixed_precision is {own}, as the train config says; the DeepSpeed file's {name} is ignored.")
-    own, other = config.train_batch_size, settings.get("train_micro_batch_size_per_gpu", "auto")
-    if other not in ("auto", None, own):
-        notes.append(f"train_batch_size is {own}, as the train config says; the DeepSpeed file's {other} is ignored.")
-    return notes
+def _tell_of_adapters(deepspeed: Any, module: nn.Module) -> None:
+    """ZeRO-3 gathers a layer's weights when the layer is called; an adapter's are read by the layer around it."""
+    for layer in module.modules():
+        for kind in ("lora_A", "lora_B"):
+            for inner in getattr(layer, kind, {}).values() if hasattr(layer, "base_layer") else ():
+                deepspeed.zero.register_external_parameter(layer, inner.weight)
 
 
-def _limit(value: Any, where: str) -> float:
-    """A number, also one that is written as text."""
-    try:
-        limit = float(value)
-    except (TypeError, ValueError, OverflowError):
-        limit = math.nan
-    if not math.isfinite(limit) or isinstance(value, bool):
-        raise Unsupported(f"The {where}'s gradient_clipping is {value!r}.", "Set it to a number; 0 clips nothing.")
-    return limit
-
-
-def _deepspeed_file(name: str) -> dict[str, Any]:
-    """A path, or base64 of JSON, or (from accelerate 1.4.0 on) JSON itself: as accelerate takes it."""
-    if name in ("", "none"):
-        return {}
-    try:
-        settings = json.loads(_text(name))
-    except (OSError, ValueError) as error:
-        raise Unsupported(f"The DeepSpeed file {name} cannot be read: {error}.", "Correct or remove it.") from error
-    if not isinstance(settings, dict):
-        raise Unsupported(f"The DeepSpeed file {name} is not a JSON object.", "Correct or remove it.")
-    return settings
-
-
-def _text(name: str) -> str:
-    if os.path.exists(name):  # noqa: PTH110 - base64 may be too long for a path, on which Path.exists raises
-        return Path(name).read_text(encoding="utf-8")
-    if name.lstrip().startswith("{"):
-        return name
-    try:
-        text = base64.urlsafe_b64decode(name).decode("utf-8")
-        json.loads(text)
-    except ValueError:
-        return Path(name).read_text(encoding="utf-8")  # its error is the one to show
-    return text
+def _fragment(zero: Any, parameter: Any, rank: int) -> Fragment | None:
+    """Where this rank's part of a parameter lies; None where it has none."""
+    if hasattr(parameter, "ds_id"):
+        flat, offset, padded = zero.grad_position[zero.get_param_id(parameter)]
+        start = rank * padded
+        numel = min(padded, parameter.ds_numel - start)
+        return Fragment(flat, offset, start, numel) if numel > 0 else None
+    mapping = getattr(parameter, "_hp_mapping", None)
+    if mapping is None:
+        return None
+    here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+    return Fragment(mapping.param_group_index, there.start, here.start, here.numel)

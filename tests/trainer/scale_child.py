@@ -1,0 +1,154 @@
+"""Two ranks, started by torchrun: every strategy trains the tiny transformer, and takes up every other's checkpoint.
+
+    torchrun … scale_child.py FOLDER CASE…      CASE is STRATEGY:KIND, such as zero3:lora
+
+Writes FOLDER/CASE.json with what came out, and FOLDER/CASE/ with the pieces of the step before the last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from trainer_model import TINY, tiny_transformer
+from xflux_trainer import evaluate, flow, lora
+from xflux_trainer.cache import Batch
+from xflux_trainer.config import TrainConfig
+from xflux_trainer.model import Velocity
+from xflux_trainer.ranks import Launch, Ranks
+
+CONFIG = TrainConfig(
+    img_dir="x", rank=4, lora_targets="attn", learning_rate=1e-2, mixed_precision="no", ema_decay=0.5, max_grad_norm=0.5
+)
+STEPS = 3
+"""Steps before the checkpoint; one more follows it."""
+KINDS = ("lora", "full")
+
+
+def batch_loss(model: Any, step: int, k: int) -> Tensor:
+    """The loss of one image; what it is follows from its number."""
+    dice = lora.generator("batch", step, k)
+    batch = Batch(
+        torch.randn(1, 16, 8, 8, generator=dice), torch.randn(1, 5, TINY.text_dim, generator=dice),
+        torch.randn(1, TINY.pooled_dim, generator=dice),
+    )  # fmt: skip
+    t, eps = flow.sample_t(1, 0.63, "uniform", dice), torch.randn(1, 16, 64, generator=dice)
+    return evaluate.velocity_loss(model, CONFIG, batch, eps, t, torch.device("cpu")).mean()
+
+
+def make(
+    kind: str, config: TrainConfig = CONFIG, prepare: Callable[[str, nn.Module], None] | None = None
+) -> tuple[Velocity, dict[str, nn.Parameter]]:
+    """The tiny model in the config's format, and what is trained of it: adapters, or everything."""
+    transformer = tiny_transformer().to(torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32)
+    transformer.enable_gradient_checkpointing()
+    if prepare:
+        for name in ("transformer_blocks", "single_transformer_blocks"):
+            for number, block in enumerate(getattr(transformer, name)):
+                prepare(f"{name}.{number}", block)
+    if kind == "lora":
+        trained = lora.attach(transformer, config)
+        for name, value in trained.items():  # B starts at zero, which would leave A without a gradient
+            value.data += 0.1 * torch.randn(value.shape, generator=lora.generator(name))
+    else:
+        trained = dict(transformer.requires_grad_(True).named_parameters())
+    return Velocity(transformer, guidance=True), trained
+
+
+def stepper_of(strategy: str, velocity: Velocity, trained: dict[str, nn.Parameter], config: TrainConfig, ranks: Ranks,
+               accumulation: int) -> Any:  # fmt: skip
+    if strategy.startswith("zero"):
+        from xflux_trainer.zero import ZeroStepper
+
+        os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = strategy[4]
+        for part in ("OPTIMIZER", "PARAM"):
+            os.environ[f"ACCELERATE_DEEPSPEED_OFFLOAD_{part}_DEVICE"] = "cpu" if "offload" in strategy else "none"
+        return ZeroStepper(velocity, trained, config, ranks, accumulation)
+    if strategy.startswith("fsdp"):
+        from xflux_trainer.fsdp import FsdpStepper
+
+        os.environ["FSDP_OFFLOAD_PARAMS"] = str("offload" in strategy).lower()
+        return FsdpStepper(velocity, trained, config, ranks, accumulation)
+    from xflux_trainer.optim import PlainStepper
+
+    return PlainStepper(velocity, trained, config, ranks, accumulation)
+
+
+def take(stepper: Any, ranks: Ranks, step: int, accumulation: int = 1) -> tuple[float, float]:
+    """One step of both images; the loss is the mean over them, the norm that of the gradients."""
+    stepper.begin(1e-2)
+    losses = []
+    for k in range(accumulation):
+        with stepper.micro(k == accumulation - 1):
+            loss = batch_loss(stepper, step, k * ranks.world_size + ranks.rank)
+            stepper.backward(loss)
+        losses.append(float(loss.detach()))
+    norm = stepper.step()
+    return ranks.total([sum(losses) / accumulation])[0] / ranks.world_size, norm
+
+
+def run(folder: Path, case: str, ranks: Ranks, accumulation: int = 1) -> dict[str, Any]:
+    strategy, kind = case.split(":")
+    velocity, trained = make(kind)
+    stepper = stepper_of(strategy, velocity, trained, CONFIG, ranks, accumulation)
+    told: dict[str, Any] = {"strategy": stepper.strategy}
+    told["steps"] = [take(stepper, ranks, step, accumulation) for step in range(STEPS)]
+    pieces: dict[str, Tensor] = {}
+    for name, values in stepper.pieces():
+        pieces |= {f"{name}|{key}": value.contiguous() for key, value in values.items()}
+    if ranks.main:
+        save_file(pieces, folder / f"{case}.safetensors")
+    told["scalars"] = stepper.scalars()
+    ranks.barrier()
+    told["next"] = take(stepper, ranks, STEPS, accumulation)
+    with torch.no_grad(), stepper.averaged():
+        told["average"] = float(batch_loss(velocity, 9, 0))
+    with torch.no_grad():
+        told["after"] = float(batch_loss(velocity, 9, 0))
+    return told
+
+
+def resume(folder: Path, case: str, source: str, scalars: dict[str, float], ranks: Ranks) -> dict[str, Any]:
+    """Take up another's checkpoint; what follows must be what followed there."""
+    strategy, kind = case.split(":")
+    velocity, trained = make(kind, replace(CONFIG, seed=7))
+    stepper = stepper_of(strategy, velocity, trained, CONFIG, ranks, 1)
+    stored = load_file(folder / f"{source}.safetensors")
+
+    def read(name: str) -> dict[str, Tensor]:
+        return {key.split("|")[1]: value for key, value in stored.items() if key.split("|")[0] == name}
+
+    stepper.load(read, scalars)
+    told: dict[str, Any] = {"next": take(stepper, ranks, STEPS)}
+    with torch.no_grad(), stepper.averaged():
+        told["average"] = float(batch_loss(velocity, 9, 0))
+    return told
+
+
+def main() -> None:
+    folder, *cases = sys.argv[1:]
+    torch.set_num_threads(1)
+    ranks = Ranks(Launch.read({**os.environ, "ACCELERATE_USE_CPU": "true"}))
+    ranks.join()
+    place = Path(folder)
+    results: dict[str, Any] = {case: run(place, case, ranks) for case in cases}
+    for kind in KINDS:
+        own = [case for case in cases if case.endswith(f":{kind}")]
+        for case, source in zip(own, own[1:] + own[:1]):  # noqa: B905 (of one length)
+            results[f"{case}<{source}"] = resume(place, case, source, results[source]["scalars"], ranks)
+    if ranks.main:
+        (place / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    ranks.barrier()
+    ranks.leave()
+
+
+if __name__ == "__main__":
+    main()
