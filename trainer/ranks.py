@@ -3,26 +3,38 @@
 `accelerate launch` and torchrun start the processes and describe the run in environment variables. They are
 read here, once, and the process group is made here: accelerate's own `Accelerator` takes two CPU processes
 for two single ones, and wraps the forward pass in an autocast that this trainer does not want.
+
+On several machines the ranks share nothing but output_dir and cache_dir: the config, the images and the model lie on
+each, in one place or in several. `share` looks whether they do.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
-from collections.abc import Callable, Mapping
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from xflux_trainer.config import TrainConfig
-from xflux_trainer.errors import Unsupported, UserError, tell
+from xflux_trainer.errors import Unsupported, UserError, WriteError, tell
+from xflux_trainer.files import TEMPORARY
 
+T = TypeVar("T")
 PATIENCE = timedelta(hours=1)
 """How long a rank waits for another before it takes it for dead: samples and caches come in uneven shares."""
+SIGHT = 60.0
+"""Seconds after which a file that another machine wrote to a common disk is seen: NFS keeps a folder's list so long."""
+_NO_STEP = 0xFFFF_FFF0
+"""Slurm's steps from here on are its own (slurm.h): a batch script is no task, whatever SLURM_NTASKS says."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +47,14 @@ class Launch:
     local_world_size: int = 1
     use_cpu: bool = False
     deepspeed: bool = False
+    fsdp: bool = False
+    """FSDP's second version; the first is not done."""
     accumulation: int | None = None
     """The accelerate config's gradient_accumulation_steps, where it has one."""
     mixed_precision: str = ""
     """The accelerate config's, which DeepSpeed and this trainer take from the train config instead."""
-    unsupported: str = ""
-    """The name of a strategy that was asked for and is not done here."""
+    unsupported: tuple[str, str] | None = None
+    """What was asked for and is not done here, and what to do instead."""
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> Launch:
@@ -48,7 +62,6 @@ class Launch:
             return environ.get(name, "").strip().lower() in ("true", "1", "yes")
 
         world_size = int(environ.get("WORLD_SIZE", "1"))
-        others = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
         accumulation = environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "")
         # Where a DeepSpeed file is named, accelerate takes neither accumulation nor precision from its own file.
         file = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
@@ -61,9 +74,10 @@ class Launch:
             local_world_size=int(environ.get("LOCAL_WORLD_SIZE", str(world_size))),
             use_cpu=true("ACCELERATE_USE_CPU"),
             deepspeed=true("ACCELERATE_USE_DEEPSPEED"),
+            fsdp=true("ACCELERATE_USE_FSDP"),
             accumulation=int(accumulation) if accumulation.isdigit() and int(accumulation) > 0 else None,
             mixed_precision=precision,
-            unsupported=next((name for variable, name in others.items() if true(variable)), ""),
+            unsupported=_unsupported(environ, true),
         )
 
 
@@ -72,26 +86,25 @@ class Ranks:
 
     def __init__(self, launch: Launch) -> None:
         if launch.unsupported:
-            raise Unsupported(
-                f"The accelerate config asks for {launch.unsupported}, which this trainer does not do.",
-                "Set distributed_type to MULTI_GPU or DEEPSPEED with zero_stage 2.",
-            )
+            raise Unsupported(*launch.unsupported)
         self.launch = launch
         self.rank = launch.rank
         self.world_size = launch.world_size
         self.device = _device(launch)
-        self._joined = False
         self.lockstep = False
+        """Whether every forward pass is one of all ranks together: weights are cut up among them (ZeRO-3, FSDP)."""
+        self._joined = False
 
     def join(self) -> None:
         """Meet the other processes."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.cuda.init()  # the memory's peaks cannot be reset before
-        # DeepSpeed wants a process group even of one.
-        if (self.world_size > 1 or self.launch.deepspeed) and not dist.is_initialized():
+        # DeepSpeed and FSDP want a process group even of one.
+        if (self.world_size > 1 or self.launch.deepspeed or self.launch.fsdp) and not dist.is_initialized():
             os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
             os.environ.setdefault("MASTER_PORT", "29500")
+            os.environ.setdefault("LOCAL_RANK", str(self.launch.local_rank))  # DeepSpeed reads it again
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, rank=self.rank, world_size=self.world_size, timeout=PATIENCE)
             self._joined = True
@@ -120,6 +133,31 @@ class Ranks:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+    def deal(self, items: Sequence[T]) -> list[tuple[T, bool]]:
+        """This rank's share of work that computes with the model, and whether each counts.
+
+        In lockstep all shares are of one length: a rank without work does the first again, which does not count,
+        or the others would wait for it for ever.
+        """
+        own = [(item, True) for item in items[self.rank :: self.world_size]]
+        longest = -(-len(items) // self.world_size)
+        return own + [(items[0], False)] * (longest - len(own)) if self.lockstep else own
+
+    def share(self, folder: Path) -> None:
+        """Raise on every rank where one on another machine does not see what rank 0 writes to the folder."""
+        if self.world_size == self.launch.local_world_size:
+            return
+        (name, *_) = self.gather(f"{TEMPORARY}seen-{uuid.uuid4().hex}")
+        self.together(lambda: _touch(folder / name) if self.main else None)
+        seen = self.main or _appears(folder / name)
+        where = f"Rank {self.rank} on {socket.gethostname()} does not see what rank 0 wrote to {folder.absolute()}."
+        hint = "Put output_dir and cache_dir on a disk that all machines share, such as NFS or Lustre."
+        try:
+            self.agree(None if seen else UserError(where, hint))
+        finally:
+            if self.main:
+                (folder / name).unlink(missing_ok=True)
 
     def total(self, values: list[float]) -> list[float]:
         """The sums over the ranks."""
@@ -167,6 +205,47 @@ class Ranks:
             name = "gradient_accumulation_steps"
             notes.append(f"{name} is {launched}, as the accelerate config says; the train config's {steps} is ignored.")
         return launched or steps, notes
+
+
+def _unsupported(environ: Mapping[str, str], true: Callable[[str], bool]) -> tuple[str, str] | None:
+    """What the launcher asks for that is not done here: one sentence of what, one of what instead."""
+    asks = "The accelerate config asks for {}, which this trainer does not do."
+    other = "Set distributed_type to MULTI_GPU, DEEPSPEED or FSDP."
+    if true("ACCELERATE_USE_FSDP") and environ.get("FSDP_VERSION", "1") != "2":
+        hint = "Set fsdp_version: 2 in fsdp_config (accelerate 1.6 or newer), or distributed_type to MULTI_GPU."
+        return asks.format("the first version of FSDP"), hint
+    if true("ACCELERATE_USE_MEGATRON_LM"):
+        return asks.format("Megatron-LM"), other
+    sizes = {
+        name: environ.get(f"PARALLELISM_CONFIG_{name.upper()}", "1")
+        for name in ("dp_replicate_size", "tp_size", "cp_size", "sp_size")
+    }
+    odd = [f"{name} {size}" for name, size in sizes.items() if size not in ("1", "0", "", "None")]
+    if true("ACCELERATE_USE_PARALLELISM_CONFIG") and odd:
+        return asks.format(f"a parallelism_config with {', '.join(odd)}"), f"Take parallelism_config out. {other}"
+    step, tasks = environ.get("SLURM_STEP_ID", ""), environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if "RANK" not in environ and step.isdigit() and int(step) < _NO_STEP and tasks.isdigit() and int(tasks) > 1:
+        # Each would train alone, all into one folder.
+        seen = f"srun started {tasks} tasks of this step, and none of them has a RANK."
+        return seen, "Start it by `srun xflux-doctor run …`, which names each, or by `srun torchrun …`."
+    return None
+
+
+def _touch(path: Path) -> None:
+    try:
+        path.touch()
+    except OSError as error:
+        raise WriteError(f"Cannot write {path}: {error.strerror}.", "Let it be written to.") from error
+
+
+def _appears(path: Path) -> bool:
+    until = time.monotonic() + SIGHT
+    while time.monotonic() < until:
+        # A list of the folder is what makes a network disk look again.
+        if path.parent.is_dir() and path.name in os.listdir(path.parent):  # noqa: PTH208
+            return True
+        time.sleep(0.2)
+    return False
 
 
 def _from_deepspeed_file(name: str) -> str:

@@ -74,6 +74,7 @@ def prepare(config: TrainConfig, notes: tuple[str, ...], ranks: Ranks, gauge: Me
     except UserError as error:
         problem = error
     ranks.agree(problem)
+    ranks.share(output)
     accumulation, differing = ranks.accumulation(config)
     said += differing
     model.quiet_libraries()
@@ -113,6 +114,10 @@ def _stepper(
         from xflux_trainer.zero import ZeroStepper  # DeepSpeed is only needed where it is asked for
 
         return ZeroStepper(velocity, adapters, config, ranks, accumulation)
+    if ranks.launch.fsdp:
+        from xflux_trainer.fsdp import FsdpStepper
+
+        return FsdpStepper(velocity, adapters, config, ranks, accumulation)
     return PlainStepper(velocity, adapters, config, ranks, accumulation)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.model import DTYPES
 from xflux_trainer.ranks import Ranks
+from xflux_trainer.sharded import decay_at
 from xflux_trainer.zero_settings import deepspeed_settings
 
 __all__ = ["ZeroStepper", "deepspeed_settings", "partitioner"]
@@ -96,7 +97,7 @@ class ZeroStepper:
         """The engine has stepped at the end of the last pass; this is the norm that it saw."""
         if self._average and self._engine.was_step_applied():
             for mean, flat in zip(self._average, self._flats):  # noqa: B905 (of one length)
-                mean.lerp_(flat.detach(), 1 - self._decay)
+                mean.lerp_(flat.detach(), 1 - decay_at(self._decay, self._steps))
         return float(self._engine.get_global_grad_norm() or 0.0)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

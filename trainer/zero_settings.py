@@ -12,6 +12,7 @@ from typing import Any
 
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.errors import Unsupported
+from xflux_trainer.sharded import refuse_optimizers, refuse_packed
 
 BUCKET = 1 << 27
 """Most gradients that are reduced together: twice FLUX's largest weight, 256 MiB in bf16."""
@@ -26,12 +27,14 @@ def deepspeed_settings(
     `trained` counts the trained parameters. Raises `Unsupported` for a file that cannot be read and for what this
     trainer does not do: stage 0, NVMe, an optimizer that needs whole weights.
     """
-    refuse_optimizers(config)
+    refuse_optimizers(config, "DeepSpeed")
     settings, notes = _deepspeed_file(environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")), []
     zero = settings.pop("zero_optimization", {})
     if not isinstance(zero, dict):
         raise Unsupported(f"The DeepSpeed file's zero_optimization is {zero!r}.", "Write keys and values there.")
     stage = _stage(zero, environ)
+    if stage == 3:
+        refuse_packed(config, "ZeRO-3")
     notes += _overruled(settings, config)
     settings = {key: value for key, value in settings.items() if value != "auto" or key == "gradient_clipping"}
     for name in ("optimizer", "scheduler"):
@@ -63,19 +66,6 @@ def deepspeed_settings(
         zero_optimization={**zero, **offload, "stage": stage},
     )
     return settings, notes
-
-
-def refuse_optimizers(config: TrainConfig) -> None:
-    """ZeRO flattens the weights, keeps fp32 masters of them, and steps all of them together."""
-    hint = "or set distributed_type to MULTI_GPU."
-    if config.optimizer != "adamw":
-        seen = f"The optimizer {config.optimizer} is not done under DeepSpeed, which cuts the weights into flat pieces."
-        raise Unsupported(seen, f"Set optimizer to adamw, {hint}")
-    if config.mode == "finetune" and config.step_in_backward:
-        raise Unsupported("step_in_backward is not done under DeepSpeed.", f"Set step_in_backward to false, {hint}")
-    if config.weight_update not in ("auto", "master"):
-        seen = f"weight_update is {config.weight_update}, but DeepSpeed always keeps fp32 masters."
-        raise Unsupported(seen, f"Set weight_update to auto, {hint}")
 
 
 def _stage(zero: Mapping[str, Any], environ: Mapping[str, str]) -> int:

@@ -1,8 +1,8 @@
 """Two ranks, started by torchrun: every strategy trains the tiny transformer, and takes up every other's checkpoint.
 
-    torchrun … scale_child.py FOLDER CASE…      CASE is STRATEGY:KIND, such as zero3:lora
+    torchrun … scale_child.py FOLDER CASE…      CASE is STRATEGY[-offload][-bf16]:KIND, such as zero3-bf16:lora
 
-Writes FOLDER/CASE.json with what came out, and FOLDER/CASE/ with the pieces of the step before the last.
+Writes FOLDER/results.json with what came out.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from trainer_model import TINY, tiny_transformer
-from xflux_trainer import evaluate, flow, lora
+from xflux_trainer import evaluate, flow, fsdp, lora
 from xflux_trainer.cache import Batch
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.model import Velocity
+from xflux_trainer.optim import PlainStepper
 from xflux_trainer.ranks import Launch, Ranks
 
 CONFIG = TrainConfig(
@@ -31,6 +32,12 @@ CONFIG = TrainConfig(
 STEPS = 3
 """Steps before the checkpoint; one more follows it."""
 KINDS = ("lora", "full")
+
+
+def config_of(case: str) -> TrainConfig:
+    strategy, kind = case.split(":")
+    precision: Any = "bf16" if "bf16" in strategy else "no"
+    return replace(CONFIG, mixed_precision=precision, mode="lora" if kind == "lora" else "finetune")
 
 
 def batch_loss(model: Any, step: int, k: int) -> Tensor:
@@ -45,7 +52,7 @@ def batch_loss(model: Any, step: int, k: int) -> Tensor:
 
 
 def make(
-    kind: str, config: TrainConfig = CONFIG, prepare: Callable[[str, nn.Module], None] | None = None
+    config: TrainConfig, prepare: Callable[[str, nn.Module], None] | None = None
 ) -> tuple[Velocity, dict[str, nn.Parameter]]:
     """The tiny model in the config's format, and what is trained of it: adapters, or everything."""
     transformer = tiny_transformer().to(torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32)
@@ -54,7 +61,9 @@ def make(
         for name in ("transformer_blocks", "single_transformer_blocks"):
             for number, block in enumerate(getattr(transformer, name)):
                 prepare(f"{name}.{number}", block)
-    if kind == "lora":
+        for name in ("x_embedder", "proj_out"):
+            prepare(name, getattr(transformer, name))
+    if config.mode == "lora":
         trained = lora.attach(transformer, config)
         for name, value in trained.items():  # B starts at zero, which would leave A without a gradient
             value.data += 0.1 * torch.randn(value.shape, generator=lora.generator(name))
@@ -63,23 +72,33 @@ def make(
     return Velocity(transformer, guidance=True), trained
 
 
-def stepper_of(strategy: str, velocity: Velocity, trained: dict[str, nn.Parameter], config: TrainConfig, ranks: Ranks,
-               accumulation: int) -> Any:  # fmt: skip
-    if strategy.startswith("zero"):
-        from xflux_trainer.zero import ZeroStepper
+def choose(strategy: str) -> None:
+    """The environment that `accelerate launch` would leave."""
+    os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = strategy[4] if strategy.startswith("zero") else ""
+    for part in ("OPTIMIZER", "PARAM"):
+        os.environ[f"ACCELERATE_DEEPSPEED_OFFLOAD_{part}_DEVICE"] = "cpu" if "offload" in strategy else "none"
+    os.environ["FSDP_OFFLOAD_PARAMS"] = str("offload" in strategy).lower()
 
-        os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = strategy[4]
-        for part in ("OPTIMIZER", "PARAM"):
-            os.environ[f"ACCELERATE_DEEPSPEED_OFFLOAD_{part}_DEVICE"] = "cpu" if "offload" in strategy else "none"
-        return ZeroStepper(velocity, trained, config, ranks, accumulation)
-    if strategy.startswith("fsdp"):
-        from xflux_trainer.fsdp import FsdpStepper
 
-        os.environ["FSDP_OFFLOAD_PARAMS"] = str("offload" in strategy).lower()
-        return FsdpStepper(velocity, trained, config, ranks, accumulation)
-    from xflux_trainer.optim import PlainStepper
+def start(case: str, ranks: Ranks, accumulation: int = 1, seed: int = 0) -> tuple[Any, Velocity]:
+    """The case's stepper with its model; in bf16 the base is cut up as it is loaded, where the strategy does that."""
+    config = replace(config_of(case), seed=seed)
+    strategy = case.split(":")[0]
+    choose(strategy)
+    launch = replace(ranks.launch, deepspeed=strategy.startswith("zero"), fsdp=strategy.startswith("fsdp"))
+    kind: Any = PlainStepper
+    prepare = None
+    asked = Ranks(launch)
+    if launch.deepspeed:
+        from xflux_trainer import zero
 
-    return PlainStepper(velocity, trained, config, ranks, accumulation)
+        kind, prepare = zero.ZeroStepper, zero.partitioner(config, asked)
+    elif launch.fsdp:
+        kind, prepare = fsdp.FsdpStepper, fsdp.sharder(config, asked)
+    velocity, trained = make(config, prepare if "bf16" in case else None)
+    stepper = kind(velocity, trained, config, asked, accumulation)
+    assert asked.lockstep is strategy.startswith(("zero3", "fsdp"))
+    return stepper, velocity
 
 
 def take(stepper: Any, ranks: Ranks, step: int, accumulation: int = 1) -> tuple[float, float]:
@@ -96,9 +115,7 @@ def take(stepper: Any, ranks: Ranks, step: int, accumulation: int = 1) -> tuple[
 
 
 def run(folder: Path, case: str, ranks: Ranks, accumulation: int = 1) -> dict[str, Any]:
-    strategy, kind = case.split(":")
-    velocity, trained = make(kind)
-    stepper = stepper_of(strategy, velocity, trained, CONFIG, ranks, accumulation)
+    stepper, velocity = start(case, ranks, accumulation)
     told: dict[str, Any] = {"strategy": stepper.strategy}
     told["steps"] = [take(stepper, ranks, step, accumulation) for step in range(STEPS)]
     pieces: dict[str, Tensor] = {}
@@ -118,9 +135,7 @@ def run(folder: Path, case: str, ranks: Ranks, accumulation: int = 1) -> dict[st
 
 def resume(folder: Path, case: str, source: str, scalars: dict[str, float], ranks: Ranks) -> dict[str, Any]:
     """Take up another's checkpoint; what follows must be what followed there."""
-    strategy, kind = case.split(":")
-    velocity, trained = make(kind, replace(CONFIG, seed=7))
-    stepper = stepper_of(strategy, velocity, trained, CONFIG, ranks, 1)
+    stepper, velocity = start(case, ranks, seed=7)
     stored = load_file(folder / f"{source}.safetensors")
 
     def read(name: str) -> dict[str, Tensor]:
@@ -141,7 +156,7 @@ def main() -> None:
     place = Path(folder)
     results: dict[str, Any] = {case: run(place, case, ranks) for case in cases}
     for kind in KINDS:
-        own = [case for case in cases if case.endswith(f":{kind}")]
+        own = [case for case in cases if case.endswith(f":{kind}") and "bf16" not in case]
         for case, source in zip(own, own[1:] + own[:1]):  # noqa: B905 (of one length)
             results[f"{case}<{source}"] = resume(place, case, source, results[source]["scalars"], ranks)
     if ranks.main:

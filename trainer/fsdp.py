@@ -1,0 +1,336 @@
+"""AdamW on weights that FSDP2 (`torch.distributed.fsdp.fully_shard`) has cut up among the ranks, block by block.
+
+A block's weights are whole only while it computes. Adapters are not cut up: they are a thousandth of the base, and
+their gradients are exchanged once a step.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from xflux_trainer.config import TrainConfig
+from xflux_trainer.errors import Unsupported
+from xflux_trainer.model import DTYPES
+from xflux_trainer.ranks import Ranks
+from xflux_trainer.sharded import decay_at, refuse_optimizers, refuse_packed
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+BLOCKS = ("transformer_blocks", "single_transformer_blocks")
+GROWTH = 2000
+"""Steps without an overflow after which fp16's loss scale is doubled, as in torch's GradScaler."""
+
+
+@dataclass
+class Shard:
+    """One trained parameter: what the module holds, and this rank's part of it as the optimizer sees it."""
+
+    parameter: nn.Parameter
+    local: nn.Parameter
+    shape: tuple[int, ...]
+    whole: bool
+    """Whether every rank has all of it."""
+    average: Tensor | None = None
+
+    def bind(self) -> None:
+        """FSDP may move its storage at the first forward pass."""
+        if not self.whole:
+            self.local.data = self.parameter.to_local().detach()  # type: ignore[operator]
+
+    def gradient(self) -> Tensor | None:
+        grad = self.parameter.grad
+        return grad if grad is None or self.whole else grad.to_local()  # type: ignore[operator,no-any-return]
+
+
+class FsdpStepper:
+    """FSDP2. What is cut up is held in fp32 and computed with in the config's precision."""
+
+    strategy = "fsdp"
+
+    def __init__(
+        self, module: nn.Module, trained: dict[str, nn.Parameter], config: TrainConfig, ranks: Ranks, accumulation: int
+    ) -> None:
+        refuse_optimizers(config, "FSDP")
+        refuse_packed(config, "FSDP")
+        ranks.lockstep = True
+        for note in notes(os.environ):
+            ranks.say(f"note: {note}")
+        self._module, self._ranks, self._accumulation = module, ranks, accumulation
+        self._limit = config.max_grad_norm or math.inf
+        self._decay = config.ema_decay
+        self._shards = shard(module, trained, config, ranks)
+        self._optimizer = torch.optim.AdamW(
+            [held.local for held in self._shards.values()],
+            lr=config.learning_rate,  # every step sets its own
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            weight_decay=config.adam_weight_decay,
+            fused=ranks.device.type == "cuda",  # also for weights that wait on the host: no loop over them in Python
+        )
+        self._steps = 0
+        self._scale, self._clean = (65536.0, 0) if config.mixed_precision == "fp16" else (1.0, -1)
+        for held in self._shards.values() if self._decay else ():
+            held.average = held.local.detach().float().clone()
+
+    def __call__(self, *args: Any, **more: Any) -> Tensor:
+        v: Tensor = self._module(*args, **more)
+        return v
+
+    def begin(self, learning_rate: float) -> None:
+        self._reshard()
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    @contextmanager
+    def micro(self, last: bool) -> Iterator[None]:
+        """Weights that are cut up exchange their gradients in every pass: without that each rank would keep all of
+        them, and there would be no room for what FSDP is there for. Adapters' wait for `step`."""
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        (loss / self._accumulation * self._scale).backward()
+
+    def step(self) -> float:
+        """Returns the gradients' global norm before clipping."""
+        self._exchange()
+        grads = []
+        for held in self._shards.values():
+            held.bind()
+            held.local.grad = held.gradient()
+            if held.local.grad is not None:
+                grads.append(held.local.grad)
+        norm = self._norm() / self._scale
+        if finite := math.isfinite(norm):
+            # As torch's clip_grad_norm_, and the loss scale with it.
+            factor = min(1.0, self._limit / (norm + 1e-6)) / self._scale
+            if factor != 1.0 and grads:
+                torch._foreach_mul_(grads, factor)
+        # Without fp16 an infinite gradient is an error that the caller ends the run with.
+        if finite or self._clean < 0:
+            self._optimizer.step()
+            self._steps += 1
+            self._move_average()
+        self._move_scale(finite)
+        for held in self._shards.values():
+            held.local.grad = held.parameter.grad = None
+        return norm
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: held.shape for name, held in self._shards.items()}
+
+    def pieces(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Every parameter with its moments and average, whole on rank 0's host. Every rank iterates."""
+        for name, held in self._shards.items():
+            held.bind()
+            values = {"weight": held.local.detach()}
+            state = self._optimizer.state.get(held.local, {})
+            values |= {key: state[key] for key in MOMENTS if key in state}
+            if held.average is not None:
+                values["ema"] = held.average
+            # The same keys on every rank: an empty part is stepped too.
+            whole = {key: self._whole(value, held) for key, value in values.items()}
+            yield name, {key: value.cpu() for key, value in whole.items()} if self._ranks.main else {}
+
+    def scalars(self) -> dict[str, float]:
+        """The number of steps, and fp16's loss scale with what moves it."""
+        values = {"steps": float(self._steps)}
+        return values | {"loss_scale": self._scale, "growth_tracker": float(self._clean)} if self._clean >= 0 else values
+
+    @torch.no_grad()
+    def load(self, read: Callable[[str], dict[str, Tensor]], scalars: dict[str, float]) -> None:
+        """Put a checkpoint's values in. Every rank calls it, and each reads its own part."""
+        self._reshard()
+        self._steps = int(scalars.get("steps", 0))
+        for name, held in self._shards.items():
+            held.bind()
+            values = read(name)
+            held.local.copy_(self._part(values["weight"], held))
+            if held.average is not None:
+                held.average.copy_(self._part(values.get("ema", values["weight"]), held))
+            if self._steps:
+                place = held.local.device if held.local.device.type == "cuda" else torch.device("cpu")
+                moments = {key: torch.empty_like(held.local).copy_(self._part(values[key], held)) for key in MOMENTS}
+                step = torch.tensor(float(self._steps), device=place)
+                self._optimizer.state[held.local] = {"step": step, **moments}
+        if self._clean >= 0 and scalars.get("loss_scale"):
+            self._scale, self._clean = scalars["loss_scale"], int(scalars.get("growth_tracker", 0)) % GROWTH
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model computes with the average's values inside, and with its own again after it."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        self._reshard()
+        for held in self._shards.values():
+            if held.average is not None:
+                held.bind()
+                own = held.local.detach().clone()
+                held.local.copy_(held.average)
+                held.average.copy_(own)
+
+    def _reshard(self) -> None:
+        """A forward pass without a backward leaves whole weights behind, which a step does not renew."""
+        for module in self._module.modules():
+            if hasattr(module, "reshard"):
+                module.reshard()  # type: ignore[operator]
+
+    def _exchange(self) -> None:
+        """The mean over the ranks of the gradients that FSDP does not see, in one go."""
+        if self._ranks.world_size == 1:
+            return
+        grads = [held.parameter.grad for held in self._shards.values() if held.whole]
+        found = [grad for grad in grads if grad is not None]
+        if not found:
+            return
+        flat = torch.cat([grad.flatten() for grad in found])
+        dist.all_reduce(flat)
+        flat /= self._ranks.world_size
+        for grad, mean in zip(found, flat.split([grad.numel() for grad in found])):  # noqa: B905 (of one length)
+            grad.copy_(mean.view_as(grad))
+
+    def _norm(self) -> float:
+        squares = {True: 0.0, False: 0.0}
+        for whole in squares:
+            grads = [h.local.grad for h in self._shards.values() if h.whole is whole and h.local.grad is not None]
+            if grads:
+                norms = torch.stack(torch._foreach_norm(grads))
+                squares[whole] = float(norms.double().square().sum())
+        return math.sqrt(squares[True] + self._ranks.total([squares[False]])[0])
+
+    @torch.no_grad()
+    def _move_average(self) -> None:
+        for held in self._shards.values():
+            if held.average is not None:
+                held.average.lerp_(held.local.detach(), 1 - decay_at(self._decay, self._steps))
+
+    def _move_scale(self, finite: bool) -> None:
+        if self._clean < 0:
+            return
+        self._clean = self._clean + 1 if finite else 0
+        if not finite or self._clean == GROWTH:
+            self._scale, self._clean = self._scale * (2.0 if finite else 0.5), 0
+
+    def _whole(self, local: Tensor, held: Shard) -> Tensor:
+        if held.whole:
+            return local.detach().float()
+        from torch.distributed.tensor import DTensor
+
+        parameter: Any = held.parameter
+        part = local.detach().float().to(self._ranks.device)  # NCCL knows nothing of what waits on the host
+        spread = DTensor.from_local(
+            part, parameter.device_mesh, parameter.placements, run_check=False, shape=torch.Size(held.shape),
+            stride=parameter.stride(),
+        )  # fmt: skip
+        return spread.full_tensor()
+
+    def _part(self, value: Tensor, held: Shard) -> Tensor:
+        """This rank's rows, as `fully_shard` deals them out."""
+        if held.whole:
+            return value
+        chunks = value.chunk(self._ranks.world_size)
+        return chunks[self._ranks.rank] if self._ranks.rank < len(chunks) else value[:0]
+
+
+def shard(
+    module: nn.Module, trained: dict[str, nn.Parameter], config: TrainConfig, ranks: Ranks
+) -> dict[str, Shard]:
+    """Cut the module up, in place. Returns the trained parameters' parts by name."""
+    owners = {id(p): (m, leaf) for m in module.modules() for leaf, p in m._parameters.items() if p is not None}
+    places = {name: owners[id(parameter)] for name, parameter in trained.items()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in trained.items()}
+    adapters = set(trained.values()) if config.mode == "lora" else set()
+    masters = set(trained.values()) - adapters
+    settings = _settings(config, ranks)
+    fully_shard = _fully_shard()
+    blocks = [block for name, block in module.named_modules() if _is_block(name)]
+    for part in (*blocks, module):
+        for parameter in part.parameters():
+            if parameter in masters:
+                parameter.data = parameter.data.float()
+        if not hasattr(part, "reshard"):  # else it was cut up as it was loaded
+            fully_shard(part, ignored_params=adapters, **settings)
+    shards = {}
+    for name, (owner, leaf) in places.items():
+        parameter: Any = owner._parameters[leaf]
+        whole = trained[name] in adapters
+        local = parameter if whole else nn.Parameter(parameter.to_local().detach())
+        shards[name] = Shard(parameter, local, shapes[name], whole)
+    return shards
+
+
+def sharder(config: TrainConfig, ranks: Ranks) -> Callable[[str, nn.Module], None] | None:
+    """What cuts a frozen block up among the ranks as soon as it is loaded, for `load_transformer(prepare=…)`.
+
+    None where FSDP is not asked for, and for a fine-tune, whose weights are first made fp32, one block at a time.
+    """
+    if not ranks.launch.fsdp or config.mode == "finetune":
+        return None
+    refuse_packed(config, "FSDP")
+    fully_shard, settings = _fully_shard(), _settings(config, ranks)
+
+    def cut(name: str, block: nn.Module) -> None:
+        if _is_block(name):  # the ends belong to the module around the transformer
+            fully_shard(block, **settings)
+
+    return cut
+
+
+def notes(environ: Mapping[str, str]) -> list[str]:
+    """What the accelerate config says of FSDP and is done otherwise here."""
+    said = []
+    policy = environ.get("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP").upper()
+    if policy not in ("TRANSFORMER_BASED_WRAP", "NONE"):
+        said.append(f"fsdp_auto_wrap_policy {policy} is not used: the transformer's blocks are what is cut up.")
+    if environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower() == "true":
+        said.append("fsdp_activation_checkpointing is not used: gradient_checkpointing of the train config decides.")
+    if environ.get("FSDP_IGNORED_MODULES", ""):
+        said.append("fsdp_ignored_modules is not used: all frozen weights are cut up.")
+    return said
+
+
+def _settings(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
+    from torch.distributed import fsdp
+    from torch.distributed.device_mesh import init_device_mesh
+
+    dtype = None if config.mixed_precision == "no" else DTYPES[config.mixed_precision]
+    # Inputs stay as they come: the time must not be rounded on its way to the embedding.
+    precision = fsdp.MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    found: dict[str, Any] = {
+        "mesh": init_device_mesh(ranks.device.type, (ranks.world_size,)),
+        "mp_policy": precision,
+        "reshard_after_forward": os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false",
+    }
+    if os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
+        found["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda")
+    return found
+
+
+def _is_block(name: str) -> bool:
+    path = name.split(".")
+    return len(path) > 1 and path[-2] in BLOCKS and path[-1].isdigit()
+
+
+def _fully_shard() -> Any:
+    from torch.distributed import fsdp
+
+    function = getattr(fsdp, "fully_shard", None)
+    if function is None or "ignored_params" not in inspect.signature(function).parameters:
+        raise Unsupported(
+            f"torch {torch.__version__} has no FSDP2 that leaves adapters whole.",
+            "Install a newer stack of the matrix, or set distributed_type to MULTI_GPU or DEEPSPEED.",
+        )
+    return function

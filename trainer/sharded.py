@@ -1,0 +1,38 @@
+"""Weights that are cut up among the ranks: what ZeRO and FSDP have in common, and what does not go with them."""
+
+from __future__ import annotations
+
+from xflux_trainer.config import TrainConfig
+from xflux_trainer.errors import Unsupported
+
+PLAIN = "set distributed_type to MULTI_GPU, where each device holds the whole model"
+
+
+def refuse_optimizers(config: TrainConfig, who: str) -> None:
+    """DeepSpeed and FSDP step pieces of weights, all in one go, and hold them in fp32. Raises `Unsupported`."""
+    if config.optimizer != "adamw":
+        seen = f"The optimizer {config.optimizer} wants whole weights, and {who} cuts them up."
+        raise Unsupported(seen, f"Set optimizer to adamw, or {PLAIN}.")
+    if config.mode == "finetune" and config.step_in_backward:
+        seen = f"step_in_backward cannot be done under {who}, which exchanges gradients in the backward pass."
+        raise Unsupported(seen, "Set step_in_backward to false, or start one process.")
+    if config.mode == "finetune" and config.weight_update not in ("auto", "master"):
+        seen = f"weight_update is {config.weight_update}, but {who} holds fp32 masters of what is trained."
+        raise Unsupported(seen, f"Set weight_update to auto, or {PLAIN}.")
+
+
+def refuse_packed(config: TrainConfig, who: str) -> None:
+    """Weights that a library has packed, or that wait on the host by themselves. Raises `Unsupported`."""
+    asked = (
+        ("quantization", config.quantization, "none"),
+        ("stream_blocks", config.stream_blocks, 0),
+        ("modulation", "stream" if config.modulation == "stream" else "keep", "keep"),
+    )
+    for key, value, plain in asked:
+        if value != plain:
+            raise Unsupported(f"{key} is {value}, and {who} cannot cut up such weights.", f"Write {plain}, or {PLAIN}.")
+
+
+def decay_at(decay: float, steps: int) -> float:
+    """The average's decay in the step that makes it `steps` in all: (1 + n) / (10 + n) until that reaches `decay`."""
+    return min(decay, (1 + steps) / (10 + steps))
