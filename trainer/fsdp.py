@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,8 +59,7 @@ class FsdpStepper:
     def __init__(
         self, module: nn.Module, trained: dict[str, nn.Parameter], config: TrainConfig, ranks: Ranks, accumulation: int
     ) -> None:
-        refuse_optimizers(config, "FSDP")
-        refuse_packed(config, "FSDP")
+        refuse(config)
         ranks.lockstep = True
         for note in notes(os.environ):
             ranks.say(f"note: {note}")
@@ -256,6 +256,8 @@ def shard(
     masters = set(trained.values()) - adapters
     settings = _settings(config, ranks)
     fully_shard = _fully_shard()
+    # It warns of sums in place on what a block returns; the transformer makes none.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     blocks = [block for name, block in module.named_modules() if _is_block(name)]
     for part in (*blocks, module):
         for parameter in part.parameters():
@@ -279,7 +281,7 @@ def sharder(config: TrainConfig, ranks: Ranks) -> Callable[[str, nn.Module], Non
     """
     if not ranks.launch.fsdp or config.mode == "finetune":
         return None
-    refuse_packed(config, "FSDP")
+    refuse(config)
     fully_shard, settings = _fully_shard(), _settings(config, ranks)
 
     def cut(name: str, block: nn.Module) -> None:
@@ -287,6 +289,12 @@ def sharder(config: TrainConfig, ranks: Ranks) -> Callable[[str, nn.Module], Non
             fully_shard(block, **settings)
 
     return cut
+
+
+def refuse(config: TrainConfig) -> None:
+    """Raise `Unsupported` for what does not go with FSDP here."""
+    refuse_optimizers(config, "FSDP")
+    refuse_packed(config, "FSDP")
 
 
 def notes(environ: Mapping[str, str]) -> list[str]:

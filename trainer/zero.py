@@ -242,6 +242,8 @@ def _deepspeed(ranks: Ranks) -> Any:
     if ranks.device.type == "cpu":
         # Collectives of its own: minutes, and a compiler, for nothing that gloo does not do.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # It takes the process group that is there; before this call it thinks that it is alone.
+    deepspeed.init_distributed("nccl" if ranks.device.type == "cuda" else "gloo", auto_mpi_discovery=False)
     return deepspeed
 
 

@@ -52,6 +52,7 @@ def deepspeed_settings(
     # The default of 5e8 elements would allocate a gigabyte for a few million gradients.
     zero.setdefault("reduce_bucket_size", min(max(trained, 1 << 20), BUCKET))
     precision = config.mixed_precision
+    notes += _sum_in_fp32(settings, stage, precision, accumulation)
     settings.update(
         train_micro_batch_size_per_gpu=config.train_batch_size,
         gradient_accumulation_steps=accumulation,
@@ -104,6 +105,22 @@ def _offload(
             continue
         found[name] = {**asked, "device": "cpu"}
     return found, notes
+
+
+def _sum_in_fp32(settings: dict[str, Any], stage: int, precision: str, accumulation: int) -> list[str]:
+    """Let ZeRO 2 and 3 sum a step's gradients in fp32: in bf16 a sum of eight has lost three of its eight bits."""
+    types = settings.pop("data_types", None)
+    types = dict(types) if isinstance(types, dict) else {}
+    notes = []
+    if stage == 1 and types.get("grad_accum_dtype") == "fp32" and precision == "bf16":
+        # DeepSpeed would take another optimizer for it, without parts that could be addressed.
+        del types["grad_accum_dtype"]
+        notes.append("the DeepSpeed file's data_types.grad_accum_dtype is not used with ZeRO 1: set the stage to 2.")
+    elif stage > 1 and precision == "bf16" and accumulation > 1:
+        types.setdefault("grad_accum_dtype", "fp32")
+    if types:
+        settings["data_types"] = types
+    return notes
 
 
 def _fp16(block: Any, enabled: bool) -> dict[str, Any]:
