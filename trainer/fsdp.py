@@ -60,7 +60,6 @@ class FsdpStepper:
         self, module: nn.Module, trained: dict[str, nn.Parameter], config: TrainConfig, ranks: Ranks, accumulation: int
     ) -> None:
         refuse(config)
-        ranks.lockstep = True
         for note in notes(os.environ):
             ranks.say(f"note: {note}")
         self._module, self._ranks, self._accumulation = module, ranks, accumulation
@@ -142,7 +141,9 @@ class FsdpStepper:
     def scalars(self) -> dict[str, float]:
         """The number of steps, and fp16's loss scale with what moves it."""
         values = {"steps": float(self._steps)}
-        return values | {"loss_scale": self._scale, "growth_tracker": float(self._clean)} if self._clean >= 0 else values
+        return (
+            values | {"loss_scale": self._scale, "growth_tracker": float(self._clean)} if self._clean >= 0 else values
+        )
 
     @torch.no_grad()
     def load(self, read: Callable[[str], dict[str, Tensor]], scalars: dict[str, float]) -> None:
@@ -245,9 +246,7 @@ class FsdpStepper:
         return chunks[self._ranks.rank] if self._ranks.rank < len(chunks) else value[:0]
 
 
-def shard(
-    module: nn.Module, trained: dict[str, nn.Parameter], config: TrainConfig, ranks: Ranks
-) -> dict[str, Shard]:
+def shard(module: nn.Module, trained: dict[str, nn.Parameter], config: TrainConfig, ranks: Ranks) -> dict[str, Shard]:
     """Cut the module up, in place. Returns the trained parameters' parts by name."""
     owners = {id(p): (m, leaf) for m in module.modules() for leaf, p in m._parameters.items() if p is not None}
     places = {name: owners[id(parameter)] for name, parameter in trained.items()}

@@ -16,11 +16,11 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,6 @@ from xflux_trainer.config import TrainConfig
 from xflux_trainer.errors import Unsupported, UserError, WriteError, tell
 from xflux_trainer.files import TEMPORARY
 
-T = TypeVar("T")
 PATIENCE = timedelta(hours=1)
 """How long a rank waits for another before it takes it for dead: samples and caches come in uneven shares."""
 SIGHT = 60.0
@@ -91,8 +90,6 @@ class Ranks:
         self.rank = launch.rank
         self.world_size = launch.world_size
         self.device = _device(launch)
-        self.lockstep = False
-        """Whether every forward pass is one of all ranks together: weights are cut up among them (ZeRO-3, FSDP)."""
         self._joined = False
 
     def join(self) -> None:
@@ -133,16 +130,6 @@ class Ranks:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
-
-    def deal(self, items: Sequence[T]) -> list[tuple[T, bool]]:
-        """This rank's share of work that computes with the model, and whether each counts.
-
-        In lockstep all shares are of one length: a rank without work does the first again, which does not count,
-        or the others would wait for it for ever.
-        """
-        own = [(item, True) for item in items[self.rank :: self.world_size]]
-        longest = -(-len(items) // self.world_size)
-        return own + [(items[0], False)] * (longest - len(own)) if self.lockstep else own
 
     def share(self, folder: Path) -> None:
         """Raise on every rank where one on another machine does not see what rank 0 writes to the folder."""

@@ -56,7 +56,6 @@ class ZeroStepper:
             ranks.say(f"note: {note}")
         zero = settings["zero_optimization"]
         self.strategy = f"zero{zero['stage']}"
-        ranks.lockstep |= zero["stage"] == 3
         dtype = DTYPES[config.mixed_precision]
         # The engine makes its masters from what it is given, and it wants that in its own format: what is finer
         # (adapters in fp32 on a bf16 model) would be rounded, so it waits on the host.

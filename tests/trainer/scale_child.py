@@ -81,7 +81,7 @@ def choose(strategy: str) -> None:
 
 
 def start(case: str, ranks: Ranks, accumulation: int = 1, seed: int = 0) -> tuple[Any, Velocity]:
-    """The case's stepper with its model; in bf16 the base is cut up as it is loaded, where the strategy does that."""
+    """The case's stepper with its model; an adapter's base is cut up as it is loaded, where the strategy does that."""
     config = replace(config_of(case), seed=seed)
     strategy = case.split(":")[0]
     choose(strategy)
@@ -95,9 +95,8 @@ def start(case: str, ranks: Ranks, accumulation: int = 1, seed: int = 0) -> tupl
         kind, prepare = zero.ZeroStepper, zero.partitioner(config, asked)
     elif launch.fsdp:
         kind, prepare = fsdp.FsdpStepper, fsdp.sharder(config, asked)
-    velocity, trained = make(config, prepare if "bf16" in case else None)
+    velocity, trained = make(config, prepare if config.mode == "lora" else None)
     stepper = kind(velocity, trained, config, asked, accumulation)
-    assert asked.lockstep is strategy.startswith(("zero3", "fsdp"))
     return stepper, velocity
 
 

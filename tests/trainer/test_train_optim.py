@@ -203,7 +203,9 @@ def test_deepspeed_settings_that_are_changed_are_told() -> None:
     settings, notes = zero(environ)
     assert settings["gradient_clipping"] == 0.5
     assert settings["zero_optimization"]["stage"] == 1
-    assert [note.split()[0] for note in notes] == ["offload_optimizer", "gradients"]
+    assert settings["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
+    assert settings["zero_force_ds_cpu_optimizer"] is False  # that one is compiled at its first start
+    assert [note.split()[0] for note in notes] == ["gradients"]
 
 
 def test_a_deepspeed_file(tmp_path: Path) -> None:
@@ -240,12 +242,12 @@ def test_a_deepspeed_file_that_says_otherwise_is_told() -> None:
         zero_optimization={"stage": "auto", "cpu_offload": True}, fp16={"enabled": True}, gradient_clipping=0.25,
         train_micro_batch_size_per_gpu=7, wall_clock_breakdown="auto",
     )  # fmt: skip
-    assert settings["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 5_000_000}
+    offload = {"offload_optimizer": {"device": "cpu"}}
+    assert settings["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 5_000_000, **offload}
     assert (settings["fp16"], settings["gradient_clipping"]) == ({"enabled": False}, 0.25)
     assert settings["train_micro_batch_size_per_gpu"] == CONFIG.train_batch_size
     assert "wall_clock_breakdown" not in settings  # nobody fills "auto" there, and DeepSpeed fails with it
-    assert [note.split()[0] for note in notes] == ["mixed_precision", "train_batch_size", "offload_optimizer",
-                                                   "gradients"]  # fmt: skip
+    assert [note.split()[0] for note in notes] == ["mixed_precision", "train_batch_size", "gradients"]
     assert "DeepSpeed file" in notes[-1]
 
 
@@ -262,14 +264,16 @@ def test_a_deepspeed_file_that_agrees_is_not_told() -> None:
     ({"gradient_clipping": "none of it"}, "gradient_clipping is 'none of it'"),
     ({"gradient_clipping": True}, "gradient_clipping is True"),
     ({"zero_optimization": True}, "zero_optimization is True"),
-    ({"zero_optimization": {"stage": 3}}, "ZeRO stage 3"),
+    ({"zero_optimization": {"stage": 4}}, "ZeRO stage 4"),
+    ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/x"}}}, "asks for nvme"),
+    ({"zero_optimization": {"offload_optimizer": "cpu"}}, "offload_optimizer is 'cpu'"),
 ])  # fmt: skip
 def test_a_deepspeed_file_that_cannot_be_used_is_refused(values: dict[str, Any], told: str) -> None:
     with pytest.raises(Unsupported, match=told):
         of_file(**values)
 
 
-@pytest.mark.parametrize("stage", ["0", "3"])
+@pytest.mark.parametrize("stage", ["0", "4", "none"])
 def test_other_zero_stages_are_refused(stage: str) -> None:
     with pytest.raises(Unsupported, match=f"stage {stage}"):
         zero({"ACCELERATE_DEEPSPEED_ZERO_STAGE": stage})

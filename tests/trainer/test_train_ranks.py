@@ -22,7 +22,7 @@ from safetensors.torch import load_file  # noqa: E402
 from trainer_kit import environment, keep_signals, losses, metrics, squares, trainer, write_config  # noqa: E402
 from xflux_trainer import cli, lora  # noqa: E402
 from xflux_trainer.config import TrainConfig  # noqa: E402
-from xflux_trainer.errors import DataError, Unsupported  # noqa: E402
+from xflux_trainer.errors import DataError, Unsupported, UserError  # noqa: E402
 from xflux_trainer.ranks import Launch, Ranks  # noqa: E402
 from xflux_trainer.run import refuse_slow  # noqa: E402
 from xflux_trainer.spec import FLUX_DEV, FluxSpec  # noqa: E402
@@ -182,12 +182,49 @@ def test_the_full_model_without_a_gpu_is_refused() -> None:
         refuse_slow(FLUX_DEV, Ranks(Launch()))
 
 
-@pytest.mark.parametrize(
-    ("variable", "name"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")]
-)
-def test_other_strategies_are_refused(variable: str, name: str) -> None:
-    with pytest.raises(Unsupported, match=name):
-        Ranks(Launch.read({variable: "true"}))
+STEP = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4"}
+
+
+@pytest.mark.parametrize(("environ", "words"), [
+    ({"ACCELERATE_USE_FSDP": "true"}, "first version of FSDP.*fsdp_version: 2"),
+    ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "first version of FSDP"),
+    ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM"),
+    ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2"}, "tp_size 2"),
+    (STEP, "srun started 4 tasks.*torchrun"),
+])  # fmt: skip
+def test_other_strategies_are_refused(environ: dict[str, str], words: str) -> None:
+    with pytest.raises(Unsupported, match=words):
+        Ranks(Launch.read({**environ, "ACCELERATE_USE_CPU": "true"}))
+
+
+@pytest.mark.parametrize("environ", [
+    {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, {**STEP, "RANK": "1", "WORLD_SIZE": "4"},
+    {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2"},
+    {**STEP, "SLURM_STEP_NUM_TASKS": "1"}, {**STEP, "SLURM_STEP_ID": str(0xFFFF_FFFB)},  # a batch script
+    {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"},
+])  # fmt: skip
+def test_what_is_done_is_not_refused(environ: dict[str, str]) -> None:
+    ranks = Ranks(Launch.read({**environ, "ACCELERATE_USE_CPU": "true"}))
+    assert ranks.launch.fsdp is ("FSDP_VERSION" in environ)
+
+
+class Machines(Ranks):
+    """One rank of several machines, whose words come back as they are."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(Launch(rank=rank, world_size=2, local_world_size=1, use_cpu=True))
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+
+def test_a_folder_that_machines_do_not_share_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xflux_trainer.ranks.SIGHT", 0.3)
+    Machines(0).share(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match="Rank 1 on .* does not see what rank 0 wrote to"):
+        Machines(1).share(tmp_path)
+    Ranks(Launch(use_cpu=True)).share(tmp_path / "missing")  # of one machine nothing is asked
 
 
 def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
