@@ -222,7 +222,7 @@ def test_a_folder_that_machines_do_not_share_is_told(tmp_path: Path, monkeypatch
     monkeypatch.setattr("xflux_trainer.ranks.SIGHT", 0.3)
     Machines(0).share(tmp_path)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(UserError, match="Rank 1 on .* does not see what rank 0 wrote to"):
+    with pytest.raises(UserError, match=r"Rank 1 on .* does not see what rank 0 wrote to"):
         Machines(1).share(tmp_path)
     Ranks(Launch(use_cpu=True)).share(tmp_path / "missing")  # of one machine nothing is asked
 
