@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
-from xflux_trainer import cache, checkpoint, files, hub, lora, model, report, resume
+from xflux_trainer import cache, checkpoint, files, hub, lora, model, report, resume, sharded
 from xflux_trainer.cache import Entries, Entry
 from xflux_trainer.checkpoint import Progress
 from xflux_trainer.config import TrainConfig
@@ -85,7 +85,9 @@ def prepare(config: TrainConfig, notes: tuple[str, ...], ranks: Ranks, gauge: Me
     entries = sets_entries[config.img_dir]
     heldout = sets_entries[heldout_dir][: config.heldout_samples]
     with gauge.phase("load"):
-        transformer = model.load_transformer(base, model.DTYPES[config.mixed_precision], ranks.device)
+        transformer = model.load_transformer(
+            base, model.DTYPES[config.mixed_precision], ranks.device, sharded.preparer(config, ranks)
+        )
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()  # type: ignore[operator]
     adapters = lora.attach(transformer, config)

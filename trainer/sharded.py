@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from torch import nn
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.errors import Unsupported
+from xflux_trainer.ranks import Ranks
 
 PLAIN = "set distributed_type to MULTI_GPU, where each device holds the whole model"
 
@@ -36,3 +40,19 @@ def refuse_packed(config: TrainConfig, who: str) -> None:
 def decay_at(decay: float, steps: int) -> float:
     """The average's decay in the step that makes it `steps` in all: (1 + n) / (10 + n) until that reaches `decay`."""
     return min(decay, (1 + steps) / (10 + steps))
+
+
+def preparer(config: TrainConfig, ranks: Ranks) -> Callable[[str, nn.Module], None] | None:
+    """What cuts a block up among the ranks as soon as it is loaded, for `load_transformer(prepare=…)`.
+
+    None where whole weights stay on every device. Raises `Unsupported` for what cannot be cut up.
+    """
+    if ranks.launch.deepspeed:
+        from xflux_trainer.zero import partitioner
+
+        return partitioner(config, ranks)
+    if ranks.launch.fsdp:
+        from xflux_trainer.fsdp import sharder
+
+        return sharder(config, ranks)
+    return None

@@ -136,7 +136,7 @@ def test_zero_2_trains_and_resumes_exactly(tmp_path: Path) -> None:
         assert a.read_bytes() == b.read_bytes(), name
 
     # A checkpoint does not show who wrote it: one process without DeepSpeed goes on from ZeRO's.
-    alone = write_config(tmp_path, "c.yaml", max_train_steps=7, **more, **common)
+    alone = write_config(tmp_path, "c.yaml", max_train_steps=7, gradient_accumulation_steps=4, **more, **common)
     assert cli.main(["train", "--config", str(alone)]) == 0
     assert metrics(tmp_path / "b")["strategy"] == "single"
     assert len(losses(tmp_path / "b")) == 4
