@@ -101,7 +101,7 @@ def prepare(config: TrainConfig, notes: tuple[str, ...], ranks: Ranks, gauge: Me
         stepper = _stepper(velocity, adapters, config, ranks, accumulation)
     digests = resume.digests(base, entries)
     progress, resumed = _resume(found, stepper, config, ranks, digests, accumulation, total)
-    trained = sum(parameter.numel() for parameter in adapters.values())
+    trained = sum(math.prod(shape) for shape in stepper.shapes().values())
     return Run(
         config, ranks, gauge, base, spec, velocity, stepper, entries, heldout, prompts, order, accumulation,
         total, progress, trained, said + resumed, digests,

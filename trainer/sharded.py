@@ -26,7 +26,11 @@ def refuse_optimizers(config: TrainConfig, who: str) -> None:
 
 
 def refuse_packed(config: TrainConfig, who: str) -> None:
-    """Weights that a library has packed, or that wait on the host by themselves. Raises `Unsupported`."""
+    """Weights that a library has packed, or that wait on the host by themselves. Raises `Unsupported`.
+
+    FSDP and ZeRO-3 would cut them up, and DeepSpeed casts and moves every weight at its start: quanto's fail there,
+    torchao's are unpacked, streamed ones all come to the device.
+    """
     asked = (
         ("quantization", config.quantization, "none"),
         ("stream_blocks", config.stream_blocks, 0),
@@ -34,7 +38,7 @@ def refuse_packed(config: TrainConfig, who: str) -> None:
     )
     for key, value, plain in asked:
         if value != plain:
-            raise Unsupported(f"{key} is {value}, and {who} cannot cut up such weights.", f"Write {plain}, or {PLAIN}.")
+            raise Unsupported(f"{key} is {value}, and {who} cannot hold such weights.", f"Write {plain}, or {PLAIN}.")
 
 
 def decay_at(decay: float, steps: int) -> float:

@@ -8,7 +8,7 @@ checkpoint is loaded, and know no average; so the parts are addressed here, by t
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from xflux_trainer.config import TrainConfig
+from xflux_trainer.errors import Unsupported
 from xflux_trainer.model import DTYPES
 from xflux_trainer.ranks import Ranks
 from xflux_trainer.sharded import decay_at
@@ -44,6 +45,8 @@ class ZeroStepper:
     def __init__(
         self, module: nn.Module, trained: dict[str, nn.Parameter], config: TrainConfig, ranks: Ranks, accumulation: int
     ) -> None:
+        if ranks.device.type == "cpu" and config.mixed_precision == "fp16":
+            raise Unsupported("DeepSpeed computes nothing in fp16 on the CPU.", "Set mixed_precision to bf16.")
         deepspeed = _deepspeed(ranks)
         self._gathered = deepspeed.zero.GatheredParameters
         self._trained = trained
@@ -120,13 +123,7 @@ class ZeroStepper:
 
     def scalars(self) -> dict[str, float]:
         """The number of steps, and fp16's loss scale with what moves it."""
-        values = {"steps": float(self._steps)}
-        scaler = getattr(self._zero, "loss_scaler", None)
-        if scaler is not None and getattr(scaler, "dynamic", False):
-            clean = scaler.cur_iter - scaler.last_overflow_iter - 1
-            values |= {"loss_scale": float(scaler.cur_scale), "growth_tracker": float(clean % scaler.scale_window)}
-            values["hysteresis"] = float(scaler.cur_hysteresis)
-        return values
+        return {"steps": float(self._steps), **scaling(getattr(self._zero, "loss_scaler", None))}
 
     def load(self, read: Callable[[str], dict[str, Tensor]], scalars: dict[str, float]) -> None:
         """Put a checkpoint's values in. Every rank calls it, and each copies its own part."""
@@ -144,11 +141,7 @@ class ZeroStepper:
                 self._write([self._state(flat)[key] for flat in self._flats], name, values[key])
             if self._average:
                 self._write(self._average, name, values.get("ema", values["weight"]))
-        scaler = getattr(self._zero, "loss_scaler", None)
-        if scaler is not None and getattr(scaler, "dynamic", False) and scalars.get("loss_scale"):
-            scaler.cur_scale = scalars["loss_scale"]
-            scaler.last_overflow_iter, scaler.cur_iter = -1, int(scalars.get("growth_tracker", 0))
-            scaler.cur_hysteresis = int(scalars.get("hysteresis", scaler.cur_hysteresis))
+        load_scaling(getattr(self._zero, "loss_scaler", None), scalars)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -209,6 +202,25 @@ class ZeroStepper:
             return
         with self._gathered([parameter], modifier_rank=0):
             parameter.data.copy_(value)
+
+
+def scaling(scaler: Any) -> dict[str, float]:
+    """What moves fp16's loss scale; nothing without one. DeepSpeed counts passes, and remembers the last overflow's."""
+    if not getattr(scaler, "dynamic", False):
+        return {}
+    clean = scaler.cur_iter - scaler.last_overflow_iter - 1
+    if clean > scaler.scale_window:  # it doubles at every multiple of the window but 0
+        clean = (clean - 1) % scaler.scale_window + 1
+    values = {"loss_scale": scaler.cur_scale, "growth_tracker": clean, "hysteresis": scaler.cur_hysteresis}
+    return {name: float(value) for name, value in values.items()}
+
+
+def load_scaling(scaler: Any, scalars: Mapping[str, float]) -> None:
+    """Put back what `scaling` gave, or what another strategy's scale was."""
+    if getattr(scaler, "dynamic", False) and scalars.get("loss_scale"):
+        scaler.cur_scale = scalars["loss_scale"]
+        scaler.last_overflow_iter, scaler.cur_iter = -1, int(scalars.get("growth_tracker", 0))
+        scaler.cur_hysteresis = int(scalars.get("hysteresis", scaler.cur_hysteresis))
 
 
 def partitioner(config: TrainConfig, ranks: Ranks) -> Callable[[str, nn.Module], None] | None:

@@ -28,13 +28,12 @@ def deepspeed_settings(
     trainer does not do: stage 0, NVMe, an optimizer that needs whole weights.
     """
     refuse_optimizers(config, "DeepSpeed")
+    refuse_packed(config, "DeepSpeed")
     settings, notes = _deepspeed_file(environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")), []
     zero = settings.pop("zero_optimization", {})
     if not isinstance(zero, dict):
         raise Unsupported(f"The DeepSpeed file's zero_optimization is {zero!r}.", "Write keys and values there.")
     stage = _stage(zero, environ)
-    if stage == 3:
-        refuse_packed(config, "ZeRO-3")
     notes += _overruled(settings, config)
     settings = {key: value for key, value in settings.items() if value != "auto" or key == "gradient_clipping"}
     for name in ("optimizer", "scheduler"):

@@ -22,7 +22,7 @@ from trainer_model import TINY, tiny_transformer
 from xflux_trainer import evaluate, flow, fsdp, lora
 from xflux_trainer.cache import Batch
 from xflux_trainer.config import TrainConfig
-from xflux_trainer.model import Velocity
+from xflux_trainer.model import DTYPES, Velocity
 from xflux_trainer.optim import PlainStepper
 from xflux_trainer.ranks import Launch, Ranks
 
@@ -36,7 +36,7 @@ KINDS = ("lora", "full")
 
 def config_of(case: str) -> TrainConfig:
     strategy, kind = case.split(":")
-    precision: Any = "bf16" if "bf16" in strategy else "no"
+    precision: Any = next((name for name in ("bf16", "fp16") if name in strategy), "no")
     return replace(CONFIG, mixed_precision=precision, mode="lora" if kind == "lora" else "finetune")
 
 
@@ -55,7 +55,7 @@ def make(
     config: TrainConfig, prepare: Callable[[str, nn.Module], None] | None = None
 ) -> tuple[Velocity, dict[str, nn.Parameter]]:
     """The tiny model in the config's format, and what is trained of it: adapters, or everything."""
-    transformer = tiny_transformer().to(torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32)
+    transformer = tiny_transformer().to(DTYPES[config.mixed_precision])
     transformer.enable_gradient_checkpointing()
     if prepare:
         for name in ("transformer_blocks", "single_transformer_blocks"):
@@ -96,8 +96,22 @@ def start(case: str, ranks: Ranks, accumulation: int = 1, seed: int = 0) -> tupl
     elif launch.fsdp:
         kind, prepare = fsdp.FsdpStepper, fsdp.sharder(config, asked)
     velocity, trained = make(config, prepare if config.mode == "lora" else None)
+    share = held(velocity)
     stepper = kind(velocity, trained, config, asked, accumulation)
+    stepper.share = share
     return stepper, velocity
+
+
+def held(velocity: Velocity) -> float:
+    """How much of the blocks' frozen weights this rank has, of 1."""
+    here, everywhere = 0, 0
+    for name, value in velocity.transformer.named_parameters():
+        weight: Any = value
+        if "transformer_blocks" in name and ".lora_" not in name:
+            part = getattr(weight, "ds_tensor", weight.to_local() if hasattr(weight, "to_local") else weight)
+            here += part.numel()
+            everywhere += weight.ds_numel if hasattr(weight, "ds_numel") else weight.numel()
+    return here / everywhere
 
 
 def take(stepper: Any, ranks: Ranks, step: int, accumulation: int = 1) -> tuple[float, float]:
@@ -115,7 +129,7 @@ def take(stepper: Any, ranks: Ranks, step: int, accumulation: int = 1) -> tuple[
 
 def run(folder: Path, case: str, ranks: Ranks, accumulation: int = 1) -> dict[str, Any]:
     stepper, velocity = start(case, ranks, accumulation)
-    told: dict[str, Any] = {"strategy": stepper.strategy}
+    told: dict[str, Any] = {"strategy": stepper.strategy, "share": stepper.share}
     told["steps"] = [take(stepper, ranks, step, accumulation) for step in range(STEPS)]
     pieces: dict[str, Tensor] = {}
     for name, values in stepper.pieces():
@@ -154,10 +168,12 @@ def main() -> None:
     ranks.join()
     place = Path(folder)
     results: dict[str, Any] = {case: run(place, case, ranks) for case in cases}
+    sources = {case: case for case in cases if "16" in case}  # a loss scale and rounded copies are each one's own
     for kind in KINDS:
-        own = [case for case in cases if case.endswith(f":{kind}") and "bf16" not in case]
-        for case, source in zip(own, own[1:] + own[:1]):  # noqa: B905 (of one length)
-            results[f"{case}<{source}"] = resume(place, case, source, results[source]["scalars"], ranks)
+        own = [case for case in cases if case.endswith(f":{kind}") and case not in sources]
+        sources |= dict(zip(own, own[1:] + own[:1]))  # noqa: B905 (of one length)
+    for case, source in sources.items():
+        results[f"{case}<{source}"] = resume(place, case, source, results[source]["scalars"], ranks)
     if ranks.main:
         (place / "results.json").write_text(json.dumps(results), encoding="utf-8")
     ranks.barrier()

@@ -51,7 +51,7 @@ CASES = [f"{name}-offload:full" if name == "zero3" else f"{name}:full" for name 
 CASES += [f"{name}:lora" for name in _ENGINES]
 LONG = [f"{name}-bf16:lora" for name in _ENGINES if name in ("zero3", "fsdp")]
 LONG += [f"{name}:full" for name in ("zero1", "zero3") if "zero2" in _ENGINES]
-LONG += ["fsdp-offload:full"] if "fsdp" in _ENGINES else []
+LONG += ["fsdp-offload:full", "fsdp-fp16:full"] if "fsdp" in _ENGINES else []
 
 
 def launch(folder: Path, cases: list[str]) -> dict[str, Any]:
@@ -132,6 +132,14 @@ def test_two_ranks_train_as_one_process_does(told: dict[str, Any], alone: dict[s
         compare_losses(case, told[case], alone)
 
 
+def test_a_rank_holds_its_share_of_the_base_alone(told: dict[str, Any]) -> None:
+    """As soon as it is loaded: no device ever holds all of it."""
+    shares = {case.split(":")[0]: told[case]["share"] for case in of_kind(CASES, "lora")}
+    whole = {name: share for name, share in shares.items() if name in ("ddp", "zero2")}
+    assert all(share == 1 for share in whole.values())
+    assert all(0.5 <= share < 0.51 for name, share in shares.items() if name not in whole), shares
+
+
 def test_the_pieces_are_the_same_whoever_wrote_them(told: dict[str, Any], alone: dict[str, Any]) -> None:
     for case in of_kind(CASES, alone["kind"]):
         compare_pieces(case, told[case], alone)
@@ -147,15 +155,28 @@ def test_each_goes_on_from_anothers_checkpoint(kind: str, told: dict[str, Any]) 
         assert found["average"] == pytest.approx(source["average"], rel=1e-4), case
 
 
+def _resumed(results: dict[str, Any], source: str) -> str:
+    return next(case for case in results if case.endswith(f"<{source}"))
+
+
 @pytest.mark.long
 @pytest.mark.skipif(not LONG, reason="this stack has neither DeepSpeed nor FSDP2")
 def test_more_of_the_same(tmp_path: Path, alone: dict[str, Any]) -> None:
     """ZeRO 1, ZeRO-3 on the device, FSDP's offload; and bf16, on a base that is cut up as it is loaded."""
-    for case, found in launch(tmp_path, of_kind(LONG, alone["kind"])).items():
+    results = launch(tmp_path, of_kind(LONG, alone["kind"]))
+    for case, found in results.items():
+        if "<" in case:
+            continue
+        assert found["next"] == pytest.approx(results[_resumed(results, case)]["next"], rel=1e-5), case
+        if "fp16" in case:
+            # The first steps overflow, are left out, and halve the scale.
+            scale, clean = found["scalars"]["loss_scale"], found["scalars"]["growth_tracker"]
+            assert (scale, found["scalars"]["steps"]) == (65536 / 2 ** (scale_child.STEPS - clean), clean)
+            assert 0 < clean < scale_child.STEPS
+            continue
         if "bf16" not in case:
-            if "<" not in case:
-                compare_losses(case, found, alone)
-                compare_pieces(case, found, alone)
+            compare_losses(case, found, alone)
+            compare_pieces(case, found, alone)
             continue
         losses = [loss for loss, _ in [*found["steps"], found["next"]]]
         assert losses == pytest.approx([loss for loss, _ in alone["steps"]], rel=1e-2), case
@@ -169,7 +190,7 @@ def test_more_of_the_same(tmp_path: Path, alone: dict[str, Any]) -> None:
     ({"optimizer": "adafactor"}, "The optimizer adafactor wants whole weights"),
     ({"mode": "finetune", "step_in_backward": True}, "step_in_backward cannot be done under"),
     ({"mode": "finetune", "weight_update": "kahan"}, "holds fp32 masters"),
-    ({"quantization": "int8"}, "quantization is int8, and .* cannot cut up"),
+    ({"quantization": "int8"}, "quantization is int8, and .* cannot hold"),
     ({"stream_blocks": 4}, "stream_blocks is 4"), ({"modulation": "stream"}, "modulation is stream"),
 ])  # fmt: skip
 def test_what_cannot_be_cut_up_is_refused(changes: dict[str, Any], words: str) -> None:
@@ -180,17 +201,33 @@ def test_what_cannot_be_cut_up_is_refused(changes: dict[str, Any], words: str) -
         fsdp.refuse(config)
 
 
-def test_zero_2_takes_a_quantised_base() -> None:
-    """Where whole weights stay on every device."""
-    config = TrainConfig(img_dir="x", quantization="int8")
-    settings, _ = zero.deepspeed_settings({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, config, 2, 1, 10)
-    assert settings["zero_optimization"]["stage"] == 2
-
-
 def test_nothing_is_cut_up_early_without_being_asked() -> None:
     ranks = Ranks(Launch(use_cpu=True))
     config = TrainConfig(img_dir="x")
     assert zero.partitioner(config, ranks) is None and fsdp.sharder(config, ranks) is None
+
+
+def test_deepspeeds_loss_scale_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own scaler, with overflows here and there: what is taken up in the middle moves as what was never stopped."""
+    scalers = pytest.importorskip("deepspeed.runtime.fp16.loss_scaler")
+    monkeypatch.setattr(scalers.dist, "get_rank", lambda: 1)  # it tells of overflows on rank 0
+
+    def fresh() -> Any:
+        more = {"init_scale": 2.0**16, "scale_window": 5, "min_scale": 1, "delayed_shift": 2}
+        return scalers.DynamicLossScaler(**more, consecutive_hysteresis=False)
+
+    overflows = [k in (0, 1, 3, 17, 18, 19, 40) for k in range(60)]
+    whole, scales = fresh(), []
+    copies: list[Any] = []  # one is taken at every step, and moves on beside the whole
+    for overflow in overflows:
+        for scaler in (whole, *copies):
+            scaler.update_scale(overflow)
+        scales.append(whole.cur_scale)
+        assert {scaler.cur_scale for scaler in copies} <= {whole.cur_scale}
+        copies.append(fresh())
+        zero.load_scaling(copies[-1], zero.scaling(whole))
+    assert len(set(scales)) > 4
+    assert zero.scaling(None) == {}
 
 
 @pytest.mark.parametrize(("environ", "first"), [
