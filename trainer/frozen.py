@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +53,9 @@ class FrozenLinear(nn.Linear):
     product is all that a quantised layer costs, and a streamed layer's bytes may be elsewhere in between.
     """
 
+    _eager: ClassVar[Any] = None
+    """`_forward` outside of compiled graphs; made when it is first needed, because that imports the compiler."""
+
     def __init__(self, linear: nn.Linear, form: Format = plain) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would make a weight
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -76,8 +79,13 @@ class FrozenLinear(nn.Linear):
         self._open = self._opener(self.views(store))
 
     def stream(self, source: Callable[[], tuple[int, Tensor]]) -> None:
-        """Hold no bytes from now on: `source` gives the number of a slot and the bytes that lie there."""
+        """Hold no bytes from now on: `source` gives the number of a slot and the bytes that lie there.
+
+        torch.compile leaves such a layer alone: it would take one slot's bytes for the layer's own.
+        """
         self.store, self.streamed, self._open = None, source, self._nothing
+        if FrozenLinear._eager is None:
+            FrozenLinear._eager = torch.compiler.disable(FrozenLinear._forward)
 
     def views(self, store: Tensor) -> Parts:
         """The stored tensors, as views of these bytes."""
@@ -101,6 +109,12 @@ class FrozenLinear(nn.Linear):
         return self.dense(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.streamed is not None:
+            assert self._eager is not None
+            return self._eager(x)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         return self.product(x) if self.memo is None else self.memo(self, x)
 
     def product(self, x: Tensor) -> Tensor:

@@ -320,3 +320,21 @@ def test_forecast_of_bytes(name: str, modulation: str, stream_blocks: int) -> No
     host = streamer.host_bytes if streamer else 0
     assert 0 <= host - held.host <= padding
     assert (held.host > 0) == bool(streamer)
+
+
+@pytest.mark.long  # importing the compiler takes seconds
+@pytest.mark.parametrize("changes", [{}, {"modulation": "stream"}, {"stream_blocks": 2}])
+def test_compiled_blocks_give_the_same(changes: dict[str, Any]) -> None:
+    need("int8")
+    transformer = tiny_transformer()
+    prepare(transformer, config(quantization="int8", **changes))
+    args = inputs(2)
+    args[0].requires_grad_()
+    exact = Velocity(transformer, guidance=True)(*args)
+    (wanted,) = torch.autograd.grad(exact.square().sum(), args[0])
+    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+        block.compile(backend="aot_eager", fullgraph=not changes)
+    for _ in range(2):
+        v = Velocity(transformer, guidance=True)(*args)
+        (found,) = torch.autograd.grad(v.square().sum(), args[0])
+        assert torch.allclose(v, exact, atol=1e-6) and torch.allclose(found, wanted, rtol=1e-4, atol=1e-6)
