@@ -153,7 +153,8 @@ def assemble(config: Any, spec: Any, device: Any) -> tuple[Any, dict[str, Any], 
             net.enable_gradient_checkpointing()
         return controlnet.ControlVelocity(net, transformer, guidance=True), trained, found
     if config.mode == "finetune":
-        from xflux_trainer import finetune
+        # Without these, the stepper would take AdamW for every optimizer and the row would lie.
+        from xflux_trainer import backward, finetune, optimizers, rounding  # noqa: F401
 
         return model.Velocity(transformer, guidance=True), finetune.select(transformer, config), found
     return model.Velocity(transformer, guidance=True), lora.attach(transformer, config), found

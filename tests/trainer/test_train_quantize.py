@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from trainer_kit import tiny_flux
 from trainer_model import TINY, tiny_transformer
-from xflux_trainer import frozen, lora, quantize, savings
+from xflux_trainer import frozen, lora, model, quantize, savings
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.errors import Unsupported
 from xflux_trainer.frozen import FrozenLinear
@@ -320,6 +321,39 @@ def test_forecast_of_bytes(name: str, modulation: str, stream_blocks: int) -> No
     host = streamer.host_bytes if streamer else 0
     assert 0 <= host - held.host <= padding
     assert (held.host > 0) == bool(streamer)
+
+
+def test_while_loading_one_block_after_the_other() -> None:
+    """The loader's own order: when a block is quantised, the later ones have no weights yet."""
+    need("int8")
+    base = model.resolve(str(tiny_flux()))
+    spec = model.read_spec(base)
+    made = quantize.preparer(
+        config(quantization="int8", stream_blocks=2), CPU, (spec.double_blocks, spec.single_blocks)
+    )
+    assert made is not None and made.streamer is not None
+    alive: list[weakref.ref[Tensor]] = []
+    most = 0
+
+    def watched(name: str, module: nn.Module) -> None:
+        nonlocal most
+        before = [m.weight for m in module.modules() if type(m) is nn.Linear] if savings.is_block(name) else []
+        alive.extend(weakref.ref(weight) for weight in before)
+        most = max(most, sum(ref() is not None for ref in alive) - len(before))
+        del before
+        made(name, module)
+
+    transformer = model.load_transformer(base, torch.bfloat16, CPU, watched)
+    assert alive and most <= 2 * spec.double_blocks + spec.single_blocks  # the modulation's, which are kept
+    layers = {name: m for name, m in transformer.named_modules() if isinstance(m, FrozenLinear)}
+    assert any(layer.store is None for layer in layers.values()) and any(
+        layer.store is not None for layer in layers.values()
+    )
+    plain = model.load_transformer(base, torch.bfloat16, CPU)
+    for name, layer in layers.items():
+        assert error(layer.weight, plain.get_submodule(name).weight).max() < 0.02, name
+    kept = {n for n, m in plain.named_modules() if isinstance(m, nn.Linear)} - set(layers)
+    assert all(torch.equal(plain.get_submodule(n).weight, transformer.get_submodule(n).weight) for n in kept)
 
 
 @pytest.mark.long  # importing the compiler takes seconds
