@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from test_train_quantize import CPU, config, gradients, inputs, prepare
-from torch import Tensor, nn
+from torch import Tensor
 from trainer_model import TINY, tiny_transformer
 from xflux_trainer import lora, quantize, savings, stream
 from xflux_trainer.frozen import FrozenLinear
@@ -64,8 +64,7 @@ def test_same_bits_quantised(name: str) -> None:
 
 def steps(transformer: Any, count: int, *, checkpointing: bool) -> Any:
     """Run training steps; yields after each."""
-    names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear) and "_block" in name]
-    lora.attach_to(transformer, [name for name in names if name.endswith("to_q")], 2, 2.0)
+    lora.attach(transformer, config(rank=2, lora_targets=("attn.to_q",)))
     if checkpointing:
         transformer.enable_gradient_checkpointing()
     velocity = Velocity(transformer, guidance=True)
