@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 something about the config, the data or the weights; 2 usa
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import time
@@ -26,13 +27,13 @@ _A_MOMENT = 2.0
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def commands() -> None:
-    """Train adapters for FLUX.1 from a YAML file that X-Flux would also read."""
+    """Train FLUX.1: adapters, the model itself or a ControlNet, from a YAML file that X-Flux would also read."""
 
 
 @commands.command()
 @CONFIG
 def train(path: Path) -> None:
-    """Encode the images and captions, train, and save the adapter."""
+    """Encode the images and captions, train, and save the result."""
     stop = Stop()
     stop.install()
     config, notes = load_with_notes(path)
@@ -83,22 +84,30 @@ def convert(
 
 @commands.command()
 @CONFIG
-@click.option("--lora", type=click.Path(path_type=Path), help="The adapter. [default: the one in output_dir]")
+@click.option(
+    "--lora",
+    type=click.Path(path_type=Path),
+    help="What was trained: an adapter, a ControlNet or a transformer. [default: the one in output_dir]",
+)
 @click.option("--no-lora", is_flag=True, help="Draw with the base model alone.")
 @click.option("--prompt", help="Draw this. [default: the config's sample_prompts]")
 @click.option("--output", type=click.Path(path_type=Path), help="The PNG. [default: inside output_dir/samples]")
 def sample(path: Path, lora: Path | None, no_lora: bool, prompt: str | None, output: Path | None) -> None:
-    """Draw images with the trained adapter."""
+    """Draw images with what was trained."""
     if lora and no_lora:
         raise click.UsageError("--lora and --no-lora contradict each other.")
     Stop().install()
     config, _ = load_with_notes(path)
-    adapter = None if no_lora else lora or Path(config.output_dir) / FILES[config.formats[0]]
-    if adapter and not adapter.is_file():
-        raise CheckpointError(f"The adapter file {adapter} does not exist.", "Train first, or name one with --lora.")
+    results = {"lora": FILES[config.formats[0]], "finetune": "transformer", "controlnet": "controlnet.safetensors"}
+    trained = None if no_lora else lora or Path(config.output_dir) / results[config.mode]
+    if trained and not trained.exists():
+        what = {"lora": "adapter file", "finetune": "trained transformer", "controlnet": "ControlNet"}[config.mode]
+        raise CheckpointError(f"The {what} {trained} does not exist.", "Train first, or name one with --lora.")
+    if config.mode == "controlnet" and trained is None:
+        config = dataclasses.replace(config, mode="lora")  # the base model alone
     from xflux_trainer.commands import draw_samples
 
-    draw_samples(config, adapter, output, prompt)
+    draw_samples(config, trained, output, prompt)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,12 +6,14 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from xflux_trainer import cache, lora, model, sample
+from torch import nn
+from xflux_trainer import cache, controlnet, lora, model, quantize, sample
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.model import Velocity
 from xflux_trainer.ranks import Launch, Ranks
 from xflux_trainer.run import choose_prompts, find_sets
 from xflux_trainer.sample import Prompt
+from xflux_trainer.samples import Sample
 
 
 def fill_cache(config: TrainConfig) -> None:
@@ -20,7 +22,9 @@ def fill_cache(config: TrainConfig) -> None:
     ranks.join()
     try:
         sets, _, _ = find_sets(config)
-        base = model.resolve(config.base_model)
+        base, notes = model.locate(config)
+        for note in notes:
+            ranks.say(f"note: {note}")
         model.read_spec(base)
         model.quiet_libraries()
         entries, _ = cache.fill(config, base, ranks, sets, choose_prompts(config, sets))
@@ -30,8 +34,8 @@ def fill_cache(config: TrainConfig) -> None:
         ranks.leave()
 
 
-def draw_samples(config: TrainConfig, adapter: Path | None, image: Path | None, prompt: str | None) -> None:
-    """Draw the sample prompts with a trained adapter, or without one."""
+def draw_samples(config: TrainConfig, trained: Path | None, image: Path | None, prompt: str | None) -> None:
+    """Draw the sample prompts with what was trained (an adapter, a ControlNet, a transformer), or without it."""
     ranks = Ranks(Launch.read(os.environ))
     ranks.join()
     try:
@@ -39,17 +43,41 @@ def draw_samples(config: TrainConfig, adapter: Path | None, image: Path | None, 
         if not prompts:
             sets, _, _ = find_sets(config)
             prompts = choose_prompts(replace(config, disable_sampling=False), sets)
-        base = model.resolve(config.base_model)
+        base, notes = model.locate(config)
+        for note in notes:
+            ranks.say(f"note: {note}")
+        if config.mode == "finetune" and trained:
+            base = replace(base, transformer=trained)
         spec = model.read_spec(base)
         model.quiet_libraries()
         model.steady_attention(ranks.device)
-        _, texts = cache.fill(config, base, ranks, {}, prompts)
-        transformer = model.load_transformer(base, model.DTYPES[config.mixed_precision], ranks.device)
-        if adapter:
-            lora.attach_file(transformer, adapter)
-        places = [_place(config, image, number, len(texts)) for number in range(len(texts))]
-        work = [Prompt(k, *one) for k, one in enumerate(zip(texts, places, prompts))]  # noqa: B905
-        sample.draw(Velocity(transformer, guidance=spec.guidance_embeds), spec, config, base, ranks, work)
+        shown: dict[str, list[Sample]] = {}
+        if config.mode == "controlnet" and trained:  # it is shown the first images' conditions
+            shown = {config.img_dir: find_sets(config)[0][config.img_dir][: len(prompts)]}
+        sets, texts = cache.fill(config, base, ranks, shown, prompts)
+        dtype = model.DTYPES[config.mixed_precision]
+        blocks = (spec.double_blocks, spec.single_blocks)
+        prepare = quantize.preparer(config, ranks.device, blocks)
+        transformer = model.load_transformer(base, dtype, ranks.device, prepare)
+        module: nn.Module = Velocity(transformer, guidance=spec.guidance_embeds)
+        if config.mode == "lora" and trained:
+            lora.attach_file(transformer, trained)
+        elif shown and trained:
+            net = controlnet.load(trained, dtype, ranks.device)
+            module = controlnet.ControlVelocity(net, transformer, guidance=spec.guidance_embeds)
+        entries = sets.get(config.img_dir)
+        work = [
+            Prompt(
+                k,
+                text,
+                _place(config, image, k, len(texts)),
+                prompts[k],
+                entries[k % len(entries)] if entries else None,
+            )
+            for k, text in enumerate(texts)
+        ]
+        sample.draw(module, spec, config, base, ranks, work)
+        places = [prompt.image for prompt in work]
         ranks.say(f"sample images: {', '.join(str(place) for place in places)}")
     finally:
         ranks.leave()

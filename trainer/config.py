@@ -31,16 +31,11 @@ def load(path: str | Path) -> TrainConfig:
     return load_with_notes(path)[0]
 
 
-def load_with_notes(path: str | Path, mode: str | None = None) -> tuple[TrainConfig, tuple[str, ...]]:
-    """The config, and a sentence for every place where this trainer differs from X-Flux.
-
-    `mode` is laid over the file's own.
-    """
+def load_with_notes(path: str | Path) -> tuple[TrainConfig, tuple[str, ...]]:
+    """The config, and a sentence for every place where this trainer differs from X-Flux."""
     raw = read_mapping(path)
     data, problems, notes = _flatten(raw)
-    if mode is not None:
-        data["mode"] = ("mode", mode)
-    elif "mode" not in data:
+    if "mode" not in data:
         notes += _xflux_mode(Path(path).name, raw, data)
     hints = get_type_hints(TrainConfig)
     values: dict[str, Any] = {}

@@ -18,11 +18,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from xflux_trainer.averages import decay_at
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.errors import Unsupported
 from xflux_trainer.model import DTYPES
+from xflux_trainer.quantize import refuse as refuse_quantised
 from xflux_trainer.ranks import Ranks
-from xflux_trainer.sharded import decay_at, refuse_optimizers, refuse_packed
+from xflux_trainer.sharded import refuse_optimizers
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BLOCKS = ("transformer_blocks", "single_transformer_blocks")
@@ -293,7 +295,7 @@ def sharder(config: TrainConfig, ranks: Ranks) -> Callable[[str, nn.Module], Non
 def refuse(config: TrainConfig) -> None:
     """Raise `Unsupported` for what does not go with FSDP here."""
     refuse_optimizers(config, "FSDP")
-    refuse_packed(config, "FSDP")
+    refuse_quantised(config, "fsdp")
 
 
 def notes(environ: Mapping[str, str]) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
-from xflux_trainer import cache, checkpoint, files, hub, lora, model, report, resume, sharded
+from xflux_trainer import cache, checkpoint, files, hub, model, modes, quantize, report, resume, sharded
 from xflux_trainer.cache import Entries, Entry
 from xflux_trainer.checkpoint import Progress
 from xflux_trainer.config import TrainConfig
@@ -15,7 +15,7 @@ from xflux_trainer.data import list_samples, outside
 from xflux_trainer.errors import CheckpointError, ConfigError, DataError, Unsupported, UserError
 from xflux_trainer.layout import Base
 from xflux_trainer.meter import Meter
-from xflux_trainer.model import Velocity
+from xflux_trainer.modes import Trainee
 from xflux_trainer.optim import PlainStepper, Stepper
 from xflux_trainer.order import Order
 from xflux_trainer.ranks import Ranks
@@ -32,11 +32,15 @@ class Run:
     meter: Meter
     base: Base
     spec: FluxSpec
-    velocity: Velocity
+    trainee: Trainee
     stepper: Stepper
     entries: Entries
     heldout: list[Entry]
     prompts: list[Path]
+    captions: list[str]
+    """What the prompts say."""
+    shared_caption: list[str]
+    """The one caption that all images have, if it is one."""
     order: Order
     accumulation: int
     total: int
@@ -65,10 +69,11 @@ def prepare(config: TrainConfig, notes: tuple[str, ...], ranks: Ranks, gauge: Me
         if ranks.main:
             files.remove_leftovers(output)
         report.take_over(output, ranks)
-        base = model.resolve(config.base_model)
+        base, found_notes = model.locate(config)
+        said += found_notes
         spec = model.read_spec(base)
         # Asked again of the model itself; but here nothing has been encoded or loaded yet.
-        lora.check(config, spec.linears())
+        modes.refuse(config, base, spec)
         found = checkpoint.find(config)
         refuse_slow(spec, ranks)
     except UserError as error:
@@ -80,47 +85,60 @@ def prepare(config: TrainConfig, notes: tuple[str, ...], ranks: Ranks, gauge: Me
     model.quiet_libraries()
     model.steady_attention(ranks.device)
 
+    captions = choose_prompts(config, sets)
+    said_of_images = {sample.caption for sample in sets[config.img_dir]}
+    shared = list(said_of_images) if len(said_of_images) == 1 else []
+    prepare_block = _block_preparer(config, spec, ranks)
     with gauge.phase("cache"):
-        sets_entries, prompts = cache.fill(config, base, ranks, sets, choose_prompts(config, sets))
+        sets_entries, prompts = cache.fill(config, base, ranks, sets, captions)
     entries = sets_entries[config.img_dir]
     heldout = sets_entries[heldout_dir][: config.heldout_samples]
+    dtype = model.DTYPES[config.mixed_precision]
     with gauge.phase("load"):
-        transformer = model.load_transformer(
-            base, model.DTYPES[config.mixed_precision], ranks.device, sharded.preparer(config, ranks)
-        )
-    if config.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()  # type: ignore[operator]
-    adapters = lora.attach(transformer, config)
-    velocity = Velocity(transformer, guidance=spec.guidance_embeds)
+        transformer = model.load_transformer(base, dtype, ranks.device, prepare_block)
+        trainee = modes.build(config, base, spec, transformer, dtype, ranks)
 
     order = Order.of(entries.buckets, config)
     said += order.notes()
     per_step = ranks.world_size * accumulation
     total = config.max_train_steps or math.ceil((config.num_train_epochs or 1) * order.per_epoch / per_step)
     with gauge.phase("train"):
-        stepper = _stepper(velocity, adapters, config, ranks, accumulation)
+        stepper = _stepper(trainee.module, trainee.trained, config, ranks, accumulation)
     digests = resume.digests(base, entries)
     progress, resumed = _resume(found, stepper, config, ranks, digests, accumulation, total)
     trained = sum(math.prod(shape) for shape in stepper.shapes().values())
     return Run(
-        config, ranks, gauge, base, spec, velocity, stepper, entries, heldout, prompts, order, accumulation,
+        config, ranks, gauge, base, spec, trainee, stepper, entries, heldout, prompts, captions, shared, order,
+        accumulation,
         total, progress, trained, said + resumed, digests,
     )  # fmt: skip
 
 
+def _block_preparer(config: TrainConfig, spec: FluxSpec, ranks: Ranks) -> model.Prepare | None:
+    """What is done to each block as it is loaded; what a rank cannot do is told to all, before anything is encoded."""
+    made: list[model.Prepare | None] = []
+
+    def make() -> None:
+        own = quantize.preparer(config, ranks.device, (spec.double_blocks, spec.single_blocks))
+        made.append(own or sharded.preparer(config, ranks))
+
+    ranks.together(make)
+    return made[0]
+
+
 def _stepper(
-    velocity: Velocity, adapters: dict[str, nn.Parameter], config: TrainConfig, ranks: Ranks, accumulation: int
+    module: nn.Module, trained: dict[str, nn.Parameter], config: TrainConfig, ranks: Ranks, accumulation: int
 ) -> Stepper:
     """The one that the launcher asks for."""
     if ranks.launch.deepspeed:
         from xflux_trainer.zero import ZeroStepper  # DeepSpeed is only needed where it is asked for
 
-        return ZeroStepper(velocity, adapters, config, ranks, accumulation)
+        return ZeroStepper(module, trained, config, ranks, accumulation)
     if ranks.launch.fsdp:
         from xflux_trainer.fsdp import FsdpStepper
 
-        return FsdpStepper(velocity, adapters, config, ranks, accumulation)
-    return PlainStepper(velocity, adapters, config, ranks, accumulation)
+        return FsdpStepper(module, trained, config, ranks, accumulation)
+    return PlainStepper(module, trained, config, ranks, accumulation)
 
 
 def refuse_slow(spec: FluxSpec, ranks: Ranks) -> None:

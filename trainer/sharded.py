@@ -25,27 +25,6 @@ def refuse_optimizers(config: TrainConfig, who: str) -> None:
         raise Unsupported(seen, f"Set weight_update to auto, or {PLAIN}.")
 
 
-def refuse_packed(config: TrainConfig, who: str) -> None:
-    """Weights that a library has packed, or that wait on the host by themselves. Raises `Unsupported`.
-
-    FSDP and ZeRO-3 would cut them up, and DeepSpeed casts and moves every weight at its start: quanto's fail there,
-    torchao's are unpacked, streamed ones all come to the device.
-    """
-    asked = (
-        ("quantization", config.quantization, "none"),
-        ("stream_blocks", config.stream_blocks, 0),
-        ("modulation", "stream" if config.modulation == "stream" else "keep", "keep"),
-    )
-    for key, value, plain in asked:
-        if value != plain:
-            raise Unsupported(f"{key} is {value}, and {who} cannot hold such weights.", f"Write {plain}, or {PLAIN}.")
-
-
-def decay_at(decay: float, steps: int) -> float:
-    """The average's decay in the step that makes it `steps` in all: (1 + n) / (10 + n) until that reaches `decay`."""
-    return min(decay, (1 + steps) / (10 + steps))
-
-
 def preparer(config: TrainConfig, ranks: Ranks) -> Callable[[str, nn.Module], None] | None:
     """What cuts a block up among the ranks as soon as it is loaded, for `load_transformer(prepare=…)`.
 

@@ -9,22 +9,19 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 from xflux_trainer import (
     cache,
-    card,
     checkpoint,
     deterministic,
     evaluate,
     flow,
     hub,
-    lora_files,
     meter,
     optim,
     report,
-    sample,
     speed,
 )
 from xflux_trainer.checkpoint import Progress
@@ -32,10 +29,10 @@ from xflux_trainer.config import TrainConfig
 from xflux_trainer.encoders import free
 from xflux_trainer.errors import Interrupted, UserError
 from xflux_trainer.meter import Meter
+from xflux_trainer.outcome import draw, finish, measure
 from xflux_trainer.ranks import Launch, Ranks
 from xflux_trainer.report import announce, write_metrics
 from xflux_trainer.run import Run, prepare
-from xflux_trainer.sample import Prompt
 from xflux_trainer.signals import Stop
 from xflux_trainer.watch import Watch
 
@@ -67,7 +64,7 @@ def _train(config: TrainConfig, notes: tuple[str, ...], stop: Stop) -> tuple[boo
         watch = _watch(run)
         signum = _loop(run, watch, stop)
         if not signum:
-            signum, results = _finish(run, watch, stop)
+            signum, results = finish(run, watch, stop)
         if signum:
             write_metrics(run, "interrupted")
             raise Interrupted(signum)
@@ -109,7 +106,7 @@ def _loop(run: Run, watch: Watch | None, stop: Stop) -> int:
     cost = speed.costs(config, run.spec, run.stepper.shapes())
     images = config.train_batch_size * ranks.world_size * run.accumulation
     if run.heldout and progress.heldout_before is None:
-        progress.heldout_before = _heldout(run, watch)
+        progress.heldout_before = measure(run, watch)
     written = time.monotonic()
     trouble: UserError | None = None
     reader = ThreadPoolExecutor(1)  # one batch is read, and its noise drawn, while the one before it is trained on
@@ -123,7 +120,7 @@ def _loop(run: Run, watch: Watch | None, stop: Stop) -> int:
             waited = flops = 0.0
             with gauge.phase("train"):
                 run.stepper.begin(rate)
-                loss = 0.0
+                losses = []
                 for k in range(run.accumulation):
                     asked = time.perf_counter()
                     batch, drawn = ahead.result()
@@ -131,10 +128,11 @@ def _loop(run: Run, watch: Watch | None, stop: Stop) -> int:
                     number += ranks.world_size
                     ahead = reader.submit(_read, run, draws, number)
                     with run.stepper.micro(last=k == run.accumulation - 1):
-                        loss += _micro_step(run, batch, drawn)
+                        losses.append(_micro_step(run, batch, drawn))
                     size, tokens, _ = drawn.eps.shape
                     flops += size * cost(tokens, batch.text.shape[1])
                 norm = run.stepper.step()
+                loss = sum(float(value) for value in losses)  # read at the end: each reading waits for the device
             # One exchange a step: the mean loss, whether a rank could not write, and whether one was told to stop.
             loss_sum, troubled, *told = ranks.total(
                 [loss / run.accumulation, float(trouble is not None), *stop.flags()]
@@ -169,9 +167,9 @@ def _loop(run: Run, watch: Watch | None, stop: Stop) -> int:
             if signum and not last:
                 return signum
             if run.heldout and not last and progress.step % evaluate.interval(config, len(run.heldout), images) == 0:
-                _heldout(run, watch)
+                measure(run, watch)
             if config.sample_every and not last and progress.step % config.sample_every == 0:
-                _draw(run, f"step-{progress.step:06d}", watch)
+                draw(run, f"step-{progress.step:06d}", watch)
         ranks.agree(trouble)
     finally:
         reader.shutdown(cancel_futures=True)
@@ -190,20 +188,11 @@ def _read(run: Run, draws: flow.Draws, number: int) -> tuple[cache.Batch, _Drawn
     return batch, _Drawn(*draws.draw(number, (b, h // 2 * (w // 2), 4 * c)))
 
 
-def _micro_step(run: Run, batch: cache.Batch, drawn: _Drawn) -> float:
+def _micro_step(run: Run, batch: cache.Batch, drawn: _Drawn) -> Tensor:
     """Forward and backward of one batch."""
     loss = evaluate.velocity_loss(run.stepper, run.config, batch, drawn.eps, drawn.t, run.ranks.device).mean()
     run.stepper.backward(loss)
-    return float(loss.detach())
-
-
-def _heldout(run: Run, watch: Watch | None) -> dict[str, Any]:
-    """Measured by all ranks, written by rank 0."""
-    sharded = run.stepper.strategy in evaluate.SHARDED
-    with run.meter.phase("train"):
-        found = evaluate.heldout_loss(run.velocity, run.config, run.heldout, run.ranks, sharded=sharded)
-    run.ranks.together(lambda: watch.heldout(run.progress.step, found) if watch else None)
-    return found
+    return loss.detach()
 
 
 def _book(progress: Progress, loss: float) -> None:
@@ -218,57 +207,3 @@ def _diverged(step: int, loss: float) -> UserError:
         f"The loss of step {step} is {loss}, or its gradient is not finite.",
         "Lower learning_rate, and set mixed_precision to bf16 if it is fp16. The last checkpoint is unharmed.",
     )
-
-
-def _finish(run: Run, watch: Watch | None, stop: Stop) -> tuple[int, list[Path]]:
-    """After the last step: the adapter, the held-out loss, the samples, the metrics, the plot and the card.
-
-    Returns a signal, or 0, and the files that are the run's result.
-    """
-    ranks = run.ranks
-    # Every rank takes part in gathering them. The average is what is kept, where there is one.
-    weights = {name: piece.get("ema", piece["weight"]) for name, piece in run.stepper.pieces() if piece}
-    paths: list[Path] = []
-    problem: UserError | None = None
-    if ranks.main:
-        try:
-            paths = lora_files.write_all(run.output, weights, run.config)
-        except UserError as error:
-            problem = error
-    ranks.agree(problem)
-    ranks.say(f"the adapter is in {' and '.join(map(str, paths))}")
-    after = _heldout(run, watch) if run.heldout else None
-    if after and run.progress.heldout_before:
-        before = run.progress.heldout_before["mean"]
-        ranks.say(f"held-out loss {before:.4f} before, {after['mean']:.4f} after ({after['mean'] / before - 1:+.1%})")
-    if signum := stop.first(ranks.total(stop.flags())):
-        return signum, []  # all that matters is saved
-    if not run.config.disable_sampling:
-        _draw(run, "final", watch)
-    write_metrics(run, "finished", after)
-    ranks.together(lambda: _last_files(run, watch, paths) if watch else None)
-    return 0, paths
-
-
-def _last_files(run: Run, watch: Watch, results: list[Path]) -> None:
-    watch.plot()
-    card.write(run.output, run.config, report.read(run.output / report.METRICS), results)
-
-
-def _draw(run: Run, stem: str, watch: Watch | None) -> None:
-    folder, config = run.output / "samples", run.config
-    said = config.sample_prompts or ("",) * len(run.prompts)
-    prompts = [
-        Prompt(k, text, folder / f"{stem}-{k}.png", said[k], _condition(run, k)) for k, text in enumerate(run.prompts)
-    ]
-    sharded = run.stepper.strategy in evaluate.SHARDED
-    with run.meter.phase("sample"):
-        sample.draw(run.velocity, run.spec, config, run.base, run.ranks, prompts, sharded=sharded)
-    paths, final = [prompt.image for prompt in prompts], stem == "final"
-    run.ranks.together(lambda: watch.images(run.progress.step, paths, final=final) if watch else None)
-    run.ranks.say(f"sample images: {', '.join(map(str, paths))}")
-
-
-def _condition(run: Run, number: int) -> cache.Entry | None:
-    """What a ControlNet is shown: the first images' conditions, one a prompt."""
-    return run.entries[number % len(run.entries)] if run.config.mode == "controlnet" else None

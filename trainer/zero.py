@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from xflux_trainer.averages import decay_at
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.errors import Unsupported
 from xflux_trainer.model import DTYPES
 from xflux_trainer.ranks import Ranks
-from xflux_trainer.sharded import decay_at
 from xflux_trainer.zero_settings import deepspeed_settings
 
 __all__ = ["ZeroStepper", "deepspeed_settings", "partitioner"]

@@ -12,7 +12,7 @@ from typing import Any
 
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.errors import Unsupported
-from xflux_trainer.sharded import refuse_optimizers, refuse_packed
+from xflux_trainer.sharded import refuse_optimizers
 
 BUCKET = 1 << 27
 """Most gradients that are reduced together: twice FLUX's largest weight, 256 MiB in bf16."""
@@ -28,7 +28,6 @@ def deepspeed_settings(
     trainer does not do: stage 0, NVMe, an optimizer that needs whole weights.
     """
     refuse_optimizers(config, "DeepSpeed")
-    refuse_packed(config, "DeepSpeed")
     settings, notes = _deepspeed_file(environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")), []
     zero = settings.pop("zero_optimization", {})
     if not isinstance(zero, dict):
