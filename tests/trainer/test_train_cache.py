@@ -297,6 +297,9 @@ def test_repeats_follow_the_nearest_folder_that_is_named(tmp_path: Path) -> None
     assert entries.repeats is not None
     assert entries.repeats.tolist() == [1, 1, 3, 5]  # a, faces.d/d, faces/b, faces/close/c
     assert [len(bucket) for bucket in entries.buckets] == [10]
+    assert fill(config(tmp_path, repeats=(("faces", 3), ("faces/close", 4))))[0].digest() != entries.digest()
+    # What is sampled has no part in what is trained on.
+    assert fill(run, "a cat")[0].digest() == entries.digest()
     assert fill(config(tmp_path, repeats=((".", 2), ("faces", 3))))[0].repeats.tolist() == [2, 2, 3, 3]
     with pytest.raises(DataError, match="repeats names face,"):
         fill(config(tmp_path, repeats=(("face", 3),)))
