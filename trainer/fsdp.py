@@ -11,25 +11,26 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from xflux_trainer.averages import decay_at
+from xflux_trainer.averages import Averages
+from xflux_trainer.backward import coefficient
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.errors import Unsupported
+from xflux_trainer.lossscale import LossScale
 from xflux_trainer.model import DTYPES
+from xflux_trainer.optim import Piece, Read, refuse_step_in_backward
+from xflux_trainer.optimizers import MOMENTS, set_rate
 from xflux_trainer.quantize import refuse as refuse_quantised
 from xflux_trainer.ranks import Ranks
-from xflux_trainer.sharded import refuse_optimizers
+from xflux_trainer.sharded import adamw, refuse_optimizers
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 BLOCKS = ("transformer_blocks", "single_transformer_blocks")
-GROWTH = 2000
-"""Steps without an overflow after which fp16's loss scale is doubled, as in torch's GradScaler."""
 
 
 @dataclass
@@ -41,7 +42,6 @@ class Shard:
     shape: tuple[int, ...]
     whole: bool
     """Whether every rank has all of it."""
-    average: Tensor | None = None
 
     def bind(self) -> None:
         """FSDP may move its storage at the first forward pass."""
@@ -62,24 +62,18 @@ class FsdpStepper:
         self, module: nn.Module, trained: dict[str, nn.Parameter], config: TrainConfig, ranks: Ranks, accumulation: int
     ) -> None:
         refuse(config)
+        refuse_step_in_backward(config, self.strategy, accumulation)
         for note in notes(os.environ):
             ranks.say(f"note: {note}")
         self._module, self._ranks, self._accumulation = module, ranks, accumulation
-        self._limit = config.max_grad_norm or math.inf
-        self._decay = config.ema_decay
+        self._max_norm = config.max_grad_norm
         self._shards = shard(module, trained, config, ranks)
-        self._optimizer = torch.optim.AdamW(
-            [held.local for held in self._shards.values()],
-            lr=config.learning_rate,  # every step sets its own
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            weight_decay=config.adam_weight_decay,
-            fused=ranks.device.type == "cuda",  # also for weights that wait on the host: no loop over them in Python
-        )
+        parts = {name: held.local for name, held in self._shards.items()}
+        self._optimizer = adamw(list(parts.values()), config, ranks.device)
+        self._averages = Averages(parts, config.ema_decay)
+        self._parts = parts
+        self._scale = LossScale() if config.mixed_precision == "fp16" else None
         self._steps = 0
-        self._scale, self._clean = (65536.0, 0) if config.mixed_precision == "fp16" else (1.0, -1)
-        for held in self._shards.values() if self._decay else ():
-            held.average = held.local.detach().float().clone()
 
     def __call__(self, *args: Any, **more: Any) -> Tensor:
         v: Tensor = self._module(*args, **more)
@@ -87,39 +81,35 @@ class FsdpStepper:
 
     def begin(self, learning_rate: float) -> None:
         self._reshard()
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_rate(self._optimizer, learning_rate)
 
-    @contextmanager
-    def micro(self, last: bool) -> Iterator[None]:
+    def micro(self, last: bool) -> AbstractContextManager[Any]:
         """Weights that are cut up exchange their gradients in every pass: without that each rank would keep all of
         them, and there would be no room for what FSDP is there for. Adapters' wait for `step`."""
-        yield
+        return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        (loss / self._accumulation * self._scale).backward()
+        loss = loss / self._accumulation
+        (loss * self._scale.scale if self._scale else loss).backward()
 
     def step(self) -> float:
-        """Returns the gradients' global norm before clipping."""
+        """Returns the gradients' global norm before clipping. Where it is not finite no step is taken."""
         self._exchange()
-        grads = []
         for held in self._shards.values():
             held.bind()
             held.local.grad = held.gradient()
-            if held.local.grad is not None:
-                grads.append(held.local.grad)
-        norm = self._norm() / self._scale
-        if finite := math.isfinite(norm):
-            # As torch's clip_grad_norm_, and the loss scale with it.
-            factor = min(1.0, self._limit / (norm + 1e-6)) / self._scale
+        down = 1 / self._scale.scale if self._scale else 1.0
+        norm = self._norm() * down
+        if self._scale:
+            self._scale.update(overflow=not math.isfinite(norm))
+        if math.isfinite(norm):
+            grads = [part.grad for part in self._parts.values() if part.grad is not None]
+            factor = coefficient(norm, self._max_norm) * down
             if factor != 1.0 and grads:
                 torch._foreach_mul_(grads, factor)
-        # Without fp16 an infinite gradient is an error that the caller ends the run with.
-        if finite or self._clean < 0:
             self._optimizer.step()
             self._steps += 1
-            self._move_average()
-        self._move_scale(finite)
+            self._averages.update_all(self._parts, self._steps)
         for held in self._shards.values():
             held.local.grad = held.parameter.grad = None
         return norm
@@ -127,63 +117,53 @@ class FsdpStepper:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: held.shape for name, held in self._shards.items()}
 
-    def pieces(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    def pieces(self) -> Iterator[tuple[str, Piece]]:
         """Every parameter with its moments and average, whole on rank 0's host. Every rank iterates."""
         for name, held in self._shards.items():
             held.bind()
             values = {"weight": held.local.detach()}
+            # A part of no rows may have had no gradient; all ranks must name the same keys.
             state = self._optimizer.state.get(held.local, {})
-            values |= {key: state[key] for key in MOMENTS if key in state}
-            if held.average is not None:
-                values["ema"] = held.average
-            # The same keys on every rank: an empty part is stepped too.
+            values |= {key: state.get(key, torch.zeros_like(held.local)) for key in MOMENTS if self._steps}
+            average = self._averages.get(name)
+            if average is not None:
+                values["ema"] = average
             whole = {key: self._whole(value, held) for key, value in values.items()}
-            yield name, {key: value.cpu() for key, value in whole.items()} if self._ranks.main else {}
+            yield name, {key: value.to("cpu", copy=True) for key, value in whole.items()} if self._ranks.main else {}
 
     def scalars(self) -> dict[str, float]:
-        """The number of steps, and fp16's loss scale with what moves it."""
-        values = {"steps": float(self._steps)}
-        return (
-            values | {"loss_scale": self._scale, "growth_tracker": float(self._clean)} if self._clean >= 0 else values
-        )
+        """`steps` taken, and fp16's `loss_scale` and `growth_tracker`."""
+        return {"steps": float(self._steps), **(self._scale.scalars() if self._scale else {})}
 
     @torch.no_grad()
-    def load(self, read: Callable[[str], dict[str, Tensor]], scalars: dict[str, float]) -> None:
-        """Put a checkpoint's values in. Every rank calls it, and each reads its own part."""
+    def load(self, read: Read, scalars: dict[str, float]) -> None:
+        """Take over what `pieces` and `scalars` of any kind gave; each rank takes its own part of every piece."""
         self._reshard()
         self._steps = int(scalars.get("steps", 0))
         for name, held in self._shards.items():
             held.bind()
-            values = read(name)
-            held.local.copy_(self._part(values["weight"], held))
-            if held.average is not None:
-                held.average.copy_(self._part(values.get("ema", values["weight"]), held))
-            if self._steps:
+            piece = {key: self._part(value, held) for key, value in read(name).items()}
+            held.local.copy_(piece["weight"])
+            # Where no average was kept, one begins with the weights.
+            self._averages.set(name, piece.get("ema", piece["weight"]))
+            if self._steps and all(key in piece for key in MOMENTS):
                 place = held.local.device if held.local.device.type == "cuda" else torch.device("cpu")
-                moments = {key: torch.empty_like(held.local).copy_(self._part(values[key], held)) for key in MOMENTS}
-                step = torch.tensor(float(self._steps), device=place)
-                self._optimizer.state[held.local] = {"step": step, **moments}
-        if self._clean >= 0 and scalars.get("loss_scale"):
-            self._scale, self._clean = scalars["loss_scale"], int(scalars.get("growth_tracker", 0)) % GROWTH
+                moments = {key: torch.empty_like(held.local).copy_(piece[key]) for key in MOMENTS}
+                self._optimizer.state[held.local] = {"step": torch.tensor(float(self._steps), device=place), **moments}
+        if self._scale:
+            self._scale.load(scalars)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """The model computes with the average's values inside, and with its own again after it."""
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        self._reshard()
         for held in self._shards.values():
-            if held.average is not None:
-                held.bind()
-                own = held.local.detach().clone()
-                held.local.copy_(held.average)
-                held.average.copy_(own)
+            held.bind()
+        self._reshard()
+        with self._averages.swapped():
+            try:
+                yield
+            finally:
+                self._reshard()
 
     def _reshard(self) -> None:
         """A forward pass without a backward leaves whole weights behind, which a step does not renew."""
@@ -213,19 +193,6 @@ class FsdpStepper:
                 norms = torch.stack(torch._foreach_norm(grads))
                 squares[whole] = float(norms.double().square().sum())
         return math.sqrt(squares[True] + self._ranks.total([squares[False]])[0])
-
-    @torch.no_grad()
-    def _move_average(self) -> None:
-        for held in self._shards.values():
-            if held.average is not None:
-                held.average.lerp_(held.local.detach(), 1 - decay_at(self._decay, self._steps))
-
-    def _move_scale(self, finite: bool) -> None:
-        if self._clean < 0:
-            return
-        self._clean = self._clean + 1 if finite else 0
-        if not finite or self._clean == GROWTH:
-            self._scale, self._clean = self._scale * (2.0 if finite else 0.5), 0
 
     def _whole(self, local: Tensor, held: Shard) -> Tensor:
         if held.whole:
@@ -270,6 +237,8 @@ def shard(module: nn.Module, trained: dict[str, nn.Parameter], config: TrainConf
     for name, (owner, leaf) in places.items():
         parameter: Any = owner._parameters[leaf]
         whole = trained[name] in adapters
+        if whole:  # made beside a base that waits on the host, they are there too
+            parameter.data = parameter.data.to(ranks.device)
         local = parameter if whole else nn.Parameter(parameter.to_local().detach())
         shards[name] = Shard(parameter, local, shapes[name], whole)
     return shards

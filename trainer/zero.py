@@ -19,12 +19,14 @@ from xflux_trainer.averages import decay_at
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.errors import Unsupported
 from xflux_trainer.model import DTYPES
+from xflux_trainer.optim import Piece, Read, refuse_step_in_backward
+from xflux_trainer.optimizers import MOMENTS, set_rate
+from xflux_trainer.quantize import refuse as refuse_quantised
 from xflux_trainer.ranks import Ranks
+from xflux_trainer.sharded import adamw
 from xflux_trainer.zero_settings import deepspeed_settings
 
 __all__ = ["ZeroStepper", "deepspeed_settings", "partitioner"]
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Fragment(NamedTuple):
@@ -57,17 +59,16 @@ class ZeroStepper:
         settings, notes = deepspeed_settings(os.environ, config, ranks.world_size, accumulation, count)
         for note in notes:
             ranks.say(f"note: {note}")
-        zero = settings["zero_optimization"]
-        self.strategy = f"zero{zero['stage']}"
+        self.strategy = f"zero{settings['zero_optimization']['stage']}"
+        refuse_step_in_backward(config, self.strategy, accumulation)
+        refuse_quantised(config, self.strategy)
         dtype = DTYPES[config.mixed_precision]
         # The engine makes its masters from what it is given, and it wants that in its own format: what is finer
         # (adapters in fp32 on a bf16 model) would be rounded, so it waits on the host.
         finer = {name: value.detach().float().cpu() for name, value in trained.items() if value.dtype != dtype}
         for name in finer:
             trained[name].data = trained[name].data.to(dtype)
-        if zero["stage"] == 3:
-            _tell_of_adapters(deepspeed, module)
-        optimizer = _adamw(trained, config, ranks.device, offloaded="offload_optimizer" in zero)
+        optimizer = adamw(list(trained.values()), config, ranks.device)
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         self._zero: Any = self._engine.optimizer
         self._fragments = {name: _fragment(self._zero, value, ranks.rank) for name, value in trained.items()}
@@ -82,8 +83,7 @@ class ZeroStepper:
         return v
 
     def begin(self, learning_rate: float) -> None:
-        for group in self._zero.param_groups:
-            group["lr"] = learning_rate
+        set_rate(self._zero, learning_rate)
 
     @contextmanager
     def micro(self, last: bool) -> Iterator[None]:
@@ -105,7 +105,7 @@ class ZeroStepper:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return dict(self._shapes)
 
-    def pieces(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    def pieces(self) -> Iterator[tuple[str, Piece]]:
         """Every parameter with its fp32 master, moments and average, whole on rank 0's host. Every rank iterates."""
         parts = {"weight": self._flats}
         if self._steps:
@@ -125,7 +125,7 @@ class ZeroStepper:
         """The number of steps, and fp16's loss scale with what moves it."""
         return {"steps": float(self._steps), **scaling(getattr(self._zero, "loss_scaler", None))}
 
-    def load(self, read: Callable[[str], dict[str, Tensor]], scalars: dict[str, float]) -> None:
+    def load(self, read: Read, scalars: dict[str, float]) -> None:
         """Put a checkpoint's values in. Every rank calls it, and each copies its own part."""
         steps = scalars.get("steps", 0.0)
         if steps:
@@ -138,7 +138,8 @@ class ZeroStepper:
             self._write(self._flats, name, values["weight"])
             self._publish(name, values["weight"])  # the engine renews its copies only after a step
             for key in MOMENTS if steps else ():
-                self._write([self._state(flat)[key] for flat in self._flats], name, values[key])
+                if key in values:  # a parameter without gradients has none
+                    self._write([self._state(flat)[key] for flat in self._flats], name, values[key])
             if self._average:
                 self._write(self._average, name, values.get("ema", values["weight"]))
         load_scaling(getattr(self._zero, "loss_scaler", None), scalars)
@@ -234,6 +235,7 @@ def partitioner(config: TrainConfig, ranks: Ranks) -> Callable[[str, nn.Module],
     settings, _ = deepspeed_settings(os.environ, config, ranks.world_size, 1, 1)
     if settings["zero_optimization"]["stage"] != 3:
         return None
+    refuse_quantised(config, "zero3")
     deepspeed = _deepspeed(ranks)
 
     def partition(name: str, block: nn.Module) -> None:
@@ -256,28 +258,6 @@ def _deepspeed(ranks: Ranks) -> Any:
     # It takes the process group that is there; before this call it thinks that it is alone.
     deepspeed.init_distributed("nccl" if ranks.device.type == "cuda" else "gloo", auto_mpi_discovery=False)
     return deepspeed
-
-
-def _adamw(
-    trained: dict[str, nn.Parameter], config: TrainConfig, device: torch.device, *, offloaded: bool
-) -> torch.optim.AdamW:
-    """torch's, whose fused kernel for the host needs no compiler, unlike DeepSpeed's own CPU Adam."""
-    return torch.optim.AdamW(
-        list(trained.values()),
-        lr=config.learning_rate,  # every step sets its own
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.adam_weight_decay,
-        fused=device.type == "cuda" or offloaded,
-    )
-
-
-def _tell_of_adapters(deepspeed: Any, module: nn.Module) -> None:
-    """ZeRO-3 gathers a layer's weights when the layer is called; an adapter's are read by the layer around it."""
-    for layer in module.modules():
-        for kind in ("lora_A", "lora_B"):
-            for inner in getattr(layer, kind, {}).values() if hasattr(layer, "base_layer") else ():
-                deepspeed.zero.register_external_parameter(layer, inner.weight)
 
 
 def _fragment(zero: Any, parameter: Any, rank: int) -> Fragment | None:

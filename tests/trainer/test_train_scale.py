@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,13 +22,14 @@ pytest.importorskip("peft")
 
 import scale_child  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from trainer_kit import environment  # noqa: E402
+from test_train_ranks import DDP, ZERO  # noqa: E402
+from test_train_ranks import launch as accelerate  # noqa: E402
+from trainer_kit import environment, losses, metrics, write_config  # noqa: E402
 from xflux_trainer import fsdp, zero  # noqa: E402
+from xflux_trainer.averages import decay_at  # noqa: E402
 from xflux_trainer.config import TrainConfig  # noqa: E402
 from xflux_trainer.errors import Unsupported  # noqa: E402
-from xflux_trainer.optim import PlainStepper  # noqa: E402
 from xflux_trainer.ranks import Launch, Ranks  # noqa: E402
-from xflux_trainer.sharded import decay_at  # noqa: E402
 
 KINDS = ("lora", "full")
 
@@ -42,7 +44,7 @@ def _has_fsdp() -> bool:
 
 
 _ENGINES = (
-    *(("ddp",) if hasattr(PlainStepper, "pieces") else ()),
+    "ddp",
     *(("zero2", "zero3") if importlib.util.find_spec("deepspeed") else ()),
     *(("fsdp",) if _has_fsdp() else ()),
 )
@@ -186,9 +188,46 @@ def test_more_of_the_same(tmp_path: Path, alone: dict[str, Any]) -> None:
         assert float(exact.mean()) < 0.2, case
 
 
+ZERO_3 = ZERO | {"deepspeed_config": ZERO["deepspeed_config"] | {
+    "zero_stage": 3, "offload_optimizer_device": "cpu", "offload_param_device": "cpu", "zero3_init_flag": True,
+    "zero3_save_16bit_model": True,
+}}  # fmt: skip
+FSDP_2 = DDP | {"distributed_type": "FSDP", "fsdp_config": {
+    "fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "fsdp_reshard_after_forward": True,
+    "fsdp_state_dict_type": "SHARDED_STATE_DICT", "fsdp_offload_params": False,
+    "fsdp_transformer_layer_cls_to_wrap": "FluxTransformerBlock",
+}}  # fmt: skip
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("engine", [name for name in _ENGINES if name in ("zero3", "fsdp")])
+def test_a_whole_run_by_accelerate_resumes_exactly(tmp_path: Path, engine: str) -> None:
+    """Held-out losses and samples of uneven shares on the way; three and three steps are six, bit for bit."""
+    pytest.importorskip("accelerate")
+    settings = ZERO_3 if engine == "zero3" else FSDP_2
+    common = {
+        "mixed_precision": "bf16", "checkpointing_steps": 3, "learning_rate": 1e-2, "gradient_accumulation_steps": 2,
+        "heldout_samples": 3, "heldout_timesteps": [0.5], "disable_sampling": False, "sample_every": 0,
+        "sample_prompts": ["a square"], "sample_width": 64, "sample_height": 64, "sample_steps": 2,
+    }  # fmt: skip
+    whole = write_config(tmp_path, "a.yaml", max_train_steps=6, output_dir=str(tmp_path / "a"), **common)
+    done = accelerate(settings, whole)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = metrics(tmp_path / "a")
+    assert (told["strategy"], told["world_size"]) == (engine, 2)
+    assert told["heldout_loss"]["after"] < told["heldout_loss"]["before"]
+    shutil.copytree(tmp_path / "a" / "checkpoint-3", tmp_path / "b" / "checkpoint-3")
+    more = {"output_dir": str(tmp_path / "b"), "resume_from_checkpoint": "latest"}
+    done = accelerate(settings, write_config(tmp_path, "b.yaml", max_train_steps=6, **more, **common))
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "a")[3:] == losses(tmp_path / "b")
+    for name in ("weights-00001.safetensors", "optimizer-00001.safetensors"):
+        a, b = (tmp_path / run / "checkpoint-6" / name for run in "ab")
+        assert a.read_bytes() == b.read_bytes(), name
+
+
 @pytest.mark.parametrize(("changes", "words"), [
     ({"optimizer": "adafactor"}, "The optimizer adafactor wants whole weights"),
-    ({"mode": "finetune", "step_in_backward": True}, "step_in_backward cannot be done under"),
     ({"mode": "finetune", "weight_update": "kahan"}, "holds fp32 masters"),
     ({"quantization": "int8"}, "quantization is int8, and .* cannot hold"),
     ({"stream_blocks": 4}, "stream_blocks is 4"), ({"modulation": "stream"}, "modulation is stream"),
