@@ -22,6 +22,7 @@ from trainer_model import TINY, tiny_transformer
 from xflux_trainer import evaluate, flow, fsdp, lora
 from xflux_trainer.cache import Batch
 from xflux_trainer.config import TrainConfig
+from xflux_trainer.encoders import free
 from xflux_trainer.model import DTYPES, Velocity
 from xflux_trainer.optim import PlainStepper
 from xflux_trainer.ranks import Launch, Ranks
@@ -176,6 +177,7 @@ def main() -> None:
         results[f"{case}<{source}"] = resume(place, case, source, results[source]["scalars"], ranks)
     if ranks.main:
         (place / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    free()  # as the trainer does: what talks through the process group goes before it
     ranks.barrier()
     ranks.leave()
 
