@@ -28,7 +28,13 @@ from xflux_trainer.optim import PlainStepper
 from xflux_trainer.ranks import Launch, Ranks
 
 CONFIG = TrainConfig(
-    img_dir="x", rank=4, lora_targets="attn", learning_rate=1e-2, mixed_precision="no", ema_decay=0.5, max_grad_norm=0.5
+    img_dir="x",
+    rank=4,
+    lora_targets="xflux",
+    learning_rate=1e-2,
+    mixed_precision="no",
+    ema_decay=0.5,
+    max_grad_norm=0.5,
 )
 STEPS = 3
 """Steps before the checkpoint; one more follows it."""

@@ -11,6 +11,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from safetensors.torch import load_file  # noqa: E402
 from test_train_ranks import DDP, ZERO  # noqa: E402
 from test_train_ranks import launch as accelerate  # noqa: E402
 from trainer_kit import environment, losses, metrics, write_config  # noqa: E402
-from xflux_trainer import fsdp, zero  # noqa: E402
+from xflux_trainer import fsdp, sharded, zero  # noqa: E402
 from xflux_trainer.averages import decay_at  # noqa: E402
 from xflux_trainer.config import TrainConfig  # noqa: E402
 from xflux_trainer.errors import Unsupported  # noqa: E402
@@ -229,21 +230,36 @@ def test_a_whole_run_by_accelerate_resumes_exactly(tmp_path: Path, engine: str) 
 @pytest.mark.parametrize(("changes", "words"), [
     ({"optimizer": "adafactor"}, "The optimizer adafactor wants whole weights"),
     ({"mode": "finetune", "weight_update": "kahan"}, "holds fp32 masters"),
-    ({"quantization": "int8"}, "quantization is int8, and .* cannot hold"),
-    ({"stream_blocks": 4}, "stream_blocks is 4"), ({"modulation": "stream"}, "modulation is stream"),
 ])  # fmt: skip
 def test_what_cannot_be_cut_up_is_refused(changes: dict[str, Any], words: str) -> None:
     config = TrainConfig(img_dir="x", **changes)
     with pytest.raises(Unsupported, match=words):
-        zero.deepspeed_settings({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, config, 2, 1, 10)
+        zero.deepspeed_settings({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, config, 2, 1, 10)
     with pytest.raises(Unsupported, match=words):
         fsdp.refuse(config)
+
+
+@pytest.mark.parametrize("stage", ["2", "3"])
+def test_a_quantised_base_is_cut_up_by_nobody(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeRO 2 leaves it whole on every device."""
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)
+    config = TrainConfig(img_dir="x", quantization="int8", mixed_precision="bf16")
+    ranks = Ranks(Launch(use_cpu=True, deepspeed=True))
+    if stage == "2":
+        assert sharded.preparer(config, ranks) is None
+        return
+    with pytest.raises(Unsupported, match="quantization is int8, and zero3 cannot"):
+        sharded.preparer(config, ranks)
+    with pytest.raises(Unsupported, match="quantization is int8, and fsdp cannot"):
+        sharded.preparer(config, Ranks(Launch(use_cpu=True, fsdp=True)))
 
 
 def test_nothing_is_cut_up_early_without_being_asked() -> None:
     ranks = Ranks(Launch(use_cpu=True))
     config = TrainConfig(img_dir="x")
-    assert zero.partitioner(config, ranks) is None and fsdp.sharder(config, ranks) is None
+    assert sharded.preparer(config, ranks) is None
+    fine = replace(config, mode="finetune")
+    assert sharded.preparer(fine, Ranks(Launch(use_cpu=True, fsdp=True))) is None  # its weights become fp32 first
 
 
 def test_deepspeeds_loss_scale_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
