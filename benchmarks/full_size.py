@@ -245,7 +245,12 @@ def save(kind: str, options: argparse.Namespace, rows: list[dict[str, Any]]) -> 
     machine = gpu()
     date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     slug = re.sub(r"[^a-z0-9]+", "-", machine["name"].lower()).strip("-")
-    shown = [word for word in sys.argv[1:] if not word.startswith("--results")]
+    words, shown = iter(sys.argv[1:]), []
+    for word in words:  # where the results went is nobody else's folder
+        if word == "--results":
+            next(words, "")
+        elif not word.startswith("--results="):
+            shown.append(word)
     result = {
         "benchmark": kind, "date": date, "command": " ".join(["python", "benchmarks/full_size.py", *shown]),
         "machine": machine, "versions": meter.versions(), "layers": options.layers, "heads": options.heads,

@@ -18,12 +18,12 @@ class TrainConfig:
     img_dir: str
     """Folder of images, each with its caption beside it; folders inside it are read too."""
     output_dir: str = "output"
-    """Folder for the adapter, the checkpoints, the metrics and the samples."""
+    """Folder for the result, the checkpoints, the metrics and the samples."""
 
     model_name: Literal["flux-dev", "flux-schnell"] = "flux-dev"
     """Which FLUX.1 the base model is; names the hub id when `pretrained_model` is absent."""
     pretrained_model: str | None = None
-    """Folder in diffusers' layout, or a hub id; null: black-forest-labs' own for `model_name`."""
+    """Folder in diffusers' layout, `flux1-dev.safetensors`, or a hub id; null: black-forest-labs' for `model_name`."""
 
     mode: Literal["lora", "finetune", "controlnet"] = "lora"
     """What is trained: adapters, the model's own weights, or a ControlNet beside it."""
