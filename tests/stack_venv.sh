@@ -5,7 +5,7 @@ pip="-m pip install --quiet --disable-pip-version-check"
 
 stack_venv() {
     local venv=.venvs/$1 why fits=0
-    if [ -e "$venv/ok" ] && [ ! pyproject.toml -nt "$venv/ok" ] && [ ! compat_matrix.yaml -nt "$venv/ok" ]; then
+    if [ -e "$venv/ok" ] && [ ! pyproject.toml -nt "$venv/ok" ] && [ ! compat_matrix.yaml -nt "$venv/ok" ] && [ ! "tests/extras/$1.txt" -nt "$venv/ok" ]; then
         return 0
     fi
     "${PYTHON:-python3}" -m venv "$venv" || return 2
@@ -20,5 +20,6 @@ stack_venv() {
     # Where torch's page cannot be reached, pip asks it again for every package: one more try each, not five.
     "$venv/bin/python" $pip --retries 1 -r "$venv/$1.txt" || return 2
     "$venv/bin/xflux-doctor" fix --install --yes --cpu --stack "$1" || return 2
+    "$venv/bin/python" $pip --no-deps -r "tests/extras/$1.txt" || return 2
     touch "$venv/ok"
 }
