@@ -114,10 +114,16 @@ def parameters(controlnet: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in net.named_parameters() if not name.startswith(idle)}
 
 
+def idle(net: nn.Module) -> dict[str, Tensor]:
+    """What is not trained, on the host, by diffusers' names: `write` wants it whole, and ZeRO-3 and FSDP cut it up."""
+    trained = parameters(net)
+    return {name: value.to("cpu", copy=True) for name, value in net.state_dict().items() if name not in trained}
+
+
 def write(output: Path, weights: Mapping[str, Tensor], config: TrainConfig, net: nn.Module) -> list[Path]:
     """Write `controlnet.safetensors` as X-Flux reads it, and the folder `controlnet` as diffusers does.
 
-    What is not among the trained `weights` is the net's own. In the format that the run computed in.
+    What is not among the `weights` is the net's own. In the format that the run computed in.
     Raises `WriteError`.
     """
     dtype = DTYPES[config.mixed_precision]

@@ -51,10 +51,11 @@ def build(
         net: Any = controlnet.build(base, config, dtype, ranks.device)
         if config.gradient_checkpointing:
             net.enable_gradient_checkpointing()
+        idle = controlnet.idle(net)
         return Trainee(
             controlnet.ControlVelocity(net, transformer, guidance=spec.guidance_embeds),
             controlnet.parameters(net),
-            lambda output, weights: controlnet.write(output, dict(weights), config, net),
+            lambda output, weights: controlnet.write(output, {**idle, **dict(weights)}, config, net),
             "the ControlNet",
         )
     adapters = lora.attach(transformer, config)

@@ -26,9 +26,9 @@ from safetensors.torch import load_file  # noqa: E402
 from test_train_ranks import DDP, ZERO  # noqa: E402
 from test_train_ranks import launch as accelerate  # noqa: E402
 from trainer_kit import environment, losses, metrics, write_config  # noqa: E402
-from xflux_trainer import fsdp, sharded, zero  # noqa: E402
+from xflux_trainer import controlnet, fsdp, model, sharded, zero  # noqa: E402
 from xflux_trainer.averages import decay_at  # noqa: E402
-from xflux_trainer.config import TrainConfig  # noqa: E402
+from xflux_trainer.config import TrainConfig, load  # noqa: E402
 from xflux_trainer.errors import Unsupported  # noqa: E402
 from xflux_trainer.ranks import Launch, Ranks  # noqa: E402
 
@@ -225,6 +225,27 @@ def test_a_whole_run_by_accelerate_resumes_exactly(tmp_path: Path, engine: str) 
     for name in ("weights-00001.safetensors", "optimizer-00001.safetensors"):
         a, b = (tmp_path / run / "checkpoint-6" / name for run in "ab")
         assert a.read_bytes() == b.read_bytes(), name
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("engine", [name for name in _ENGINES if name in ("zero3", "fsdp")])
+def test_a_controlnet_is_written_whole(tmp_path: Path, engine: str) -> None:
+    """Also what is not trained of it, of which every rank holds a part by then."""
+    pytest.importorskip("accelerate")
+    images = str(tmp_path / "images")
+    more = {"control_type": "files", "control_dir": images, "mixed_precision": "bf16", "max_train_steps": 2}
+    file = write_config(tmp_path, mode="controlnet", **more)
+    done = accelerate(ZERO_3 if engine == "zero3" else FSDP_2, file)
+    assert done.returncode == 0, done.stdout + done.stderr
+    config = load(file)
+    base, _ = model.locate(config)
+    host = torch.device("cpu")
+    fresh = controlnet.build(base, config, torch.bfloat16, host)
+    written = controlnet.load(tmp_path / "out" / "controlnet.safetensors", torch.bfloat16, host).state_dict()
+    assert written.keys() == fresh.state_dict().keys()
+    resting = controlnet.idle(fresh)
+    assert all(torch.equal(written[name], value) for name, value in resting.items()) and resting
+    assert any(not torch.equal(written[name], value) for name, value in fresh.state_dict().items())
 
 
 @pytest.mark.parametrize(("changes", "words"), [
