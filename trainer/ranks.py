@@ -109,6 +109,10 @@ class Ranks:
     def leave(self) -> None:
         """Part from the others; every rank must come here."""
         if self._joined and dist.is_initialized():
+            if self.device.type == "cpu":
+                # torch 2.4 takes gloo down with the interpreter locked, and waits for a thread that may need the
+                # interpreter to let go of the last tensor that was sent (seen once in ten runs): let it do so before.
+                time.sleep(0.2)
             dist.destroy_process_group()
 
     @property

@@ -79,6 +79,9 @@ def finish(config: Path, ranks: int) -> float:
     began = time.monotonic()
     children = start(config, ranks)
     ended = wait(children, DEADLINE)
+    for pid in set(children) - set(ended):  # it hangs, and must not outlive the test
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
     logs = "".join(config.with_suffix(f".{rank}.log").read_text() for rank in range(ranks))
     assert sorted(ended.values()) == [0] * ranks, f"{ended}\n{logs}"
     return time.monotonic() - began
