@@ -23,6 +23,13 @@ __all__ = [
     "load", "load_with_notes", "to_dict", "to_yaml",
 ]  # fmt: skip
 
+XFLUX_KEYS = (
+    "model_name img_dir img_size num_workers report_to train_batch_size output_dir max_train_steps learning_rate "
+    "lr_scheduler lr_warmup_steps adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm logging_dir "
+    "mixed_precision checkpointing_steps checkpoints_total_limit tracker_project_name resume_from_checkpoint "
+    "gradient_accumulation_steps"
+).split()
+"""What X-Flux's fine-tune and ControlNet scripts read: without one of them they stop."""
 SAMPLE_KEYS = "disable_sampling sample_every sample_prompts sample_width sample_height sample_steps".split()
 
 
@@ -103,10 +110,10 @@ def _flatten(raw: dict[Any, Any]) -> tuple[dict[str, tuple[str, Any]], list[Prob
 
 
 def _xflux_mode(name: str, raw: dict[Any, Any], data: dict[str, tuple[str, Any]]) -> list[str]:
-    """X-Flux's files say by their script what they train. Those of its fine-tune and its ControlNet have a
-    data_config and no key of adapters; the ControlNet's is told by its names. Lays the mode over `data`."""
+    """X-Flux's files say by their script what they train. Those of its fine-tune and its ControlNet have every key
+    that these scripts read and none of adapters; the ControlNet's is told by its names. Lays the mode over `data`."""
     lora = {*MODE_KEYS["lora"], *SAMPLE_KEYS}
-    if "data_config" not in raw or lora & set(data):
+    if "data_config" not in raw or lora & set(data) or not set(XFLUX_KEYS) <= set(data):
         return []
     names = " ".join(str(data.get(key, ("", ""))[1]) for key in ("output_dir", "tracker_project_name"))
     if any(word in f"{name} {names}".lower() for word in ("canny", "controlnet")) or set(MODE_KEYS["controlnet"]) & set(

@@ -240,3 +240,51 @@ def test_a_control_character_is_a_problem_and_not_a_crash(tmp_path: Path) -> Non
     with pytest.raises(ConfigError) as caught:
         load(write(tmp_path, b"\x01"))
     assert "is not YAML" in caught.value.problems[0].seen
+
+
+XFLUX_SHORT = """\
+model_name: "flux-dev"
+data_config: {train_batch_size: 1, num_workers: 4, img_size: 512, img_dir: images/}
+report_to: wandb
+train_batch_size: 1
+output_dir: saves/
+max_train_steps: 100000
+learning_rate: 1e-5
+lr_scheduler: constant
+lr_warmup_steps: 10
+adam_beta1: 0.9
+adam_beta2: 0.999
+adam_weight_decay: 0.01
+adam_epsilon: 1e-8
+max_grad_norm: 1.0
+logging_dir: logs
+mixed_precision: "bf16"
+checkpointing_steps: 2500
+checkpoints_total_limit: 10
+tracker_project_name: finetune_test
+resume_from_checkpoint: latest
+gradient_accumulation_steps: 2
+"""
+"""X-Flux's train_configs/test_finetune.yaml; its ControlNet's differs in names and numbers only."""
+
+
+@pytest.mark.parametrize(
+    ("change", "mode", "parts"),
+    [
+        (("", ""), "finetune", ("txt_attn",)),
+        (("finetune_test", "canny_training"), "controlnet", ()),
+        (("saves/", "saves_canny/"), "controlnet", ()),
+        # Words of ours decide where they are there.
+        (("output_dir", "mode: lora\noutput_dir"), "lora", ()),
+        (("output_dir", "train_parameters: [img_attn]\noutput_dir"), "finetune", ("img_attn",)),
+        (("output_dir", "rank: 4\noutput_dir"), "lora", ()),
+        # Without a key that X-Flux's scripts read it is none of theirs.
+        (("tracker_project_name: finetune_test\n", ""), "lora", ()),
+    ],
+)
+def test_xfluxs_other_two_files_are_told_by_their_keys(
+    tmp_path: Path, change: tuple[str, str], mode: str, parts: tuple[str, ...]
+) -> None:
+    config, notes = load_with_notes(write(tmp_path, XFLUX_SHORT.replace(*change)))
+    assert (config.mode, config.train_parameters) == (mode, parts)
+    assert any(f"mode is {mode}" in note for note in notes) == (mode != "lora")
