@@ -11,21 +11,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from xflux_trainer.config import TrainConfig
-from xflux_trainer.spec import FluxSpec, Linear, image_tokens
+from xflux_trainer.savings import held, is_block
+from xflux_trainer.spec import FluxSpec, image_tokens
 from xflux_trainer.trained import Trained, controlnet_spec, trained
 
 MIB = 1 << 20
-FORMATS = {
-    # (bytes of a weight, bytes of scales beside it)
-    "none": (2.0, 0.0),
-    "int8": (1.0, 2 / 3072),
-    "fp8": (1.0, 2 / 3072),
-    "torchao-int8": (1.0, 2 / 3072),
-    "torchao-fp8": (1.0, 4 / 3072),
-    "int4": (0.5, 4 / 128),  # a scale and a shift for each group of 128
-    "nf4": (0.5, 0.127 / 8),  # scales of 64 weights, themselves in 8 bits
-}
-"""What a quantised weight takes; embedders, norms and biases stay as they are."""
+BUCKET = 1 << 27
+"""Most gradients that DeepSpeed reduces together here: twice FLUX's largest weight, 256 MiB in bf16."""
+
+ADAM, MASTERS, SHARDS, TRANSFORMER = "Adam", "Adam and fp32 weights", "fp32 shards", "transformer"
+OPTIMIZER = (ADAM, MASTERS)
+"""Terms that an offloaded optimizer takes to the host."""
 
 
 @dataclass(frozen=True)
@@ -46,68 +42,39 @@ def width(config: TrainConfig) -> int:
 def weights(config: TrainConfig, spec: FluxSpec, world_size: int, strategy: str, phase: str) -> Iterator[Term]:
     """The frozen or trained transformer as it lies on the device."""
     size = width(config)
-    quantised = [linear for linear in spec.linears() if _is_quantised(config, linear)]
-    inner = sum(linear.inputs * linear.outputs for linear in quantised)
-    one, scale = FORMATS[config.quantization]
-    total = (spec.transformer_parameters - inner) * size + math.ceil(inner * (one + scale)) if inner else (
-        spec.transformer_parameters * size
-    )  # fmt: skip
-    why = f"{spec.transformer_parameters:,} parameters, {size} bytes each"
-    if inner:
-        why += f"; {inner:,} of them in {config.quantization}"
-    streamed = streamed_bytes(config, spec)
-    if streamed:
-        largest = max(block_bytes(config, spec, kind) for kind in ("double", "single"))
-        total += 2 * largest - streamed
-        why += f"; {streamed / MIB:,.0f} MiB of them wait in host memory, two blocks' room is for the ones on their way"
+    base = held(config, spec, size)
+    total, why = base.device, f"{spec.transformer_parameters:,} parameters, {size} bytes each"
+    if config.quantization != "none":
+        kept = "" if config.modulation == "quantize" else ", not the modulation"
+        why = f"{spec.transformer_parameters:,} parameters, the blocks' layers in {config.quantization}{kept}"
+    if base.host:
+        why += f"; {base.host / MIB:,.0f} MiB wait in host memory, {base.slots / MIB:,.0f} are room for what arrives"
     if strategy in ("zero3", "fsdp") and world_size > 1:
-        block = max(block_bytes(config, spec, kind) for kind in ("double", "single"))
-        total = math.ceil(total / world_size) + 2 * block
+        total = math.ceil(total / world_size) + 2 * block_parameters(spec) * size
         why += f"; 1/{world_size} of them on each rank, and two blocks whole"
-    yield Term("transformer", total, phase, why)
+    yield Term(TRANSFORMER, total, phase, why)
 
 
-def _is_quantised(config: TrainConfig, linear: Linear) -> bool:
-    if config.quantization == "none" or (".0." not in linear.name and "blocks." not in linear.name):
-        return False
-    return linear.per_token or config.modulation == "quantize"
-
-
-def block_bytes(config: TrainConfig, spec: FluxSpec, kind: str) -> int:
-    """Bytes of one block as it is held on the device."""
-    count = spec.double_blocks if kind == "double" else spec.single_blocks
-    prefix = "transformer_blocks.0." if kind == "double" else "single_transformer_blocks.0."
-    if not count:
-        return 0
-    one, scale = FORMATS[config.quantization]
-    total = 0.0
+def block_parameters(spec: FluxSpec) -> int:
+    """Parameters of the linear layers of the model's largest block."""
+    sizes: dict[str, int] = {}
     for linear in spec.linears():
-        if linear.name.startswith(prefix):
-            size = one + scale if _is_quantised(config, linear) else width(config)
-            total += linear.inputs * linear.outputs * size + linear.outputs * width(config)
-    return math.ceil(total)
-
-
-def streamed_bytes(config: TrainConfig, spec: FluxSpec) -> int:
-    """Bytes that wait in pinned host memory instead of on the device."""
-    blocks = min(config.stream_blocks, spec.double_blocks + spec.single_blocks)
-    double = min(blocks, spec.double_blocks)
-    total = double * block_bytes(config, spec, "double") + (blocks - double) * block_bytes(config, spec, "single")
-    if config.modulation == "stream":
-        layers = [one for one in spec.linears() if not one.per_token and "blocks." in one.name]
-        total += sum(one.inputs * one.outputs for one in layers) * width(config)
-    return min(total, spec.transformer_parameters * width(config))
+        block = ".".join(linear.name.split(".")[:2])
+        if is_block(block):
+            sizes[block] = sizes.get(block, 0) + (linear.inputs + 1) * linear.outputs
+    return max(sizes.values(), default=0)
 
 
 def states(config: TrainConfig, spec: FluxSpec, world_size: int, strategy: str) -> Iterator[Term]:
     """What is trained, its gradients and the optimizer."""
     what = trained(config, spec)
-    share = world_size if strategy in ("zero3", "fsdp") else 1
-    own = math.ceil(what.parameters / share)
-    count = f"{what.parameters:,} trained parameters" + (f", 1/{share} of them on each rank" if share > 1 else "")
     if strategy.startswith("zero"):
         yield from _deepspeed(config, what, world_size, strategy)
         return
+    if strategy == "fsdp" and config.mode != "lora":  # adapters stay whole on every rank
+        yield from _fsdp(config, spec, what, world_size)
+        return
+    own, count = what.parameters, f"{what.parameters:,} trained parameters"
     moments = _moments(config)
     if config.mode == "lora" or width(config) == 4:
         if config.mode != "finetune":
@@ -118,9 +85,26 @@ def states(config: TrainConfig, spec: FluxSpec, world_size: int, strategy: str) 
     else:
         yield from _bf16_states(config, what, own, count)
     if moments:
-        yield Term("Adam", math.ceil(own * moments), "train", f"two moments, {moments:g} bytes a parameter")
+        yield Term(ADAM, math.ceil(own * moments), "train", f"two moments, {moments:g} bytes a parameter")
     if config.ema_decay:
         yield Term("moving average", own * 4, "train", "fp32")
+
+
+def _fsdp(config: TrainConfig, spec: FluxSpec, what: Trained, world_size: int) -> Iterator[Term]:
+    """What is trained is held in fp32, cut up, and AdamW steps each rank's part; a block is whole while it computes."""
+    own = math.ceil(what.parameters / world_size)
+    count = f"{what.parameters:,} trained parameters, 1/{world_size} of them on each rank"
+    already = width(config) if config.mode == "finetune" else 0
+    if already < 4:
+        more = f", {4 - already} bytes more than the transformer counts" if already else ""
+        yield Term(SHARDS, own * (4 - already), "train", f"{count}{more}")
+    yield Term("gradients", own * 4, "train", "of this rank's part, in fp32")
+    if world_size > 1:
+        whole = min(block_parameters(spec), what.parameters)
+        yield Term("gradients on their way", whole * (width(config) + 4), "train", "of one block, summed up in fp32")
+    yield Term(ADAM, own * 8, "train", f"two moments, 8 bytes a parameter, 1/{world_size} of them on each rank")
+    if config.ema_decay:
+        yield Term("moving average", own * 4, "train", f"fp32, 1/{world_size} of it on each rank")
 
 
 def _moments(config: TrainConfig) -> float:
@@ -154,9 +138,9 @@ def _deepspeed(config: TrainConfig, what: Trained, world_size: int, strategy: st
                    f"{count}; DeepSpeed computes with bf16 copies")  # fmt: skip
     grads = own if strategy == "zero1" else share
     yield Term("gradients", own * 2 + grads * 4, "train", "bf16, and the fp32 of this rank's part")
-    yield Term("Adam and fp32 weights", share * 12, "train", f"1/{world_size} of them on each rank")
-    bucket = min(what.parameters, 500_000_000)
-    yield Term("reduce buckets", bucket * 4, "train", "reduce_bucket_size is set to the trained parameters")
+    yield Term(MASTERS, share * 12, "train", f"1/{world_size} of them on each rank")
+    bucket = min(what.parameters, BUCKET)
+    yield Term("reduce buckets", bucket * 4, "train", f"two of {bucket:,} gradients, as reduce_bucket_size is set")
     if config.ema_decay:
         yield Term("moving average", share * 4, "train", f"fp32, 1/{world_size} of it on each rank")
 
@@ -245,21 +229,23 @@ def sampling(config: TrainConfig, spec: FluxSpec) -> Iterator[Term]:
 # The disk ------------------------------------------------------------------------------------------------
 
 
-def disk(config: TrainConfig, spec: FluxSpec, samples: int) -> Iterator[Term]:
+def disk(config: TrainConfig, spec: FluxSpec, samples: int, strategy: str = "single") -> Iterator[Term]:
     """What the run writes: cache, checkpoints, results."""
     what = trained(config, spec)
     tokens = sum(image_tokens(size, size) for size in config.sizes) * (2 if config.random_flip else 1)
     latents = tokens * spec.in_channels * 4
     text = (config.max_text_tokens * spec.text_dim + spec.pooled_dim) * 2
-    edges = sum(size**2 for size in config.sizes) * 3 if config.mode == "controlnet" else 0
+    # Canny's edges have one channel; files may have three.
+    channels = 0 if config.mode != "controlnet" else 1 if config.control_type == "canny" else 3
+    edges = sum(size**2 for size in config.sizes) * channels
     known = f"{samples} images and captions" if samples else "the number of images is not known"
     yield Term("cache", samples * (latents + text + edges), "cache", known)
     steps = config.max_train_steps or config.checkpointing_steps
     written = math.ceil(steps / config.checkpointing_steps)
     kept = min(written, config.checkpoints_total_limit or written)
     full = config.mode == "finetune" and not config.train_parameters
-    held = 2 if full and width(config) == 2 and config.weight_update in ("auto", "stochastic", "nearest") else 4
-    one = held + _moments(config) + (4 if config.ema_decay else 0)
+    rounded = full and strategy in ("single", "ddp") and config.weight_update in ("auto", "stochastic", "nearest")
+    one = (width(config) if rounded else 4) + _moments(config) + (4 if config.ema_decay else 0)
     reason = f"{what.parameters:,} trained parameters, {one:g} bytes each with the optimizer"
     yield Term("checkpoints", math.ceil((kept + 1) * what.parameters * one), "train",
                f"{kept} kept and one being written: {reason}")  # fmt: skip

@@ -12,10 +12,9 @@ from typing import Any
 
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.errors import Unsupported
+from xflux_trainer.memory_terms import BUCKET
 from xflux_trainer.sharded import refuse_optimizers
 
-BUCKET = 1 << 27
-"""Most gradients that are reduced together: twice FLUX's largest weight, 256 MiB in bf16."""
 FALLING_BACK = "Set {0}_device to cpu in the accelerate config, or the device of {0} in the DeepSpeed file."
 
 
