@@ -28,10 +28,10 @@ from xflux_doctor.report.text import describe
 
 
 def test_the_bundled_trainers_stages(matrix: Matrix) -> None:
-    for stage, meant in ((3, 2), (0, 2), ("2", 2), (True, 1), (None, 2), (2.0, 2)):
+    for stage, meant in ((4, 2), (0, 2), (True, 1), (None, 2), (2.0, 2)):
         finding = one(matrix, ours({**Z, "zero_optimization": {"stage": stage}}), deepspeed_file.values_known)
         assert finding and sets(finding.edits) == {"deepspeed:zero_optimization.stage": meant}, stage
-    for stage in (1, 2, "auto"):
+    for stage in (1, 2, 3, "2", "auto"):
         assert one(matrix, ours({**Z, "zero_optimization": {"stage": stage}}), deepspeed_file.values_known) is None
     auto = ours({**Z, "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto", "sub_group_size": "auto"}})
     assert one(matrix, auto, deepspeed_file.values_known) is None  # it fills them, or DeepSpeed does

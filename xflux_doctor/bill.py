@@ -37,6 +37,7 @@ def _forecast(case: Case) -> memory.Bill:
         strategy=case.job.strategy,
         device="cpu" if case.job.use_cpu else "cuda",
         samples=dataset(case).count,
+        offload=case.job.offloads,
     )
 
 

@@ -32,7 +32,7 @@ JOBS: Mapping[str, str] = {
     "compiles": "the job compiles DeepSpeed's operators (an offloaded optimizer)",
     "cuda-check": "DeepSpeed compares nvcc with torch (DS_SKIP_CUDA_CHECK is not 1)",
     "dynamo": "the accelerate file asks for torch.compile",
-    "quantized": "the job quantizes its base model (the bundled trainer never does)",
+    "quantized": "the job quantizes its base model by optimum-quanto",
 }
 """What a row may ask of the job."""
 _BUILD = re.compile(r"(cpu|cu[0-9*?]+|rocm[0-9.*?]*|xpu)")

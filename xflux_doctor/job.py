@@ -92,6 +92,11 @@ class Job:
         """Whether the bundled trainer runs this job."""
         return self.train is not None and self.xflux is None
 
+    @property
+    def quanto(self) -> bool:
+        """Whether the bundled trainer quantises the base by optimum-quanto (trainer/quantize.py, PACKAGES)."""
+        return self.train is not None and self.bundled and self.train.quantization in ("int8", "int4", "fp8")
+
     def training(self, key: str) -> Any:
         """A value of the training file, ours or X-Flux's; None where it is not known."""
         if self.xflux is not None:
@@ -151,7 +156,7 @@ class Job:
         accelerate takes DeepSpeedCPUAdam where the optimizer is offloaded (0.30.1 and 1.15.0, accelerator.py,
         `_prepare_deepspeed`); NVMe offload needs async_io as well.
         """
-        if not self.deepspeed or self.bundled:  # the bundled trainer offloads nothing (trainer/zero.py)
+        if not self.deepspeed or self.bundled:  # which steps on the host with torch's AdamW (trainer/sharded.py)
             return ()
         optimizer, param = self.offload_device("optimizer"), self.offload_device("param")
         devices = {optimizer, param}
@@ -160,10 +165,40 @@ class Job:
 
     def offload_device(self, what: str) -> str:
         """Where the optimizer's states (`optimizer`) or the weights (`param`) are kept: none, cpu or nvme."""
-        block = self.zero_block.get(f"offload_{what}")
         inline = self.section("deepspeed_config").get(f"offload_{what}_device", "none")
+        if self.zero_file is None:
+            return "none" if inline is None else str(inline).lower()
+        block = self.zero_block.get(f"offload_{what}")
+        if self.bundled and not block:  # trainer/zero_settings.py: the older name, then what accelerate was told
+            older = self.zero_block.get("cpu_offload" if what == "optimizer" else "cpu_offload_param")
+            return "cpu" if older else "none" if inline is None else str(inline).lower()
         named = block.get("device", "none") if isinstance(block, dict) else "none"
-        return str(named if self.zero_file is not None else inline).lower()
+        return "none" if named in (None, "auto") and self.bundled else str(named).lower()
+
+    @property
+    def offloads(self) -> tuple[str, ...]:
+        """What the bundled trainer keeps in the host's memory: `optimizer`, `param` (weights that are cut up)."""
+        if self.distributed_type == "FSDP":
+            offload = self.fsdp.get("fsdp_offload_params", ("", False))[1]
+            return ("optimizer", "param") if str(offload).lower() == "true" else ()
+        if not self.deepspeed:
+            return ()
+        found = [what for what in ("optimizer", "param") if self.offload_device(what) == "cpu"]
+        return tuple(what for what in found if what == "optimizer" or self.zero_stage == 3)
+
+    @property
+    def fsdp(self) -> dict[str, tuple[str, Any]]:
+        """{flag of accelerate launch: (key as the file writes it, value)} of fsdp_config, as releases with FSDP2 read
+        it (accelerate_sections.flag_of)."""
+        return {
+            key if key.startswith("fsdp") else f"fsdp_{key}": (key, value)
+            for key, value in ((str(key), value) for key, value in self.section("fsdp_config").items())
+        }
+
+    @property
+    def fsdp_version(self) -> int:
+        """1 where the file names none, as accelerate takes it."""
+        return _whole(self.fsdp.get("fsdp_version", ("", 1))[1], 1)
 
     @property
     def zero_block(self) -> dict[str, Any]:
@@ -178,7 +213,8 @@ class Job:
     @property
     def zero_stage(self) -> int:
         if self.zero_file is not None:  # accelerate fills "auto" by 2; DeepSpeed's own default is 0
-            stage = self.zero_block.get("stage", 0)
+            inline = self.section("deepspeed_config").get("zero_stage", 2)
+            stage = self.zero_block.get("stage", inline if self.bundled else 0)  # trainer/zero_settings.py
             return _whole(stage, 2 if stage == "auto" else 0)
         return _whole(self.section("deepspeed_config").get("zero_stage"), 2)
 

@@ -265,28 +265,6 @@ def test_a_section_left_over_from_deepspeed_does_not_count(matrix: Matrix) -> No
     assert verdict(case(matrix, machine(matrix, count=8), work), launch.accumulation_agrees).status == "skipped"
 
 
-@pytest.mark.parametrize(("old", "new", "mended"), [
-    ("zero_stage: 2", "zero_stage: 3", 2),
-    ("zero_stage: 2", "zero_stage: 5", 2),
-    ("zero_stage: 2", "zero_stage: 0", 2),
-    ("distributed_type: DEEPSPEED", "distributed_type: FSDP", None),
-    ("distributed_type: DEEPSPEED", "distributed_type: XLA", None),
-])  # fmt: skip
-def test_a_strategy_that_the_trainer_does_not_do(matrix: Matrix, old: str, new: str, mended: int | None) -> None:
-    subject = case(matrix, machine(matrix, count=8), job(changed(old, new)))
-    (finding,) = findings(subject, launch.strategy_done)
-    assert [edit.value for edit in finding.edits] == ([mended] if mended else [])  # type: ignore[union-attr]
-    plan = make(subject, lambda mended: examine(mended, ALL))
-    blockers = [] if mended else ["LA208", "LA111"] if "XLA" in new else ["LA111"]
-    assert [blocker.code for blocker in plan.blockers] == blockers
-
-
-def test_strategies_that_it_does(matrix: Matrix) -> None:
-    for stage in (1, 2):
-        work = job(changed("zero_stage: 2", f"zero_stage: {stage}"))
-        assert findings(case(matrix, machine(matrix, count=8), work), launch.strategy_done) == ()
-
-
 def test_multi_cpu_starts_one_rank(matrix: Matrix) -> None:
     text = "distributed_type: MULTI_CPU\nmixed_precision: bf16\nnum_machines: 1\nnum_processes: 2\nuse_cpu: true\n"
     (finding,) = findings(case(matrix, machine(matrix, card=None), job(text), "cpu"), launch.cpu_ranks)

@@ -89,6 +89,20 @@ def test_mem_total_alone_never_blocks(matrix: Matrix, limit: int | None) -> None
 
 
 def test_unknown_strategy_is_a_skip(matrix: Matrix) -> None:
-    work = job(XFLUX_ACCELERATE.replace("zero_stage: 2", "zero_stage: 3"))
+    work = job(XFLUX_ACCELERATE.replace("zero_stage: 2", "zero_stage: 0"))
     result = verdict(case(matrix, machine(matrix, count=8), work), memory.gpu_memory)
-    assert result.status == "skipped" and "zero3" in result.reason
+    assert result.status == "skipped" and "zero0" in result.reason
+
+
+def test_what_is_offloaded_is_not_asked_of_the_gpu(matrix: Matrix) -> None:
+    """A whole fine-tune under ZeRO-3 on two cards fits only with its optimizer on the host, which then is asked."""
+    text = XFLUX_ACCELERATE.replace("zero_stage: 2", "zero_stage: 3").replace("num_processes: 8", "num_processes: 2")
+    subject = case(matrix, machine(matrix, count=2), job(text, mode="finetune"))
+    found = findings(subject, memory.gpu_memory)
+    assert len(found) == 2 and all("Adam and fp32 weights" in finding.because for finding in found)
+    text = text.replace("offload_optimizer_device: none", "offload_optimizer_device: cpu")
+    subject = case(matrix, machine(matrix, count=2), job(text, mode="finetune"))
+    assert subject.job.offloads == ("optimizer",) and findings(subject, memory.gpu_memory) == ()
+    (finding,) = findings(subject, memory.host_memory)
+    assert "host memory" in finding.seen
+

@@ -230,12 +230,11 @@ def values_known(case: Case) -> Iterator[Finding]:
 
 def _stage(case: Case, value: Any) -> Iterator[Finding]:
     place, file = (ZERO, "stage"), name_of(case)
-    if case.job.bundled and value not in (ABSENT, "auto") and not (type(value) is int and value in (1, 2)):
-        meant = 2 if str(value) not in ("1", "True") else 1
-        yield error(f"{ZERO}.stage is {value!r} in {file}; the bundled trainer does ZeRO 1 and 2.",
-                    "It stops before its first step. The optimizer's states of a LoRA are small: a higher stage saves "
-                    "nothing.", "Set it to 2.",
-                    edits=on_file(case, Edit("deepspeed", place, meant, "the trainer does ZeRO 1 and 2")))  # fmt: skip
+    if case.job.bundled and value not in (ABSENT, "auto") and str(value) not in ("1", "2", "3"):
+        meant = 1 if value is True else 2
+        yield error(f"{ZERO}.stage is {value!r} in {file}; the bundled trainer does ZeRO 1, 2 and 3.",
+                    "It stops before its first step.", f"Set it to {meant}.",
+                    edits=on_file(case, Edit("deepspeed", place, meant, "the trainer does ZeRO 1, 2 and 3")))  # fmt: skip
     elif case.job.bundled or value is ABSENT or value == "auto":
         return
     elif isinstance(value, bool):

@@ -106,7 +106,7 @@ def _stage(case: Case, value: Any) -> Iterator[Finding]:
     if value is None or stage in (0, 1, 2, 3):
         return
     if stage is not None:
-        if not case.job.bundled:  # the bundled trainer does 1 and 2 only: see LA111
+        if not case.job.bundled:  # LA111 says it in the bundled trainer's words
             yield error(f"zero_stage is {value!r}.", "DeepSpeed stops: 'Input should be 0, 1, 2, 3' or, before 0.15, "
                         "'value is not a valid enumeration member; permitted: 0, 1, 2, 3'.",
                         "Set it to 2.")  # fmt: skip

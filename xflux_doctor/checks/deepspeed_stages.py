@@ -19,7 +19,8 @@ def offloads(case: Case) -> Iterator[Finding]:
     """
     needs_deepspeed(case)
     if case.job.bundled:
-        raise SkipCheck("the bundled trainer offloads nothing, and says so")
+        yield from _bundled(case)
+        return
     stage, inline = case.job.zero_stage, case.job.zero_file is None
     optimizer, param = case.job.offload_device("optimizer"), case.job.offload_device("param")
     if param in ("cpu", "nvme") and stage in (0, 1, 2):
@@ -39,18 +40,39 @@ def offloads(case: Case) -> Iterator[Finding]:
         yield from _nvme(case, "optimizer", inline)
 
 
+def _bundled(case: Case) -> Iterator[Finding]:
+    """The bundled trainer offloads to the CPU, weights under stage 3 only, and to no disk (trainer/zero_settings.py)."""
+    stage, inline = case.job.zero_stage, case.job.zero_file is None
+    for what in ("optimizer", "param"):
+        device, key = case.job.offload_device(what), f"offload_{what}_device"
+        if what == "param" and stage in (1, 2) and device in ("cpu", "nvme"):
+            yield _param_below_three(case, device, stage)
+        elif device == "nvme":
+            change = setting(key, "cpu", "the trainer offloads to no disk")
+            if not inline:
+                change = on_file(case, Edit("deepspeed", PLACES[key], "cpu", "the trainer offloads to no disk"))
+            yield error(
+                f"offload_{what} asks for nvme.",
+                "The bundled trainer stops before its first step: DeepSpeed compiles a module of its own against "
+                "libaio for it.",
+                f"Set {key} to cpu in the accelerate config, or the device of offload_{what} in the DeepSpeed file.",
+                offers=change,
+            )
+
+
 def _param_below_three(case: Case, device: str, stage: int) -> Finding:
     if case.job.zero_file is None:
         edits: tuple[Change, ...] = setting("offload_param_device", "none", "weights stay where they are below stage 3")
     else:
         reason = "weights stay where they are below stage 3"
         edits = on_file(case, Edit("deepspeed", PLACES["offload_param_device"], "none", reason))
-    return warning(
-        f"The weights are offloaded to {device} under ZeRO stage {stage}.",
-        "Only stage 3 offloads them: they stay on the GPU, and nobody says so.",
-        "Set it to none. A LoRA's frozen base leaves the GPU by a quantized base, not by this.",
-        edits=edits,
-    )
+    because = "Only stage 3 offloads them: they stay on the GPU, and nobody says so."
+    hint = "Set it to none. A LoRA's frozen base leaves the GPU by a quantized base, not by this."
+    if case.job.bundled:
+        because = f"ZeRO {stage} computes with whole weights, only 3 cuts them up: they stay on the GPU."
+        hint = "Set it to none. Where the weights do not fit, set quantization or stream_blocks, or the stage to 3."
+    make = error if case.job.bundled and device == "nvme" else warning  # its trainer stops at the word
+    return make(f"The weights are offloaded to {device} under ZeRO stage {stage}.", because, hint, edits=edits)
 
 
 def _nvme(case: Case, what: str, inline: bool) -> Iterator[Finding]:
@@ -85,7 +107,7 @@ def stage_three_flags(case: Case) -> Iterator[Finding]:
     """zero3_init_flag below stage 3 is dropped with a warning; FLUX has no layers of experts to name."""
     needs_deepspeed(case)
     if case.job.bundled:
-        raise SkipCheck("the bundled trainer reads none of them")
+        raise SkipCheck("the bundled trainer reads none of them: under stage 3 it cuts each block up as it is loaded")
     section, stage = case.job.section(SECTION), case.job.zero_stage
     flag = section.get("zero3_init_flag")
     on = str(flag).lower() in TRUE

@@ -195,7 +195,10 @@ def device_files(case: Case) -> Iterator[Finding]:
 
 @check("HW109", "fp8 is asked of cards that have it", needs=("gpus", "accelerate"))
 def fp8(case: Case) -> Iterator[Finding]:
-    """fp8 needs compute capability 8.9, Ada or Hopper (NVIDIA Transformer Engine); the bundled trainer has no fp8."""
+    """fp8 needs compute capability 8.9, Ada or Hopper (NVIDIA Transformer Engine).
+
+    The bundled trainer computes nothing in fp8: its quantization fp8 only stores the frozen base so, on any card.
+    """
     assert case.facts.gpus is not None
     if case.job.use_cpu or str(case.job.get("mixed_precision", "no")).lower() != "fp8":
         raise SkipCheck("fp8 is not asked for")

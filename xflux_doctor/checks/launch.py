@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from xflux_trainer.config import RANGES
 
 from xflux_doctor import batch
-from xflux_doctor.accelerate_keys import DISTRIBUTED_TYPES
 from xflux_doctor.check import Case, SkipCheck, check
 from xflux_doctor.checks.words import devices, installed
 from xflux_doctor.cluster import task
@@ -232,30 +231,6 @@ def trainer_installed(case: Case) -> Iterator[Finding]:
             "`-m xflux_trainer` would not be found.",
             "Install xflux-doctor there too.",
             commands=(f"{python} -m pip install xflux-doctor",),
-        )
-
-
-@check("LA111", "the trainer does the job's strategy", needs=("train", "trainer", "accelerate"))
-def strategy_done(case: Case) -> Iterator[Finding]:
-    """One process, DDP and DeepSpeed ZeRO 1 and 2 are what the bundled trainer does today."""
-    job, kind = case.job, case.job.distributed_type
-    if kind == "DEEPSPEED" and job.zero_stage not in (1, 2):
-        file, key = ("accelerate", ("deepspeed_config", "zero_stage"))
-        if job.zero_file is not None:
-            file, key = ("deepspeed", ("zero_optimization", "stage"))
-        yield error(
-            f"{'.'.join(key)} is {job.zero_stage}; the bundled trainer does ZeRO 1 and 2.",
-            "It stops before its first step. The optimizer's states of a LoRA are small: a higher stage saves nothing.",
-            f"Set {key[-1]} to 2.",
-            edits=(Edit(file, key, 2, "the trainer does ZeRO 1 and 2"),),
-        )
-    elif kind in DISTRIBUTED_TYPES and kind not in ("NO", "MULTI_GPU", "MULTI_CPU", "DEEPSPEED"):
-        word = "MULTI_GPU" if job.num_processes > 1 else "NO"
-        yield error(
-            f"distributed_type is {kind}; the bundled trainer does NO, MULTI_GPU and DEEPSPEED.",
-            "It stops before its first step. A LoRA's ranks share nothing but the adapters' gradients: DDP is enough.",
-            f"Set distributed_type to {word}.",
-            offers=(Edit("accelerate", ("distributed_type",), word, "DDP trains the same LoRA"),),
         )
 
 

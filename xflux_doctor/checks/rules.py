@@ -100,6 +100,8 @@ def _job(case: Case) -> Iterator[str]:
         yield "cuda-check"
     if str(job.section("dynamo_config").get("dynamo_backend") or "no").lower() != "no":
         yield "dynamo"
+    if job.quanto:
+        yield "quantized"
 
 
 @check("SW105", "the packages go together", needs=("packages",))

@@ -60,6 +60,8 @@ def role_needed(case: Case, pin: Pin) -> bool:
     """Whether this job uses the package: DeepSpeed only under DEEPSPEED, quanto only for a quantized base."""
     if pin.role == "deepspeed":
         return case.job.deepspeed
+    if pin.role == "quant":
+        return case.job.quanto
     return pin.role == "core"
 
 
