@@ -23,7 +23,7 @@ def asked(file: str) -> dict[str, Any]:
     try:
         if args.use_deepspeed:
             cmd, env = launch.prepare_deepspeed_cmd_env(args)
-        elif args.multi_gpu:
+        elif args.multi_gpu or args.use_fsdp:  # as launch_command chooses
             env = launch.prepare_multi_gpu_env(args)
         else:
             cmd, env = launch.prepare_simple_launcher_cmd_env(args)

@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "gather.ports", "gather.machine",
         "probes.torch_import", "probes.allreduce", "probes.hub_access", "probes.wire", "probes.meeting",
         "probes.runner", "probes.level",
-        "check", "bill", "xflux_bill", "strategy",
+        "check", "bill", "xflux_bill", "refused", "strategy",
     ),
     ("checks.hardware", "checks.software", "checks.rules", "checks.packages", "checks.releases",
      "checks.words", "checks.sections", "checks.section_words", "checks.section_types", "checks.strategies",

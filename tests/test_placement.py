@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
-from conftest import GIB, TRAIN, XFLUX_ACCELERATE, case, gpus, job, machine, record
+from conftest import GIB, TRAIN, XFLUX_ACCELERATE, case, findings, gpus, job, machine, packages, record, verdict
 
 from xflux_doctor import strategy
 from xflux_doctor.check import examine
-from xflux_doctor.checks import ALL
+from xflux_doctor.checks import ALL, sharing, words
 from xflux_doctor.cli import main
+from xflux_doctor.commands.fix import new_accelerate
 from xflux_doctor.facts import GpuProcess, Package
 from xflux_doctor.job import Override
 from xflux_doctor.matrix import Matrix
@@ -121,13 +123,53 @@ def test_zero_where_only_that_fits(matrix: Matrix) -> None:
     assert strategy.best(subject, 8).strategy == "ddp"
 
 
+def test_a_whole_fine_tune_is_cut_up_where_only_that_fits(matrix: Matrix) -> None:
+    """By the bill: DDP and ZeRO-2 keep what four H100 have not each; FSDP2 where the packages have it, else ZeRO-3."""
+    work = job(mode="finetune", weight_update="master")
+    new = case(matrix, machine(matrix, count=8), work)
+    assert strategy.best(new, 8).strategy == "zero2"  # an eighth of the optimizer is little enough
+    chosen = strategy.best(new, 4)
+    assert chosen.strategy == "fsdp" and "DDP needs" in chosen.because and "ZeRO-2 needs" in chosen.because
+    old = case(matrix, machine(matrix, count=8, packages=packages(matrix, "xflux-2024")), work, "xflux-2024")
+    assert strategy.best(old, 4).strategy == "zero3"
+    for subject, name in ((new, "fsdp"), (old, "zero3")):
+        found = strategy.bill(subject, name, 4)
+        assert found is not None and strategy.stepping(found) < 79 * GIB - found.gpu_context
+    assert "nothing fits" in strategy.best(new, 2).because
+
+
+def test_what_the_trainer_refuses_is_not_suggested(matrix: Matrix) -> None:
+    """Adafactor needs whole weights; with them it fits, and DDP does it. A quantised base is cut up by nobody."""
+    adafactor = job(mode="finetune", optimizer="adafactor")
+    assert strategy.best(case(matrix, machine(matrix, count=8), adafactor), 8).strategy == "ddp"
+    small = machine(matrix, card="A10", count=2)
+    assert strategy.best(case(matrix, small, job(img_size=1024)), 2).strategy == "fsdp"
+    assert strategy.best(case(matrix, small, job(img_size=1024, quantization="int8")), 2).strategy == "ddp"
+
+
+@pytest.mark.parametrize(("train", "stack", "expected"), [
+    ({"mode": "finetune", "weight_update": "master"}, "cuda13", "fsdp"),
+    ({"mode": "finetune", "weight_update": "master"}, "xflux-2024", "zero3"),
+    ({}, "cuda13", "ddp"),
+])  # fmt: skip
+def test_the_file_that_is_written_launches_what_was_chosen(
+    matrix: Matrix, train: dict[str, Any], stack: str, expected: str
+) -> None:
+    facts = machine(matrix, count=4, packages=packages(matrix, stack))
+    text = new_accelerate(case(matrix, facts, job(None, **train), stack))
+    written = job(text, **train)
+    assert written.strategy == expected and written.num_processes == 4
+    assert findings(case(matrix, facts, written, stack), sharing.strategy_done) == ()
+    assert verdict(case(matrix, facts, written, stack), words.keys_known).status == "ok"
+
+
 def test_plan_says_that_sharding_saves_next_to_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], matrix: Matrix
 ) -> None:
     monkeypatch.chdir(tmp_path)
     record(tmp_path / "facts.json", machine(matrix, count=2))
     (tmp_path / "accelerate.yaml").write_text(XFLUX_ACCELERATE.replace("num_processes: 8", "num_processes: 2"))
-    (tmp_path / "train.yaml").write_text(TRAIN)
+    (tmp_path / "train.yaml").write_text(TRAIN + "mode: lora\n")
     assert main(["plan", "--facts", "facts.json"]) == 0
     shown = capsys.readouterr().out
     assert "how 2 ranks share the work" in shown and "DDP: the fastest" in shown

@@ -89,11 +89,23 @@ _DEEPSPEED = {
 }
 _LOWERED = frozenset(_DEEPSPEED) - {"zero_stage", "gradient_accumulation_steps", "deepspeed_config_file"}
 
+_FSDP: dict[str, tuple[str | None, bool]] = {
+    "fsdp_version": ("1", False),
+    "fsdp_reshard_after_forward": ("true", True),
+    "fsdp_offload_params": ("false", True),
+    "fsdp_activation_checkpointing": ("false", True),
+    "fsdp_auto_wrap_policy": (None, False),
+    "fsdp_ignored_modules": (None, False),
+}
+"""What the trainer reads of FSDP: accelerate's default without the key, and whether it lowers the case."""
+_SIZES = ("dp_replicate_size", "tp_size", "cp_size", "sp_size")
+
 
 def accelerate_variables(job: Job) -> dict[str, str]:
     """What `accelerate launch` hands to a rank out of its file, of that which the trainer reads.
 
-    Source: accelerate 0.30.1 and 1.15.0, utils/launch.py, `prepare_deepspeed_cmd_env` and `prepare_multi_gpu_env`;
+    Source: accelerate 0.30.1 and 1.15.0, utils/launch.py, `prepare_deepspeed_cmd_env` and `prepare_multi_gpu_env`
+    (FSDP's second version: from 1.6.0 on);
     tests/test_launch_ranks.py holds both against this.
     """
     found: dict[str, str] = {}
@@ -110,6 +122,23 @@ def accelerate_variables(job: Job) -> dict[str, str]:
             value = section.get(key)
             if value is not None:
                 found[name] = str(value).lower() if key in _LOWERED else str(value)
-    elif job.distributed_type in ("FSDP", "MEGATRON_LM"):
-        found[f"ACCELERATE_USE_{job.distributed_type}"] = "true"
+    elif job.distributed_type == "FSDP":
+        found |= {"ACCELERATE_USE_FSDP": "true", **_fsdp(job)}
+    elif job.distributed_type == "MEGATRON_LM":
+        found["ACCELERATE_USE_MEGATRON_LM"] = "true"
+    if sizes := job.section("parallelism_config"):
+        found["ACCELERATE_USE_PARALLELISM_CONFIG"] = "true"
+        for name in _SIZES:
+            found[f"PARALLELISM_CONFIG_{name.upper()}"] = str(sizes.get(f"parallelism_config_{name}", 1))
+    return found
+
+
+def _fsdp(job: Job) -> dict[str, str]:
+    """FSDP's own, as `prepare_multi_gpu_env` spells them."""
+    told = {flag: value for flag, (_, value) in job.fsdp.items()}
+    found = {}
+    for flag, (default, lowered) in _FSDP.items():
+        value = told.get(flag, default)
+        if value is not None:
+            found[flag.upper()] = str(value).lower() if lowered else str(value)
     return found

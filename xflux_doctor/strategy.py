@@ -1,8 +1,11 @@
 """How the ranks should share the work: the fastest way that fits, with its reason in bytes.
 
-DDP sends one gradient of the adapters a step and shards nothing. ZeRO shards the optimizer's states, which for a LoRA
-are a few hundred MiB beside 22 GiB of frozen weights that every rank holds whole under either. Source: NVIDIA NeMo
-AutoModel's Flux LoRA recipe (DDP), SimpleTuner's documentation/FSDP2.md (DDP 3 to 6 times as fast for small batches).
+For a LoRA, DDP sends one gradient of the adapters a step and shards nothing. ZeRO 1 and 2 shard the optimizer's states,
+which for a LoRA are a few hundred MiB beside 22 GiB of frozen weights that every rank holds whole under either. Source:
+NVIDIA NeMo AutoModel's Flux LoRA recipe (DDP), SimpleTuner's documentation/FSDP2.md (DDP 3 to 6 times as fast for small
+batches). A fine-tune of the whole model is another matter: its AdamW takes 12 to 16 bytes for each of 11.9 billion
+parameters, 140 GiB and more that DDP keeps on every GPU. FSDP2 and ZeRO-3 cut up the weights as well, for a gather of
+every block in each pass: they are for what does not fit otherwise.
 """
 
 from __future__ import annotations
@@ -15,9 +18,12 @@ from xflux_trainer import memory
 from xflux_doctor.bill import need
 from xflux_doctor.check import Case, SkipCheck
 from xflux_doctor.job import Job
+from xflux_doctor.refused import has_fsdp2, refusals
 
 MIB, GIB = 1 << 20, 1 << 30
-NAMES = {"single": "one process", "ddp": "DDP", "zero1": "DeepSpeed ZeRO-1", "zero2": "DeepSpeed ZeRO-2"}
+NAMES = {"single": "one process", "ddp": "DDP", "zero1": "DeepSpeed ZeRO-1", "zero2": "DeepSpeed ZeRO-2",
+         "fsdp": "FSDP2", "zero3": "DeepSpeed ZeRO-3"}  # fmt: skip
+_FASTEST_FIRST = ("ddp", "zero2", "fsdp", "zero3")
 
 
 @dataclass(frozen=True)
@@ -34,15 +40,49 @@ def best(case: Case, ranks: int) -> Choice:
         return Choice("zero2", "without DeepSpeed X-Flux's script keeps the frozen model in fp32")
     if ranks <= 1:
         return Choice("single", "one process needs no process group")
-    ddp, zero = bill(case, "ddp", ranks), bill(case, "zero2", ranks)
-    if ddp is None or zero is None:
+    found = {name: known for name in _FASTEST_FIRST if (known := bill(case, name, ranks)) is not None}
+    if "ddp" not in found:
         return Choice("ddp", "for a LoRA the ranks share nothing but the adapters' gradients")
     room = min((gpu.memory_total for gpu in case.facts.gpus or ()), default=None)
-    if room is not None and stepping(zero) <= room - zero.gpu_context < stepping(ddp):
-        return Choice("zero2", f"DDP needs {stepping(ddp) / GIB:.1f} GiB of {room / GIB:.0f}")
-    saved = stepping(ddp) - stepping(zero)
+    if room is not None and not _fits(found["ddp"], room):
+        choice = _sharded(case, {name: known for name, known in found.items() if done(case, name)}, room)
+        if choice is not None:
+            return choice
+    if "zero2" not in found:
+        return Choice("ddp", "it exchanges what is trained and nothing else")
+    saved = stepping(found["ddp"]) - stepping(found["zero2"])
     change = f"save {saved / MIB:.0f} MiB" if saved >= MIB else "save nothing"
-    return Choice("ddp", f"ZeRO-2 would {change} of {stepping(ddp) / GIB:.1f} GiB a GPU, and add its own collectives")
+    whole = f"{stepping(found['ddp']) / GIB:.1f} GiB a GPU"
+    return Choice("ddp", f"ZeRO-2 would {change} of {whole}, and add its own collectives")
+
+
+def _sharded(case: Case, found: dict[str, memory.Bill], room: int) -> Choice | None:
+    """The fastest of those that fit; where none does, what needs least, unless that is of no use for a LoRA."""
+    assert case.job.train is not None
+    needs = {name: f"{NAMES[name]} needs {stepping(known) / GIB:.1f} GiB" for name, known in found.items()}
+    of = f"of {room / GIB:.0f}"
+    fitting = next((name for name in _FASTEST_FIRST if name in found and _fits(found[name], room)), None)
+    if fitting is not None:
+        slower = [needs[name] for name in _FASTEST_FIRST[: _FASTEST_FIRST.index(fitting)] if name in needs]
+        return Choice(fitting, f"{' and '.join(slower)} {of}") if slower else None
+    if case.job.train.mode == "lora" or not found:
+        return None
+    least = min(found, key=lambda name: stepping(found[name]))
+    return Choice(least, f"nothing fits: even {needs[least]} {of} GiB")
+
+
+def _fits(found: memory.Bill, room: int) -> bool:
+    return stepping(found) <= room - found.gpu_context
+
+
+def done(case: Case, strategy: str) -> bool:
+    """Whether the bundled trainer does this job so with the packages that are installed."""
+    assert case.job.train is not None
+    if strategy == "fsdp" and not has_fsdp2(case.facts):
+        return False
+    if strategy.startswith("zero") and case.facts.packages is not None and "deepspeed" not in case.facts.packages:
+        return False
+    return not any(refusals(case.job.train, strategy, 1))
 
 
 def stepping(found: memory.Bill) -> int:
@@ -62,8 +102,10 @@ def bill(case: Case, strategy: str, ranks: int) -> memory.Bill | None:
 
 def under(job: Job, strategy: str, ranks: int) -> Job:
     """The job as another strategy's file would launch it."""
-    kinds = {"single": "NO", "ddp": "MULTI_GPU"}
+    kinds = {"single": "NO", "ddp": "MULTI_GPU", "fsdp": "FSDP"}
     file = {**(job.accelerate or {}), "distributed_type": kinds.get(strategy, "DEEPSPEED"), "num_processes": ranks}
     if strategy.startswith("zero"):
         file["deepspeed_config"] = {**job.section("deepspeed_config"), "zero_stage": int(strategy[-1])}
-    return dataclasses.replace(job, accelerate=file, overrides={})
+    elif strategy == "fsdp":
+        file["fsdp_config"] = {**job.section("fsdp_config"), "fsdp_version": 2}
+    return dataclasses.replace(job, accelerate=file, overrides={}, zero_file=None)

@@ -26,15 +26,30 @@ deepspeed_config:
   offload_optimizer_device: none
   offload_param_device: none
   zero3_init_flag: false
-  zero_stage: 2
+  zero_stage: {stage}
 """
 
 
-def deepspeed_yaml(processes: int, accumulation: int, because: str) -> str:
-    """A launch under DeepSpeed ZeRO-2, as X-Flux's README has it."""
+_FSDP = """\
+fsdp_config:
+  fsdp_offload_params: false
+  fsdp_reshard_after_forward: true
+  fsdp_version: 2
+"""
+
+
+def deepspeed_yaml(processes: int, accumulation: int, because: str, stage: int = 2) -> str:
+    """A launch under DeepSpeed, with ZeRO-2 as X-Flux's README has it."""
     text = _TEXT.format(distributed_type="DEEPSPEED", processes=processes, use_cpu="false", because=because)
     before, mark, after = text.partition("distributed_type:")
-    return before + _DEEPSPEED.format(accumulation=accumulation) + mark + after
+    return before + _DEEPSPEED.format(accumulation=accumulation, stage=stage) + mark + after
+
+
+def fsdp_yaml(processes: int, because: str) -> str:
+    """A launch under FSDP2, for accelerate 1.6 and newer."""
+    text = _TEXT.format(distributed_type="FSDP", processes=processes, use_cpu="false", because=because)
+    before, mark, after = text.partition("machine_rank:")
+    return before + _FSDP + mark + after
 
 
 def accelerate_yaml(

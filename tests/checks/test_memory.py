@@ -8,6 +8,7 @@ import msgspec
 import pytest
 from conftest import GIB, XFLUX_ACCELERATE, case, findings, gpus, job, machine, verdict
 
+from xflux_doctor.bill import need
 from xflux_doctor.checks import memory
 from xflux_doctor.facts import GpuProcess
 from xflux_doctor.finding import Edit
@@ -103,6 +104,10 @@ def test_what_is_offloaded_is_not_asked_of_the_gpu(matrix: Matrix) -> None:
     text = text.replace("offload_optimizer_device: none", "offload_optimizer_device: cpu")
     subject = case(matrix, machine(matrix, count=2), job(text, mode="finetune"))
     assert subject.job.offloads == ("optimizer",) and findings(subject, memory.gpu_memory) == ()
-    (finding,) = findings(subject, memory.host_memory)
-    assert "host memory" in finding.seen
+    assert need(subject).host_per_rank > 60 * GIB and findings(subject, memory.host_memory) == ()
+    assert subject.facts.host
+    host = msgspec.structs.replace(subject.facts.host, memory_limit=100 * GIB)
+    small = msgspec.structs.replace(subject.facts, host=host)
+    (finding,) = findings(case(matrix, small, subject.job), memory.host_memory)
+    assert finding.severity == "error" and "the container's limit is 100 GiB" in finding.seen
 

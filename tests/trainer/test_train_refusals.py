@@ -14,7 +14,7 @@ from xflux_trainer.errors import Unsupported
 from xflux_trainer.optim import refuse_step_in_backward
 from xflux_trainer.sharded import refuse_optimizers
 
-from xflux_doctor.checks.sharing import refusals
+from xflux_doctor.refused import refusals
 
 BASE = TrainConfig(img_dir="x")
 CHANGES: list[dict[str, Any]] = [

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from packaging.version import Version
-from xflux_trainer.config import TrainConfig
-
 from xflux_doctor import batch
 from xflux_doctor.accelerate_keys import DISTRIBUTED_TYPES
 from xflux_doctor.check import Case, check
 from xflux_doctor.checks.words import installed
 from xflux_doctor.finding import Change, Edit, Finding, error
+from xflux_doctor.refused import BEFORE, FSDP2, FULLY_SHARD, refusals
 
-FSDP2 = Version("1.6.0")
-"""The first accelerate that hands fsdp_version to its ranks."""
-_FULLY_SHARD = Version("2.6")
-"""Before it torch.distributed.fsdp has no fully_shard."""
 _ALONE = ("dp_replicate_size", "tp_size", "cp_size", "sp_size")
 """Sizes of a parallelism_config that must be 1 here (trainer/ranks.py)."""
-_BEFORE = "It stops before its first step."
 
 
 @check("LA111", "the trainer does the job's strategy", needs=("train", "trainer", "accelerate"))
@@ -32,7 +25,7 @@ def strategy_done(case: Case) -> Iterator[Finding]:
             file, key = ("deepspeed", ("zero_optimization", "stage"))
         yield error(
             f"{'.'.join(key)} is {job.zero_stage}; the bundled trainer does ZeRO 1, 2 and 3.",
-            f"{_BEFORE} 2 is accelerate's own default; 3 costs time, for models that do not fit on one device.",
+            f"{BEFORE} 2 is accelerate's own default; 3 costs time, for models that do not fit on one device.",
             f"Set {key[-1]} to 2.",
             edits=(Edit(file, key, 2, "the trainer does ZeRO 1, 2 and 3"),),
         )
@@ -41,7 +34,7 @@ def strategy_done(case: Case) -> Iterator[Finding]:
     elif kind in DISTRIBUTED_TYPES and kind not in ("NO", "MULTI_GPU", "MULTI_CPU", "DEEPSPEED"):
         yield error(
             f"distributed_type is {kind}; the bundled trainer does NO, MULTI_GPU, DEEPSPEED and FSDP.",
-            _BEFORE,
+            BEFORE,
             f"Set distributed_type to {_plain(case)}.",
             offers=_to_plain(case, "DDP trains the same"),
         )
@@ -58,7 +51,7 @@ def _to_plain(case: Case, reason: str) -> tuple[Change, ...]:
 def _fsdp(case: Case) -> Iterator[Finding]:
     """FSDP's first version, and sizes that only accelerate's own loop would honour (trainer/ranks.py, fsdp.py)."""
     accelerate, torch = installed(case, "accelerate"), installed(case, "torch")
-    if torch is not None and torch < _FULLY_SHARD:
+    if torch is not None and torch < FULLY_SHARD:
         yield error(
             f"distributed_type is FSDP, and torch is {torch}.",
             f"The bundled trainer stops: 'torch {torch} has no FSDP2 that leaves adapters whole.'",
@@ -75,7 +68,7 @@ def _fsdp(case: Case) -> Iterator[Finding]:
         other = Edit("accelerate", ("fsdp_config", key), 2, "the version that the trainer does")
         yield error(
             f"{seen}.",
-            f"{_BEFORE} 'The accelerate config asks for the first version of FSDP, which this trainer does not do.'",
+            f"{BEFORE} 'The accelerate config asks for the first version of FSDP, which this trainer does not do.'",
             "Set fsdp_version: 2 in fsdp_config." if knows else "Install accelerate 1.6 or newer, or set "
             f"distributed_type to {_plain(case)}.",
             offers=(other,) if knows else _to_plain(case, f"accelerate {accelerate} has no FSDP2"),
@@ -87,7 +80,7 @@ def _fsdp(case: Case) -> Iterator[Finding]:
     if odd:
         yield error(
             f"parallelism_config has {', '.join(odd)}.",
-            f"{_BEFORE} 'The accelerate config asks for a parallelism_config with {', '.join(odd)}, which this "
+            f"{BEFORE} 'The accelerate config asks for a parallelism_config with {', '.join(odd)}, which this "
             "trainer does not do.'",
             "Take parallelism_config out.",
         )
@@ -106,74 +99,3 @@ def goes_together(case: Case) -> Iterator[Finding]:
         steps = int(told)
     plain = _to_plain(case, "each device then holds the whole model") if case.job.accelerate is not None else ()
     yield from refusals(case.job.train, case.job.strategy, steps, plain)
-
-
-def refusals(config: TrainConfig, strategy: str, steps: int, plain: tuple[Change, ...] = ()) -> Iterator[Finding]:
-    """One finding for each setting that the trainer does not combine with the strategy; `plain` launches without it."""
-    if strategy in ("zero1", "zero2", "zero3", "fsdp"):
-        yield from _optimizers(config, "FSDP" if strategy == "fsdp" else "DeepSpeed")
-        yield from _bases(config, strategy, plain)
-    yield from _in_backward(config, strategy, steps)
-
-
-def _optimizers(config: TrainConfig, who: str) -> Iterator[Finding]:
-    if config.optimizer != "adamw":
-        yield error(
-            f"The optimizer {config.optimizer} wants whole weights, and {who} cuts them up.",
-            _BEFORE,
-            "Set optimizer to adamw, or set distributed_type to MULTI_GPU, where each device holds the whole model.",
-            offers=(Edit("train", ("optimizer",), "adamw", f"what {who} steps pieces of weights with"),),
-        )
-    if config.mode == "finetune" and config.weight_update not in ("auto", "master"):
-        yield error(
-            f"weight_update is {config.weight_update}, but {who} holds fp32 masters of what is trained.",
-            _BEFORE,
-            "Set weight_update to auto, or set distributed_type to MULTI_GPU, where each device holds the whole model.",
-            edits=(Edit("train", ("weight_update",), "auto", f"{who} steps fp32 masters, which lose nothing"),),
-        )
-
-
-def _bases(config: TrainConfig, strategy: str, plain: tuple[Change, ...]) -> Iterator[Finding]:
-    if config.stream_blocks or config.modulation == "stream":
-        key = "stream_blocks" if config.stream_blocks else "modulation: stream"
-        yield error(
-            f"{key} keeps weights in the host's memory, and {strategy} wants to place them itself.",
-            _BEFORE,
-            "Launch without DeepSpeed and FSDP, or set stream_blocks to 0 and modulation to keep.",
-            offers=plain,
-        )
-    if config.quantization != "none" and strategy in ("zero3", "fsdp"):
-        yield error(
-            f"quantization is {config.quantization}, and {strategy} cannot cut a quantised base into parts.",
-            _BEFORE,
-            "Launch without it, or set quantization: none.",
-            offers=plain,
-        )
-
-
-def _in_backward(config: TrainConfig, strategy: str, steps: int) -> Iterator[Finding]:
-    if not config.step_in_backward:
-        return
-    off = (Edit("train", ("step_in_backward",), False, "gradients are kept until all are there"),)
-    if strategy != "single":
-        yield error(
-            "step_in_backward steps before gradients could be exchanged or sharded, and this run is under "
-            f"{strategy}.",
-            _BEFORE,
-            "Set distributed_type to NO and num_processes to 1 in the accelerate config, or step_in_backward to false.",
-            offers=off,
-        )
-    elif steps > 1:
-        yield error(
-            f"step_in_backward cannot accumulate gradients, and gradient_accumulation_steps is {steps}.",
-            _BEFORE,
-            "Set it to 1 in the train config and the accelerate config, or step_in_backward to false.",
-            offers=off,
-        )
-    elif config.mixed_precision == "fp16":
-        yield error(
-            "step_in_backward cannot leave out a step whose gradients overflow, and mixed_precision is fp16.",
-            _BEFORE,
-            "Set mixed_precision to bf16, or step_in_backward to false.",
-            offers=off,
-        )

@@ -24,7 +24,7 @@ from xflux_doctor.inputs import Inputs, build, files_of
 from xflux_doctor.meaning import everywhere
 from xflux_doctor.plan import Plan, make
 from xflux_doctor.report import difference, jsonreport, text
-from xflux_doctor.template import accelerate_yaml, deepspeed_yaml
+from xflux_doctor.template import accelerate_yaml, deepspeed_yaml, fsdp_yaml
 from xflux_doctor.yamlnodes import read as read_yaml
 
 NO_WRITING = frozenset({"HW101", "LA103", "LA104", "LA105", "LA113", "LA114"}).union(
@@ -111,7 +111,9 @@ def new_accelerate(case: Case) -> str:
     ranks = max(1, len(devices(case) or ()))
     choice = strategy.best(case, ranks)
     if choice.strategy.startswith("zero"):
-        return deepspeed_yaml(ranks, batch.accumulation(case.job), choice.because)
+        return deepspeed_yaml(ranks, batch.accumulation(case.job), choice.because, int(choice.strategy[-1]))
+    if choice.strategy == "fsdp":
+        return fsdp_yaml(ranks, choice.because)
     return accelerate_yaml(ranks, cpu=False, because=choice.because)
 
 

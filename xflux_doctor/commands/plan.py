@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from typing import Any
 
 import click
 from xflux_trainer import memory
@@ -16,6 +17,7 @@ from xflux_doctor.check import Case, SkipCheck
 from xflux_doctor.checks.words import devices
 from xflux_doctor.errors import DoctorError, UsageError
 from xflux_doctor.inputs import Inputs, build
+from xflux_doctor.refused import refusals
 from xflux_doctor.report import placement
 from xflux_doctor.xflux import XFlux
 
@@ -37,7 +39,7 @@ def run(inputs: Inputs, *, gpu: str | None) -> int:
     try:
         bill = need(case)
     except SkipCheck as skip:
-        raise DoctorError(f"There is no bill: {skip}.", "Use DDP, or DeepSpeed ZeRO stage 1 or 2.") from skip
+        raise DoctorError(f"There is no bill: {skip}.", "Use DDP, FSDP2, or DeepSpeed ZeRO stage 1, 2 or 3.") from skip
     for line in placement.lines(case):
         click.echo(line)
     _print(bill)
@@ -104,23 +106,26 @@ def _print(bill: memory.Bill) -> None:
 
 
 def _strategies(case: Case) -> None:
-    """What sharding would change: for a LoRA next to nothing, which people learn after hours of ZeRO settings."""
+    """What sharding would change: for a LoRA next to nothing by ZeRO 1 and 2, which people learn after hours of it."""
     ranks = case.job.num_processes
     if ranks <= 1 or case.job.use_cpu:
         return
     click.echo(f"how {ranks} ranks share the work, while training, per GPU:")
     choice = strategy.best(case, ranks)
-    for name in ("ddp", "zero1", "zero2"):
-        found = strategy.bill(case, name, ranks)
+    for name in ("ddp", "zero1", "zero2", "fsdp", "zero3"):
+        found = strategy.bill(case, name, ranks) if name == case.job.strategy or strategy.done(case, name) else None
         if found is not None:
             mine = ", as your file says" if name == case.job.strategy else ""
-            why = f": the fastest; {choice.because}" if name == choice.strategy else ""
+            why = f": {choice.because}" if name == choice.strategy else ""
+            why = why.replace(": ", ": the fastest; ", 1) if choice.strategy == "ddp" else why
             click.echo(f"  {strategy.stepping(found) / GIB:7.2f} GiB  {strategy.NAMES[name]}{mine}{why}")
     config = case.job.train
     less = [] if config is None or config.gradient_checkpointing else ["gradient_checkpointing"]
     less += ["a smaller img_size"] + (["a smaller train_batch_size"] if config and config.train_batch_size > 1 else [])
+    what = "transformer" if config and config.mode == "finetune" else "frozen transformer"
     click.echo(
-        f"  every rank holds the frozen transformer whole, so more ranks do not lower it; {' or '.join(less)} does"
+        f"  by DDP, ZeRO-1 and ZeRO-2 every rank holds the {what} whole, so more ranks do not lower it; "
+        f"{' or '.join(less)} does"
     )
 
 
@@ -129,13 +134,15 @@ def _alternatives(case: Case, config: TrainConfig, name: str, size: int) -> int:
     click.echo(f"\non a {name or 'GPU'} of {size / GIB:.0f} GiB:")
     fits = False
     for label, changed in variants(config):
+        if any(refusals(changed, case.job.strategy, 1)):
+            continue
         mended = dataclasses.replace(case, job=dataclasses.replace(case.job, train=changed))
         bill = need(mended)
         verdict = verdict_of(bill, size)
         fits = fits or verdict != "does not fit"
         click.echo(f"  {verdict:<13}{bill.gpu_total / GIB:7.1f} GiB  {label}")
     if not fits:
-        click.echo("Nothing fits this card. A quantized base is what fits smaller cards; this release has none.")
+        click.echo("Nothing fits this card: use a larger one, or several under FSDP2 or ZeRO-3.")
     return 0 if fits else 1
 
 
@@ -150,7 +157,25 @@ def variants(config: TrainConfig) -> list[tuple[str, TrainConfig]]:
             if changed != config:
                 mode = "recomputing every block" if checkpointing else "keeping every activation"
                 found.append((f"{px} px, {mode}", changed))
-    return found
+    return [*found, *_smaller(config)]
+
+
+def _smaller(config: TrainConfig) -> list[tuple[str, TrainConfig]]:
+    """The job's own size with less of the model on the device."""
+    checkpointed = dataclasses.replace(config, gradient_checkpointing=True)
+    if config.mode == "finetune":
+        own = {"optimizer": "adafactor", "step_in_backward": True, "weight_update": "stochastic"}
+        rows: dict[str, dict[str, Any]] = {"adafactor, stepped in the backward pass": own}
+    elif config.quantization == "none":
+        rows = {
+            "base in int8": {"quantization": "int8"},
+            "base in nf4": {"quantization": "nf4"},
+            "base in nf4, its modulation streamed": {"quantization": "nf4", "modulation": "stream"},
+        }
+    else:
+        rows = {"its modulation streamed": {"modulation": "stream"}}
+    made = [(label, dataclasses.replace(checkpointed, **keys)) for label, keys in rows.items()]
+    return [(f"{config.img_size} px, {label}", changed) for label, changed in made if changed != config]
 
 
 def verdict_of(bill: memory.Bill, size: int) -> str:
