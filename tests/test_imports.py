@@ -29,7 +29,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("checks.hardware", "checks.software", "checks.rules", "checks.packages", "checks.releases",
      "checks.words", "checks.sections", "checks.section_words", "checks.section_types", "checks.strategies",
      "checks.variables", "checks.nccl_variables", "checks.torch_variables", "checks.job_variables", "checks.host",
-     "checks.toolchain", "checks.spare", "checks.cards", "checks.health", "checks.xids", "checks.launch", "checks.sharing",
+     "checks.toolchain", "checks.spare", "checks.cards", "checks.health", "checks.xids", "checks.launch",
+     "checks.sharing",
      "checks.machines",
      "checks.deepspeed", "checks.deepspeed_section", "checks.deepspeed_stages", "checks.deepspeed_file",
      "checks.deepspeed_wins", "checks.deepspeed_memory",
@@ -46,7 +47,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
      "commands", "cli"),
 )  # fmt: skip
 TORCH_STACK = {"torch", "torchvision", "transformers", "diffusers", "accelerate", "deepspeed", "peft", "optimum"}
-TORCH_FREE_TRAINER = {"config", "spec", "memory", "samples", "lint"}
+TORCH_FREE_TRAINER = {"config", "spec", "memory", "samples", "lint", "layout", "bfl_spec", "find"}
 PACKAGE = ROOT / "xflux_doctor"
 
 

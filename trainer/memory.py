@@ -30,7 +30,7 @@ from xflux_trainer.trained import trained
 GIB = 1 << 30
 MIB = 1 << 20
 ERROR_BAR = 0.15
-"""What is promised. Measured so far at 1024 px on an H100 and an H200, 7 to 47 GiB in all modes and formats: within 6 %."""
+"""What is promised. Measured so far at 1024 px on an H100 and an H200, 7 to 47 GiB, in all modes: within 6 %."""
 CUDA_CONTEXT = 550 * MIB
 PYTHON_CUDA = 2_000 * MIB
 PYTHON_CPU = 600 * MIB

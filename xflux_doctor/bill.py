@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from xflux_trainer import memory, samples, spec
+from xflux_trainer import bfl_spec, memory, samples, spec
 
 from xflux_doctor.check import Case, SkipCheck
-from xflux_doctor.gather.folders import local_model
+from xflux_doctor.gather.folders import base_place
 
 
 def need(case: Case) -> memory.Bill:
@@ -42,22 +42,22 @@ def _forecast(case: Case) -> memory.Bill:
 
 
 def spec_of(case: Case) -> spec.FluxSpec:
-    """The model's sizes: read from a local folder, else those of FLUX.1."""
+    """The model's sizes: read from a local folder or single file, else those of FLUX.1."""
     assert case.job.train is not None
-    folder = model_folder(case)
-    if folder is not None and folder.is_dir():
+    place = model_place(case)
+    if place is not None and place.exists():
         try:
-            return spec.read_folder(folder)
+            return bfl_spec.read_local(place)
         except (OSError, ValueError, KeyError, TypeError):
-            pass  # the folder's fault is WE101's to report; FLUX.1's own sizes are what it should hold
+            pass  # the model's fault is WE101's to report; FLUX.1's own sizes are what it should hold
     return spec.SPECS[case.job.train.model_name]
 
 
-def model_folder(case: Case) -> Path | None:
-    """The model's folder when it is local. Raises SkipCheck where its mount does not answer."""
+def model_place(case: Case) -> Path | None:
+    """The model's folder or single file when it is local. Raises SkipCheck where its mount does not answer."""
     assert case.job.train is not None
     _must_answer(case, "model")
-    return local_model(case.job.train.base_model)
+    return base_place(case.job.train, case.facts.environment)
 
 
 def dataset(case: Case) -> samples.Survey:

@@ -73,8 +73,7 @@ def _in_backward(config: TrainConfig, strategy: str, steps: int) -> Iterator[Fin
     off = (Edit("train", ("step_in_backward",), False, "gradients are kept until all are there"),)
     if strategy != "single":
         yield error(
-            "step_in_backward steps before gradients could be exchanged or sharded, and this run is under "
-            f"{strategy}.",
+            f"step_in_backward steps before gradients could be exchanged or sharded, and this run is under {strategy}.",
             BEFORE,
             "Set distributed_type to NO and num_processes to 1 in the accelerate config, or step_in_backward to false.",
             offers=off,

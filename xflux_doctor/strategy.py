@@ -72,7 +72,7 @@ def _sharded(case: Case, found: dict[str, memory.Bill], room: int) -> Choice | N
 
 
 def _fits(found: memory.Bill, room: int) -> bool:
-    return stepping(found) <= room - found.gpu_context
+    return stepping(found) <= room - int(found.gpu_context)
 
 
 def done(case: Case, strategy: str) -> bool:

@@ -52,10 +52,8 @@ def fsdp_yaml(processes: int, because: str) -> str:
     return before + _FSDP + mark + after
 
 
-def accelerate_yaml(
-    processes: int, *, cpu: bool, because: str = "the ranks share the adapters' gradients alone"
-) -> str:
-    """A DDP launch: for a LoRA the ranks share nothing but the adapters' gradients.
+def accelerate_yaml(processes: int, *, cpu: bool, because: str = "the ranks share the gradients alone") -> str:
+    """A DDP launch: the ranks share nothing but the gradients of what is trained.
 
     CPU ranks are launched as MULTI_GPU with use_cpu: accelerate starts only one process for MULTI_CPU without
     MPI (accelerate 1.15.0, commands/launch.py, launch_command).

@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT, case, findings, job, machine, on_this_disk, verdict
 from xflux_trainer import samples
 
+from xflux_doctor.bill import model_place, spec_of
 from xflux_doctor.check import Case
 from xflux_doctor.checks import data, network, weights
 from xflux_doctor.facts import AllReduce, Folder, HubAccess
@@ -163,13 +164,127 @@ def test_model_faults(matrix: Matrix, tmp_path: Path) -> None:
     (folder / "tokenizer" / "tokenizer_config.json").unlink()
     assert "tokenizer is empty" in findings(subject, weights.folder_complete)[0].seen
     (folder / "tokenizer" / "tokenizer_config.json").write_text("{}")
-    shutil.rmtree(folder / "scheduler")
-    assert "lacks scheduler" in findings(subject, weights.folder_complete)[0].seen
+    shutil.rmtree(folder / "scheduler")  # the trainer does without (trainer/layout.py)
+    assert findings(subject, weights.folder_complete) == ()
+    shutil.rmtree(folder / "vae")
+    assert "lacks vae" in findings(subject, weights.folder_complete)[0].seen
 
 
 def test_model_folder_that_is_not_there(matrix: Matrix) -> None:
     work = job(None, pretrained_model="./no/such/folder")
     assert "There is no model folder" in findings(case(matrix, machine(matrix), work), weights.folder_complete)[0].seen
+
+
+# --- Black Forest Labs' single files ----------------------------------------------------------------------------
+
+
+def single_file(path: Path, *, blocks: int = 3) -> Path:
+    """A safetensors file whose header has the tensors of a small transformer in Black Forest Labs' layout."""
+    shapes = {
+        "img_in.weight": [64, 64], "txt_in.weight": [64, 48], "vector_in.in_layer.weight": [64, 32],
+        "final_layer.linear.weight": [64, 64], "guidance_in.in_layer.weight": [64, 256],
+        **{f"double_blocks.{k}.img_attn.norm.query_norm.scale": [16] for k in range(blocks)},
+        "single_blocks.0.linear1.weight": [448, 64],
+    }  # fmt: skip
+    header = json.dumps({n: {"dtype": "BF16", "shape": s, "data_offsets": [0, 8]} for n, s in shapes.items()}).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    return path
+
+
+def single_folder(folder: Path) -> Path:
+    """The single files of transformer and VAE beside diffusers' folders of the text encoders."""
+    model(folder)
+    for part in ("transformer", "vae", "scheduler"):
+        shutil.rmtree(folder / part)
+    single_file(folder / "flux1-dev.safetensors")
+    shutil.copy(folder / "text_encoder" / "model.safetensors", folder / "ae.safetensors")
+    return folder
+
+
+def test_a_single_file_and_its_folder_are_a_model(matrix: Matrix, tmp_path: Path) -> None:
+    """Named as a file, as a folder, and by X-Flux's variable where pretrained_model is null."""
+    folder = single_folder(tmp_path / "bfl")
+    environment = {"FLUX_DEV": str(folder / "flux1-dev.safetensors"), "HF_HOME": str(tmp_path / "hf")}
+    for name, told in ((str(folder), {}), (str(folder / "flux1-dev.safetensors"), {}), (None, environment)):
+        facts = machine(matrix, environment=told)
+        subject = on_this_disk(case(matrix, facts, job(None, pretrained_model=name)))
+        assert findings(subject, weights.folder_complete) == ()
+        assert spec_of(subject).double_blocks == 3 and spec_of(subject).hidden == 64
+        assert subject.facts.folders and "model" in subject.facts.folders and subject.facts.hub_cache is None
+        assert verdict(subject, weights.hub_access).status == "skipped"
+
+
+def test_x_flux_s_variables_count_for_its_own_model_alone(matrix: Matrix, tmp_path: Path) -> None:
+    folder = single_folder(tmp_path / "bfl")
+    told = {"FLUX_DEV": str(folder / "flux1-dev.safetensors")}
+    facts = machine(matrix, environment=told)
+    assert model_place(case(matrix, facts, job(None, model_name="flux-schnell"))) is None
+    assert model_place(case(matrix, facts, job(None, pretrained_model=str(folder)))) == folder
+
+
+@pytest.mark.parametrize("variable", ["FLUX_DEV", "AE"])
+def test_a_variable_that_names_no_file(matrix: Matrix, tmp_path: Path, variable: str) -> None:
+    facts = machine(matrix, environment={variable: str(tmp_path / "none.safetensors")})
+    result = verdict(case(matrix, facts, job(None)), weights.folder_complete)
+    assert f"The environment variable {variable} names" in result.findings[0].seen
+    assert result.findings[0].severity == "error" and variable in result.findings[0].hint
+
+
+def test_faults_of_a_single_file(matrix: Matrix, tmp_path: Path) -> None:
+    folder = single_folder(tmp_path / "bfl")
+    file = folder / "flux1-dev.safetensors"
+    subject = case(matrix, machine(matrix), job(None, pretrained_model=str(file)))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-3])
+    assert "its header declares" in findings(subject, weights.folder_complete)[0].seen
+    shutil.copy(folder / "ae.safetensors", file)
+    assert "Black Forest Labs' layout" in findings(subject, weights.folder_complete)[0].seen
+    file.write_bytes(whole)
+    single_file(folder / "flux1-schnell.safetensors")
+    both = case(matrix, machine(matrix), job(None, pretrained_model=str(folder)))
+    assert (
+        "holds flux1-dev.safetensors and flux1-schnell.safetensors" in findings(both, weights.folder_complete)[0].seen
+    )
+    assert findings(subject, weights.folder_complete) == ()
+    other = tmp_path / "model.bin"
+    other.write_bytes(whole)
+    (finding,) = findings(
+        case(matrix, machine(matrix), job(None, pretrained_model=str(other))), weights.folder_complete
+    )
+    assert "is not a safetensors file" in finding.seen
+
+
+def test_what_a_single_file_has_not_beside_it(matrix: Matrix, tmp_path: Path) -> None:
+    """It comes from the hub: said before, and an error where nothing can be fetched."""
+    file = single_file(tmp_path / "alone" / "flux1-dev.safetensors")
+    hub = {"HF_HOME": str(tmp_path / "hf")}
+    work = job(None, pretrained_model=str(file))
+    subject = on_this_disk(case(matrix, machine(matrix, environment=hub), work))
+    (finding,) = findings(subject, weights.folder_complete)
+    assert finding.severity == "warning" and "xlabs-ai/xflux_text_encoders" in finding.because
+    off = on_this_disk(case(matrix, machine(matrix, environment={**hub, "HF_HUB_OFFLINE": "1"}), work))
+    (finding,) = findings(off, weights.folder_complete)
+    assert finding.severity == "error" and "not in the hub cache" in finding.seen
+    for name in ("openai/clip-vit-large-patch14", "xlabs-ai/xflux_text_encoders", NAME):
+        place = tmp_path / "hf" / "hub" / f"models--{name.replace('/', '--')}" / "snapshots" / "abc"
+        place.mkdir(parents=True)
+        (place / "ae.safetensors").write_bytes(b"x")
+    assert findings(off, weights.folder_complete) == ()
+
+
+def test_the_file_that_x_flux_left_in_the_hub_cache(matrix: Matrix, tmp_path: Path) -> None:
+    """The trainer takes it, with the text encoders that X-Flux has: nothing of diffusers' folder is missing then."""
+    base = tmp_path / "hub" / f"models--{NAME.replace('/', '--')}"
+    single_file(base / "snapshots" / "abc" / "flux1-dev.safetensors")
+    (base / "refs").mkdir()
+    (base / "refs" / "main").write_text("abc")
+    (finding,) = findings(cached(matrix, tmp_path, **OFFLINE), weights.snapshot_complete)
+    assert "lacks ae.safetensors, openai/clip-vit-large-patch14, xlabs-ai/xflux_text_encoders" in finding.seen
+    (base / "snapshots" / "abc" / "ae.safetensors").write_bytes(b"x")
+    for name in ("openai/clip-vit-large-patch14", "xlabs-ai/xflux_text_encoders"):
+        (tmp_path / "hub" / f"models--{name.replace('/', '--')}" / "snapshots" / "abc").mkdir(parents=True)
+    assert findings(cached(matrix, tmp_path, **OFFLINE), weights.snapshot_complete) == ()
 
 
 NAME = "black-forest-labs/FLUX.1-dev"

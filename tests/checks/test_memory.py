@@ -110,4 +110,3 @@ def test_what_is_offloaded_is_not_asked_of_the_gpu(matrix: Matrix) -> None:
     small = msgspec.structs.replace(subject.facts, host=host)
     (finding,) = findings(case(matrix, small, subject.job), memory.host_memory)
     assert finding.severity == "error" and "the container's limit is 100 GiB" in finding.seen
-

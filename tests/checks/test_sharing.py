@@ -9,7 +9,8 @@ from conftest import XFLUX_ACCELERATE, case, findings, job, machine, packages, v
 from deepspeed_kit import Z, one, ours, sets
 
 from xflux_doctor.check import examine
-from xflux_doctor.checks import ALL, deepspeed_stages, sharing, toolchain
+from xflux_doctor.checks import ALL, deepspeed_stages, sharing, software, toolchain
+from xflux_doctor.checks.packages import formats_installed
 from xflux_doctor.facts import Toolchain
 from xflux_doctor.matrix import Matrix
 from xflux_doctor.plan import make
@@ -145,3 +146,21 @@ def test_an_offload_compiles_nothing(matrix: Matrix) -> None:
 def test_fsdp_s_offload(matrix: Matrix) -> None:
     assert job(FSDP + "  fsdp_version: 2\n  fsdp_offload_params: true\n").offloads == ("optimizer", "param")
     assert job(FSDP + "  fsdp_version: 2\n").offloads == ()
+
+
+@pytest.mark.parametrize(("train", "stack", "command"), [
+    ({"quantization": "nf4"}, "cuda13", "pip install 'bitsandbytes'"),
+    ({"quantization": "torchao-fp8"}, "xflux-2024", "pip install 'torchao==0.9.0'"),
+    ({"optimizer": "adamw8bit"}, "xflux-2024", "pip install 'torchao==0.7.0'"),
+    ({"quantization": "int8"}, "cuda13", None),
+    ({}, "cuda13", None),
+])  # fmt: skip
+def test_a_format_whose_package_is_missing(
+    matrix: Matrix, train: dict[str, Any], stack: str, command: str | None
+) -> None:
+    facts = machine(matrix, packages=packages(matrix, stack))
+    found = findings(case(matrix, facts, job("distributed_type: NO\n", **train), stack), formats_installed)
+    assert [finding.commands for finding in found] == ([(command,)] if command else [])
+    bare = machine(matrix, packages=packages(matrix, stack, optimum_quanto=""))
+    needs = case(matrix, bare, job("distributed_type: NO\n", quantization="int8"), stack)
+    assert len(findings(needs, formats_installed)) == 1 and "optimum-quanto" in findings(needs, software.pins)[0].seen

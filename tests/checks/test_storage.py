@@ -74,6 +74,22 @@ def test_room_is_summed_by_mount(matrix: Matrix) -> None:
     assert findings(fine, room.room) == ()
 
 
+def test_the_cache_holds_every_size_mirror_image_and_condition(matrix: Matrix) -> None:
+    """512 and 1024 px, each mirrored, and edges of each: by bytes and by files, less what is there already."""
+    work = job(None, mode="controlnet", img_size=512, resolutions=(1024,), random_flip=True)
+    once = {share.purpose: share for share in room.shares(on(matrix, job(None, mode="controlnet", img_size=512)))}
+    many = {share.purpose: share for share in room.shares(on(matrix, work))}
+    count = once["cache"].files // 3  # latents, caption, condition
+    assert many["cache"].files == count * (4 + 1 + 2)
+    text = (512 * 4096 + 768) * 2
+    latents, edges = 512 * 512 // 256 * 64 * 4, 512 * 512
+    assert once["cache"].bytes == count * (text + latents + edges)
+    assert many["cache"].bytes == count * (text + 2 * (1 + 4) * latents + (1 + 4) * edges)
+    assert "the ControlNet" in many["output"].what and "conditions" in many["cache"].what
+    half = room.shares(on(matrix, work, cache=place("/data/cache", entries=2 * count)))
+    assert next(share.files for share in half if share.purpose == "cache") == (count - count // 2) * 7
+
+
 def test_a_store_that_does_not_tell_its_room_is_no_pass(matrix: Matrix) -> None:
     result = verdict(on(matrix, output=place("/s3/out", mount="/s3", total=0, free=0, device="0:9")), room.room)
     assert result.status == "skipped" and "does not say how much room" in result.reason

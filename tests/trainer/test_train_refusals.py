@@ -14,6 +14,7 @@ from xflux_trainer.errors import Unsupported
 from xflux_trainer.optim import refuse_step_in_backward
 from xflux_trainer.sharded import refuse_optimizers
 
+from xflux_doctor.checks import packages
 from xflux_doctor.refused import refusals
 
 BASE = TrainConfig(img_dir="x")
@@ -52,15 +53,9 @@ def test_the_doctor_says_what_the_trainer_will(strategy: str, accumulation: int)
     """Each of the trainer's functions stops at its first reason, so the doctor may know more, never less."""
     for changes in CHANGES:
         config = replace(BASE, **changes)
-        who = "FSDP" if strategy == "fsdp" else "DeepSpeed"
-        sharded = strategy not in ("single", "ddp")
-        trainers = said(
-            lambda config=config: refuse_optimizers(config, who) if sharded else None,
-            lambda config=config: quantize.refuse(config, strategy) if sharded else None,
-            lambda config=config: refuse_step_in_backward(config, strategy, accumulation),
-        )
+        trainers = _trainer(config, strategy, accumulation)
         doctors = {(finding.seen, finding.hint) for finding in refusals(config, strategy, accumulation)}
-        assert trainers <= {(seen, hint) for seen, hint in doctors}, changes
+        assert trainers <= doctors, changes
         assert bool(trainers) == bool(doctors), changes
         # What the trainer did not come to is refused by itself.
         for seen, _ in doctors - trainers:
@@ -79,8 +74,13 @@ def _apart(changes: dict[str, Any]) -> list[TrainConfig]:
 
 def _trainer(config: TrainConfig, strategy: str, accumulation: int) -> set[tuple[str, str]]:
     who = "FSDP" if strategy == "fsdp" else "DeepSpeed"
+    sharded = strategy not in ("single", "ddp")
     return said(
-        lambda: refuse_optimizers(config, who),
-        lambda: quantize.refuse(config, strategy),
+        lambda: refuse_optimizers(config, who) if sharded else None,
+        lambda: quantize.refuse(config, strategy) if sharded else None,
         lambda: refuse_step_in_backward(config, strategy, accumulation),
     )
+
+
+def test_the_doctor_knows_the_package_of_every_format() -> None:
+    assert {name: package for name, (_, package) in quantize.PACKAGES.items()} == packages._FORMATS

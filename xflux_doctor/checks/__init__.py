@@ -60,6 +60,7 @@ ALL: tuple[Check, ...] = (
     packages.no_editable,
     packages.with_gil,
     packages.one_version,
+    packages.formats_installed,
     toolchain.cuda_home,
     toolchain.nvcc,
     toolchain.compiler,

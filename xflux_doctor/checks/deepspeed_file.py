@@ -234,7 +234,7 @@ def _stage(case: Case, value: Any) -> Iterator[Finding]:
         meant = 1 if value is True else 2
         yield error(f"{ZERO}.stage is {value!r} in {file}; the bundled trainer does ZeRO 1, 2 and 3.",
                     "It stops before its first step.", f"Set it to {meant}.",
-                    edits=on_file(case, Edit("deepspeed", place, meant, "the trainer does ZeRO 1, 2 and 3")))  # fmt: skip
+                    edits=on_file(case, Edit("deepspeed", place, meant, "it does ZeRO 1, 2 and 3")))  # fmt: skip
     elif case.job.bundled or value is ABSENT or value == "auto":
         return
     elif isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""LA: the memory that DeepSpeed takes and saves where a LoRA is trained."""
+"""LA: the memory that DeepSpeed takes and saves, by what is trained."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LARGE = 100_000_000
 
 
 def _trained(case: Case) -> int | None:
-    """Parameters of the adapter; None where another script, or no LoRA, is trained."""
+    """Trained parameters of the bundled trainer's job, or of X-Flux's LoRA; None where another script trains."""
     if case.job.train is not None:
         return int(memory.adapter_parameters(case.job.train, bill.spec_of(case)))
     found = case.job.xflux
@@ -56,7 +56,8 @@ def zero_saves_little(case: Case) -> Iterator[Finding]:
     if case.job.use_cpu or case.job.num_processes < 2:
         raise SkipCheck("the job runs on the CPU, or on one rank")
     trained = _trained(case)
-    if trained is None or case.job.zero_stage not in (1, 2):
+    other = case.job.train is not None and case.job.train.mode != "lora"  # whose states are what ZeRO is there for
+    if trained is None or other or case.job.zero_stage not in (1, 2):
         raise SkipCheck("no LoRA is trained under ZeRO 1 or 2")
     wanted, bar = _need(case)
     short = [gpu for gpu in (devices(case) or ())[: case.job.local_processes]
@@ -65,7 +66,7 @@ def zero_saves_little(case: Case) -> Iterator[Finding]:
         return
     ranks = case.job.num_processes
     shared = trained * 12 * (ranks - 1) // ranks
-    what = "Turn gradient_checkpointing on, lower img_size or train_batch_size, or use a larger card."
+    what = "Turn gradient_checkpointing on, set quantization, lower img_size or train_batch_size, or use a larger card."
     if case.job.xflux is not None:
         what = "Lower img_size, or use a larger card: X-Flux's script recomputes nothing. The bundled trainer does "
         what += "(gradient_checkpointing), and needs half of that."

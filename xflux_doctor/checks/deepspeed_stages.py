@@ -41,7 +41,7 @@ def offloads(case: Case) -> Iterator[Finding]:
 
 
 def _bundled(case: Case) -> Iterator[Finding]:
-    """The bundled trainer offloads to the CPU, weights under stage 3 only, and to no disk (trainer/zero_settings.py)."""
+    """The bundled trainer offloads to the CPU, weights under stage 3 only, and to no disk (zero_settings.py)."""
     stage, inline = case.job.zero_stage, case.job.zero_file is None
     for what in ("optimizer", "param"):
         device, key = case.job.offload_device(what), f"offload_{what}_device"

@@ -41,7 +41,7 @@ def captions_fit(case: Case) -> Iterator[Finding]:
 
 @check("DA104", "the images have the pixels that they are trained at", needs=("train", "trainer"))
 def pixels(case: Case) -> Iterator[Finding]:
-    """An image smaller than its bucket is enlarged: the adapter learns the blur."""
+    """An image smaller than its bucket is enlarged: the model learns the blur."""
     assert case.job.train is not None
     looks = _opened(case)
     tiny = [look for look in looks if look.size and min(look.size) < _TINY]

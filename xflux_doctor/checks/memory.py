@@ -38,14 +38,14 @@ def gpu_memory(case: Case) -> Iterator[Finding]:
                 f"GPU {gpu.index} has {free / GIB:.1f} GiB free; the job needs about "
                 f"{bill.gpu_total / GIB:.1f} GiB (±{bill.error_bar:.0%}).",
                 "It is tight: it may run out of memory.",
-                "Turn gradient_checkpointing on, lower img_size or train_batch_size, or free the GPU.",
+                f"{_less(case)}, or free the GPU.",
             )
 
 
 def _does_not_fit(case: Case, gpu: Gpu, bill: memory.Bill, total: int) -> Finding:
     assert case.job.train is not None
     edits: tuple[Edit, ...] = ()
-    hint = "Lower img_size or train_batch_size, or use a larger card."
+    hint = f"{_less(case)}, or use a larger card."
     if not case.job.train.gradient_checkpointing:
         reason = "recomputing the blocks takes time instead of memory"
         edits = (Edit("train", ("gradient_checkpointing",), True, reason),)
@@ -58,6 +58,21 @@ def _does_not_fit(case: Case, gpu: Gpu, bill: memory.Bill, total: int) -> Findin
         hint,
         edits=edits,
     )
+
+
+def _less(case: Case) -> str:
+    """What makes this job smaller, the cheapest first, as the beginning of a sentence."""
+    train = case.job.train
+    assert train is not None
+    ways = [] if train.gradient_checkpointing else ["turn gradient_checkpointing on"]
+    if train.mode != "finetune" and train.quantization == "none" and case.job.strategy not in ("zero3", "fsdp"):
+        ways.append("set quantization to int8 or nf4")
+    elif train.mode == "finetune" and train.optimizer == "adamw" and case.job.num_processes == 1:
+        ways.append("set optimizer to adafactor and step_in_backward to true")
+    elif train.mode == "finetune" and case.job.strategy not in ("zero3", "fsdp"):
+        ways.append("launch by FSDP2 or ZeRO-3, which cut up the weights too")
+    text = ", ".join([*ways, "lower img_size or train_batch_size"])
+    return text[0].upper() + text[1:]
 
 
 def _held(gpu: Gpu, bill: memory.Bill, free: int) -> Finding:

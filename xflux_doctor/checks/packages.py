@@ -1,4 +1,4 @@
-"""SW108 to SW115: whether the installed packages are whole, in their place, and what they say of each other."""
+"""SW108 to SW116: whether the installed packages are whole, in their place, and what they say of each other."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from xflux_doctor.checks.rules import LINKED, broken, look
 from xflux_doctor.checks.software import role_needed
 from xflux_doctor.facts import Package
 from xflux_doctor.finding import Finding, error, warning
+from xflux_doctor.pins import version_of
 
 _INSTALL = "xflux-doctor fix --install"
 
@@ -201,3 +202,34 @@ def one_version(case: Case) -> Iterator[Finding]:
                 "Install it again over what is there.",
                 commands=(f"pip install --force-reinstall --no-deps {name}=={package.version}",),
             )
+
+
+_FORMATS = {"int8": "optimum-quanto", "int4": "optimum-quanto", "fp8": "optimum-quanto", "nf4": "bitsandbytes",
+            "torchao-int8": "torchao", "torchao-fp8": "torchao"}  # fmt: skip
+"""What the trainer imports for each quantization (trainer/quantize.py, PACKAGES; a test compares them)."""
+_OLD_TORCH = {"torchao": "==0.9.0", "optimum-quanto": "==0.2.4"}
+"""The releases for torch before 2.5 (trainer/quantize.py, `_install`)."""
+
+
+@check("SW116", "the training file's formats have their packages", needs=("train", "trainer", "packages"))
+def formats_installed(case: Case) -> Iterator[Finding]:
+    """A quantised base wants optimum-quanto, bitsandbytes or torchao, 8-bit AdamW torchao; no stack holds the last two.
+
+    Whether the package works on this device only the trainer can try, and does before it loads anything.
+    """
+    train, installed = case.job.train, case.facts.packages
+    assert train is not None and installed is not None
+    torch = version_of(case.facts, "torch")
+    wanted = [("quantization", train.quantization, _FORMATS.get(train.quantization, ""))]
+    wanted.append(("optimizer", train.optimizer, "torchao" if train.optimizer == "adamw8bit" else ""))
+    for key, value, package in wanted:
+        if not package or package in installed:
+            continue
+        pin = _OLD_TORCH.get(package, "") if torch is not None and torch < Version("2.5") else ""
+        pin = "==0.7.0" if key == "optimizer" and torch is not None and torch < Version("2.6") else pin
+        yield error(
+            f"{key} is {value}, and {package} is not installed.",
+            "The trainer stops before its first step.",
+            f"Install it, or set another {key}.",
+            commands=(f"pip install '{package}{pin}'",),
+        )

@@ -16,6 +16,8 @@ GIB = 1 << 30
 _HUB_FILES = 60
 """Files, links and locks of one download in diffusers' layout."""
 
+_RESULTS = {"lora": "the adapter", "finetune": "the transformer", "controlnet": "the ControlNet"}
+
 
 @dataclass(frozen=True)
 class Share:
@@ -56,15 +58,19 @@ def shares(case: Case) -> tuple[Share, ...]:
     terms = need(case).disk
     samples = dataset(case).count
     cache, output = folders.get("cache"), folders.get("output")
-    left = max(0, samples - (cache.entries if cache else 0))
+    # One entry for each size and mirror image, one caption, and one condition for each size.
+    views = len(train.sizes) * (2 if train.random_flip else 1)
+    files = views + 1 + (len(train.sizes) if train.mode == "controlnet" else 0)
+    left = max(0, samples - (cache.entries if cache else 0) // views)
     encoded = sum(term.bytes for term in terms if term.phase == "cache")
-    found.append(Share("cache", "encoded images and captions", encoded * left // max(1, samples), 2 * left))
+    what = "encoded images, captions and conditions" if train.mode == "controlnet" else "encoded images and captions"
+    found.append(Share("cache", what, encoded * left // max(1, samples), files * left))
     written = sum(term.bytes for term in terms if term.phase != "cache")
     checkpoints = next((term.bytes for term in terms if term.name == "checkpoints"), 0)
     if train.resume_from_checkpoint and output and train.checkpoints_total_limit:
         kept = min(output.entries, train.checkpoints_total_limit)
         written -= min(checkpoints, checkpoints * kept // (train.checkpoints_total_limit + 1))
-    found.append(Share("output", "checkpoints and the adapter", written, 100))
+    found.append(Share("output", f"checkpoints and {_RESULTS[train.mode]}", written, 100))
     return tuple(found)
 
 

@@ -69,8 +69,9 @@ def _fsdp(case: Case) -> Iterator[Finding]:
         yield error(
             f"{seen}.",
             f"{BEFORE} 'The accelerate config asks for the first version of FSDP, which this trainer does not do.'",
-            "Set fsdp_version: 2 in fsdp_config." if knows else "Install accelerate 1.6 or newer, or set "
-            f"distributed_type to {_plain(case)}.",
+            "Set fsdp_version: 2 in fsdp_config."
+            if knows
+            else f"Install accelerate 1.6 or newer, or set distributed_type to {_plain(case)}.",
             offers=(other,) if knows else _to_plain(case, f"accelerate {accelerate} has no FSDP2"),
         )
         return

@@ -3,51 +3,137 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from xflux_doctor.bill import model_folder
+from xflux_trainer import bfl_spec
+from xflux_trainer.find import TEXT_REPOS, VAE_REPO
+from xflux_trainer.layout import TRANSFORMER_FILES, VAE_FILE, VAE_VARIABLE, VARIABLES, parts_in
+
+from xflux_doctor.bill import model_place
 from xflux_doctor.check import Case, SkipCheck, check
 from xflux_doctor.checks.room import GIB, offline, to_download
 from xflux_doctor.facts import HubAccess, HubCache
 from xflux_doctor.finding import Finding, error, warning
-from xflux_doctor.gather.hub_cache import PARTS, WEIGHTS
+from xflux_doctor.gather.hub_cache import PARTS, WEIGHTS, repository_folder
 
 _GATED = ("black-forest-labs/FLUX.1-dev",)
 _LOG_IN = ("hf auth login",)
 _SHOWN = 4
 
 
-@check("WE101", "the model folder is complete", needs=("train",))
+@check("WE101", "the model's files are complete", needs=("train",))
 def folder_complete(case: Case) -> Iterator[Finding]:
-    """A local diffusers folder has every part, and every shard that an index names, none of them empty."""
+    """A local model has every part and every shard that an index names, none of them broken off.
+
+    It is a folder in diffusers' layout, or Black Forest Labs' single file, whose VAE and text encoders may come from
+    the hub (trainer/find.py).
+    """
     assert case.job.train is not None
-    folder = model_folder(case)
-    if folder is None:
+    place = model_place(case)
+    variables = _variables(case)
+    vae = variables.get(VAE_VARIABLE)
+    if vae is not None and not vae.is_file():
+        yield _no_file(VAE_VARIABLE, vae)
+        return
+    if place is None:
         raise SkipCheck(f"{case.job.train.base_model} is a hub id (see WE102)")
-    if not folder.is_dir():
+    variable = VARIABLES[case.job.train.model_name]
+    if variable in variables and not place.is_file():
+        yield _no_file(variable, place)
+    elif not place.exists():
         yield error(
-            f"There is no model folder at {folder}.",
+            f"There is no model folder at {place}.",
             "No weights can be loaded.",
             "Correct pretrained_model, or download FLUX.1 there in the diffusers layout.",
         )
-        return
-    missing = [part for part in PARTS if not (folder / part).is_dir()]
-    if missing:
+    elif place.is_file() and variable not in variables and place.suffix not in (".safetensors", ".sft"):
+        yield error(f"{place} is not a safetensors file.", "No weights can be loaded.", "Name flux1-dev.safetensors, "
+                    "or a folder.")  # fmt: skip
+    else:
+        yield from _parts(case, place, variables)
+
+
+def _variables(case: Case) -> dict[str, Path]:
+    """X-Flux's variables that count: those of the transformer and the VAE, where pretrained_model is null."""
+    assert case.job.train is not None
+    if case.job.train.pretrained_model:
+        return {}
+    named = {
+        name: case.facts.environment.get(name, "") for name in (VARIABLES[case.job.train.model_name], VAE_VARIABLE)
+    }
+    return {name: Path(os.path.expanduser(value)) for name, value in named.items() if value}  # noqa: PTH111
+
+
+def _no_file(variable: str, path: Path) -> Finding:
+    seen = f"The environment variable {variable} names {path}, which is not a file."
+    return error(seen, "The trainer stops.", f"Correct {variable}, or unset it to take the hub's file.")
+
+
+def _parts(case: Case, place: Path, variables: dict[str, Path]) -> Iterator[Finding]:
+    parts = parts_in(place)
+    if VAE_VARIABLE in variables:
+        parts["vae"] = variables[VAE_VARIABLE]
+    single = "transformer" in parts and parts["transformer"].is_file()
+    # The scheduler's folder only tells of a shift, and may be absent.
+    missing = [part for part in PARTS if part not in parts and part != "scheduler"]
+    files = [name for name in TRANSFORMER_FILES.values() if (place / name).is_file()]
+    if "transformer" in missing and len(files) > 1:
+        yield error(f"{place} holds {' and '.join(files)}.", "The trainer does not choose between them.",
+                    "Set pretrained_model to one of the files.")  # fmt: skip
+    elif missing and not single:
         yield error(
-            f"{folder} lacks {', '.join(missing)}.",
+            f"{place} lacks {', '.join(missing)}.",
             "It is not a whole FLUX.1 pipeline in the diffusers layout.",
-            "Download it again; the single-file layout is another one.",
+            "Download it again, or point pretrained_model at its flux1-dev.safetensors.",
         )
+    elif missing:
+        yield from _beside(case, parts["transformer"], missing)
     for part in WEIGHTS:
-        if part not in missing:
-            yield from _config(folder / part / "config.json")
-            yield from _weights(folder / part)
-    if "scheduler" not in missing:
-        yield from _config(folder / "scheduler" / "scheduler_config.json")
+        if part in parts and parts[part].is_file():
+            yield from _file(parts[part])
+        elif part in parts and parts[part].is_dir():
+            yield from _config(parts[part] / "config.json")
+            yield from _weights(parts[part])
+    if single and not any(_file(parts["transformer"])):
+        try:
+            bfl_spec.read_single_file(parts["transformer"])
+        except (OSError, ValueError) as problem:
+            yield error(f"{parts['transformer']}: {problem}.", "It is not FLUX.1's transformer: loading stops.",
+                        "Name flux1-dev.safetensors or flux1-schnell.safetensors.")  # fmt: skip
+    if "scheduler" in parts:
+        yield from _config(parts["scheduler"] / "scheduler_config.json")
     for part in ("tokenizer", "tokenizer_2"):
-        if part not in missing and not any((folder / part).iterdir()):
-            yield error(f"{folder / part} is empty.", "Captions cannot be read.", "Download it again.")
+        if part in parts and not any(parts[part].iterdir()):
+            yield error(f"{parts[part]} is empty.", "Captions cannot be read.", "Download it again.")
+
+
+def _beside(case: Case, transformer: Path, missing: list[str]) -> Iterator[Finding]:
+    """What a single file has not beside it comes from where X-Flux has it."""
+    hub = (case.facts.folders or {}).get("hub")
+    repositories = dict.fromkeys(VAE_REPO if part == "vae" else TEXT_REPOS[part] for part in missing)
+    if hub is None or hub.error:
+        return
+    absent = [
+        name for name in repositories if not _is_cached(Path(hub.path), name, VAE_FILE if name == VAE_REPO else "")
+    ]
+    if absent and offline(case):
+        yield error(f"{transformer} has no {', '.join(missing)} beside it, and {' and '.join(absent)} "
+                    f"{'are' if len(absent) > 1 else 'is'} not in the hub cache.",
+                    f"{_why_offline(case)}: nothing can be downloaded.",
+                    f"Unset it, or put {VAE_FILE} and the text encoders' folders beside the file.")  # fmt: skip
+    elif absent:
+        yield warning(f"{transformer} has no {', '.join(missing)} beside it.",
+                      f"{' and '.join(absent)} will be downloaded before the first step.",
+                      "Download it beforehand to see its failures early.",
+                      commands=tuple(f"hf download {name}{f' {VAE_FILE}' if name == VAE_REPO else ''}"
+                                     for name in absent))  # fmt: skip
+
+
+def _is_cached(hub: Path, repository: str, file: str) -> bool:
+    return any(folder.is_dir() and (not file or (folder / file).is_file())
+               for folder in repository_folder(hub, repository).glob("snapshots/*"))  # fmt: skip
 
 
 def _config(path: Path) -> Iterator[Finding]:
@@ -74,19 +160,22 @@ def _weights(part: Path) -> Iterator[Finding]:
     if not names:
         yield error(f"{part} holds no .safetensors file.", "There are no weights to load.", "Download it again.")
     for name in sorted(names):
-        path = part / name
-        size = path.stat().st_size if path.exists() else 0
-        declared = _declared_size(path) if size else 0
-        if size == 0:
-            yield error(f"{path} is {'empty' if path.exists() else 'missing'}.", "Loading stops.", "Download it again.")
-        elif declared is None:
-            yield error(f"{path} is not a safetensors file.", "Loading stops.", "Download it again.")
-        elif size != declared:
-            yield error(
-                f"{path} holds {size} bytes and its header declares {declared}.",
-                "A download that broke off: loading stops.",
-                "Download it again.",
-            )
+        yield from _file(part / name)
+
+
+def _file(path: Path) -> Iterator[Finding]:
+    size = path.stat().st_size if path.exists() else 0
+    declared = _declared_size(path) if size else 0
+    if size == 0:
+        yield error(f"{path} is {'empty' if path.exists() else 'missing'}.", "Loading stops.", "Download it again.")
+    elif declared is None:
+        yield error(f"{path} is not a safetensors file.", "Loading stops.", "Download it again.")
+    elif size != declared:
+        yield error(
+            f"{path} holds {size} bytes and its header declares {declared}.",
+            "A download that broke off: loading stops.",
+            "Download it again.",
+        )
 
 
 def _declared_size(path: Path) -> int | None:
@@ -106,8 +195,8 @@ def _declared_size(path: Path) -> int | None:
 def _to_fetch(case: Case) -> HubCache:
     """What the hub's cache holds of a model that is no local folder; every other job skips."""
     assert case.job.train is not None
-    if model_folder(case) is not None:
-        raise SkipCheck("the model is a local folder (see WE101)")
+    if model_place(case) is not None:
+        raise SkipCheck("the model lies on this machine (see WE101)")
     if case.facts.hub_cache is None:
         raise SkipCheck("these facts do not say what the hub cache holds")
     return case.facts.hub_cache

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 from xflux_trainer.config import TrainConfig
+from xflux_trainer.layout import VARIABLES
 
 from xflux_doctor.facts import Facts, Folder, HubCache
 from xflux_doctor.gather.deadline import within
@@ -51,13 +52,15 @@ def with_folders(
         purpose: functools.partial(_look, purpose, path, table, train) for purpose, path in paths.items()
     }
     if train is not None:
-        calls["model"] = functools.partial(_model, train.base_model, table)
+        calls["model"] = functools.partial(_model, train, environ, table)
         calls["hub cache"] = functools.partial(hub_cache, hub, train.base_model)
     answers = within(seconds, calls)
     cache = answers.pop("hub cache", None)
     folders = {purpose: found for purpose, found in answers.items() if isinstance(found, Folder)}
-    if train is not None and "model" not in answers and train.base_model.startswith((".", "/", "~")):
-        paths["model"] = _expand(train.base_model)
+    if train is not None and "model" not in answers:  # a dead mount: only the name can tell whether it is local
+        named = "" if train.pretrained_model else environ.get(VARIABLES[train.model_name], "")
+        if named or train.base_model.startswith((".", "/", "~")):
+            paths["model"] = _expand(named or train.base_model)
     for purpose, path in paths.items():
         if purpose not in folders:
             folders[purpose] = _silent(path, table, f"did not answer within {seconds:.1f} s")
@@ -105,8 +108,17 @@ def local_model(name: str) -> Path | None:
     return path if local or len(path.parts) > 2 else None
 
 
-def _model(name: str, table: tuple[Mount, ...]) -> Folder | None:
-    path = local_model(name)
+def base_place(train: TrainConfig, environ: Mapping[str, str]) -> Path | None:
+    """Where the base model lies on this machine: a folder or the transformer's single file; None: the hub's.
+
+    Where pretrained_model is null X-Flux's FLUX_DEV or FLUX_SCHNELL names the file (trainer/find.py).
+    """
+    named = "" if train.pretrained_model else environ.get(VARIABLES[train.model_name], "")
+    return _expand(named) if named else local_model(train.base_model)
+
+
+def _model(train: TrainConfig, environ: Mapping[str, str], table: tuple[Mount, ...]) -> Folder | None:
+    path = base_place(train, environ)
     return _look("model", path, table, None) if path is not None else None
 
 

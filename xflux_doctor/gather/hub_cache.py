@@ -12,6 +12,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from xflux_trainer.find import TEXT_REPOS, VAE_REPO
+from xflux_trainer.layout import TRANSFORMER_FILES, VAE_FILE
+
 from xflux_doctor.facts import HubCache
 
 WEIGHTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
@@ -42,8 +45,41 @@ def hub_cache(hub: Path, repository: str) -> HubCache:
     unfinished = sum(size for name, size in blobs(base) if name.endswith(".incomplete"))
     if folder is None or not folder.is_dir():
         return HubCache(repository, present=unfinished)
+    if (single := _single_file(folder)) is not None:
+        lacks, more = _beside(hub, folder)
+        return HubCache(repository, str(folder), lacks, unfinished + _bytes(single) + more)
     missing = tuple(dict.fromkeys([*_missing(folder), *([] if commit else ["refs/main"])]))
     return HubCache(repository, str(folder), missing, unfinished + _size(folder))
+
+
+def _single_file(folder: Path) -> Path | None:
+    """The transformer that X-Flux downloaded, where diffusers' folder is not there: the trainer takes it
+    (trainer/find.py, `_cached_single`)."""
+    if _is_whole(folder / "transformer/config.json"):
+        return None
+    files = [path for name in TRANSFORMER_FILES.values() if _is_whole(path := folder / name)]
+    return files[0] if len(files) == 1 else None
+
+
+def _beside(hub: Path, folder: Path) -> tuple[tuple[str, ...], int]:
+    """What is not cached of that which goes with such a file, and the bytes of what is."""
+    vae = [path for path in (folder / VAE_FILE, *repository_folder(hub, VAE_REPO).glob(f"snapshots/*/{VAE_FILE}"))
+           if _is_whole(path)]  # fmt: skip
+    missing, present = ([] if vae else [VAE_FILE]), (_bytes(vae[0]) if vae else 0)
+    for repository in dict.fromkeys(TEXT_REPOS.values()):
+        found = _newest(repository_folder(hub, repository) / "snapshots")
+        if found is None:
+            missing.append(repository)
+        else:
+            present += sum(_bytes(path) for path in found.glob("*.safetensors"))
+    return tuple(missing), present
+
+
+def _bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _newest(snapshots: Path) -> Path | None:
