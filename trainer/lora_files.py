@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 from xflux_trainer import kohya, xlabs
 from xflux_trainer.config import TrainConfig
@@ -21,6 +20,7 @@ from xflux_trainer.errors import CheckpointError
 from xflux_trainer.files import write_bytes
 from xflux_trainer.fused import A, B, Pair, complete, explode, flat, fuse, pairs
 from xflux_trainer.targets import FILES, unplaced
+from xflux_trainer.tensorfile import to_bytes
 
 ADAPTER_FILE = FILES["diffusers"]
 PREFIX = "transformer."
@@ -67,12 +67,9 @@ def write(
         **(about or {}),
         **(kohya.metadata(max(ranks)) if form == "kohya" else {}),
     }
-    # Adapters that share an A have a copy each: a file holds no tensor twice.
-    whole = {
-        name: tensor.to(tensor.dtype if name.endswith(".alpha") else dtype, copy=True).contiguous()
-        for name, tensor in tensors.items()
-    }
-    write_bytes(path, save(whole, metadata))
+    # Adapters that share an A have a copy each, as every reader of a file expects.
+    whole = {name: tensor if name.endswith(".alpha") else tensor.to(dtype) for name, tensor in tensors.items()}
+    write_bytes(path, to_bytes(whole, metadata))
     return max(ranks)
 
 

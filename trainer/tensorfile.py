@@ -94,6 +94,26 @@ def write_placed(
     return path
 
 
+def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A whole file of tensors that the host holds anyway, of any of `NAMES`' formats.
+
+    Equal tensors and metadata give equal bytes. safetensors' own writer puts the metadata into another order in every
+    process, so that no hash of a file could be compared.
+    """
+    # The widest first, as safetensors has them: each lies at a multiple of its own size.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    parts, end = [], 0
+    for name in order:
+        tensor = tensors[name].detach().to("cpu").contiguous()
+        parts.append(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        start, end = end, end + len(parts[-1])
+        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([struct.pack("<Q", len(text)), text, *parts])
+
+
 def swap_halves(tensor: Tensor) -> Tensor:
     """The lower half of the rows above the upper."""
     upper, lower = tensor.chunk(2)

@@ -15,7 +15,7 @@ pytest.importorskip("peft")  # diffusers' loader wants it
 
 from diffusers.loaders import lora_conversion_utils as converters  # noqa: E402
 from safetensors import safe_open  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
+from safetensors.torch import load_file, save, save_file  # noqa: E402
 from test_train_lora import CONFIG, forward, saved  # noqa: E402
 from trainer_kit import keep_signals  # noqa: E402, F401
 from trainer_model import TINY, tiny_transformer  # noqa: E402
@@ -23,6 +23,7 @@ from xflux_trainer import cli, fused, lora, lora_files  # noqa: E402
 from xflux_trainer.errors import CheckpointError  # noqa: E402
 from xflux_trainer.spec import FLUX_DEV, adapters_of  # noqa: E402
 from xflux_trainer.targets import FILES, Adapter  # noqa: E402
+from xflux_trainer.tensorfile import to_bytes  # noqa: E402
 
 FORMS = list(FILES)
 HIDDEN = TINY.hidden
@@ -394,3 +395,22 @@ def test_sample_takes_the_first_format_that_the_run_writes(tmp_path: Path, capsy
     path.write_text("img_dir: x\nlora_formats: [kohya, diffusers]\n", encoding="utf-8")
     assert cli.main(["sample", "--config", str(path)]) == 1
     assert "pytorch_lora_weights_kohya.safetensors does not exist" in capsys.readouterr().err
+
+
+def test_equal_adapters_are_equal_files(tmp_path: Path) -> None:
+    """safetensors' writer shuffles the metadata anew in every process, so that two runs of one seed had two hashes."""
+    layer = "transformer_blocks.0.attn.to_qkv"
+    weights = {f"{layer}.lora_A.weight": noise(4, 8), f"{layer}.lora_B.weight": noise(18, 4)}
+    about = {str(number): "x" for number in range(30)}
+    for form, dtype in (("diffusers", torch.float32), ("kohya", torch.bfloat16), ("xlabs", torch.bfloat16)):
+        path = tmp_path / f"{form}.safetensors"
+        lora_files.write(path, weights, form, about=about, dtype=dtype)
+        raw = path.read_bytes()
+        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+        assert list(header["__metadata__"]) == sorted(header["__metadata__"])
+        assert len(header["__metadata__"]) > 30
+        # Besides that order they are the bytes that safetensors writes.
+        tensors = load_file(path)
+        assert to_bytes(tensors, {"format": "pt"}) == save(tensors, {"format": "pt"})
+        lora_files.write(path, dict(reversed(weights.items())), form, about=dict(reversed(about.items())), dtype=dtype)
+        assert path.read_bytes() == raw
