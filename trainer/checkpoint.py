@@ -260,7 +260,8 @@ def set_aside(output: Path, after: int | None = None) -> Path | None:
     place = output / f"previous-{number}"
     with files.sentences(place):
         place.mkdir()
-        for path in (*old, output / "metrics.jsonl") if after is None else old:
+        curves = [output / "metrics.jsonl", output / "heldout.jsonl"] if after is None else []
+        for path in (*old, *curves):
             if path.exists():
                 path.rename(place / path.name)
     return place

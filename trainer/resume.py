@@ -9,7 +9,7 @@ from typing import Any
 
 from xflux_trainer import config as train_config
 from xflux_trainer import model
-from xflux_trainer.cache import Entry
+from xflux_trainer.cache import Entries, Entry
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.errors import Problem
 from xflux_trainer.layout import Base
@@ -34,7 +34,7 @@ TOLD = (
     "weight_update", "step_in_backward", "backward_clip", "ema_decay",
     "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "mixed_precision",
     "quantization", "modulation", "guidance", "timestep_sampling", "stratified_timesteps", "timestep_shift",
-    "caption_dropout", "random_flip", "text_padding",
+    "caption_dropout", "random_flip",
 )  # fmt: skip
 """Keys that a resumed run may change: it is another training from there on, which a note says."""
 
@@ -50,7 +50,7 @@ DIGESTS = {
 
 INITS = {
     "lora": "lora_init: set to the adapter file (`convert` makes one of a checkpoint)",
-    "finetune": "pretrained_model set to the fine-tuned model",
+    "finetune": "pretrained_model set to the fine-tuned model (`convert --format bfl` makes one file of it)",
     "controlnet": "controlnet_init set to the trained ControlNet",
 }
 
@@ -97,10 +97,22 @@ def compatible(
     return problems, notes
 
 
-def digests(base: Base, entries: Sequence[Entry]) -> dict[str, str]:
-    """What a run is made of: its images and captions in their order, as they were encoded, and the base's weights."""
-    listed = "\n".join(f"{entry.latents.name} {entry.text.name} {entry.shape}" for entry in entries)
-    return {"data": hashlib.sha256(listed.encode()).hexdigest(), "base": model.fingerprint(base.transformer)}
+def digests(base: Base, entries: Entries, heldout: Sequence[Entry], config: TrainConfig) -> dict[str, str]:
+    """What a run is made of: its images, captions and conditions in their order, as they were encoded, the base's
+    weights; and what its held-out loss is measured on."""
+    listed = [f"{entry.latents.name} {entry.text.name} {entry.condition and entry.condition.name}" for entry in heldout]
+    measured = repr((listed, config.heldout_timesteps, config.guidance))
+    return {
+        "data": entries.digest(),
+        "base": model.fingerprint(base.transformer),
+        "heldout": hashlib.sha256(measured.encode()).hexdigest(),
+    }
+
+
+def measures_otherwise(manifest: Mapping[str, Any], digests: Mapping[str, str]) -> bool:
+    """Whether held-out losses from here on cannot be compared with those of the checkpoint's run."""
+    old = manifest["digests"].get("heldout")
+    return old is not None and old != digests["heldout"]
 
 
 def batches(manifest: Mapping[str, Any], world_size: int, accumulation: int) -> int:

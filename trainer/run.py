@@ -104,7 +104,7 @@ def prepare(config: TrainConfig, notes: tuple[str, ...], ranks: Ranks, gauge: Me
     total = config.max_train_steps or math.ceil((config.num_train_epochs or 1) * order.per_epoch / per_step)
     with gauge.phase("train"):
         stepper = _stepper(trainee.module, trainee.trained, config, ranks, accumulation)
-    digests = resume.digests(base, entries)
+    digests = resume.digests(base, entries, heldout, config)
     progress, resumed = _resume(found, stepper, config, ranks, digests, accumulation, total)
     trained = sum(math.prod(shape) for shape in stepper.shapes().values())
     return Run(
@@ -213,6 +213,9 @@ def _resume(
     progress = loaded.progress
     progress.batches = resume.batches(loaded.manifest, ranks.world_size, accumulation)
     notes = [f"resumed from {found} at step {progress.step}.", *changes]
+    if progress.heldout_before and resume.measures_otherwise(loaded.manifest, digests):
+        progress.heldout_before = None
+        notes.append(f"the held-out loss is another one from here on: it is measured anew at step {progress.step}.")
     place = _set_aside(output, progress.step, ranks)
     return progress, [*notes, f"later checkpoints were moved to {place}."] if place else notes
 

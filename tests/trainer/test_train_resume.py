@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
@@ -13,8 +14,9 @@ pytest.importorskip("safetensors")
 
 from xflux_trainer import config as train_config
 from xflux_trainer import resume
-from xflux_trainer.cache import Entry
+from xflux_trainer.cache import Entries
 from xflux_trainer.config import TrainConfig
+from xflux_trainer.entries import KEY
 from xflux_trainer.layout import Base
 
 CONFIG = TrainConfig(img_dir="x", train_batch_size=2)
@@ -158,15 +160,55 @@ def test_a_config_of_an_earlier_release_had_the_defaults() -> None:
     assert compare(old, optimizer="adafactor")[0][0].startswith("optimizer: is adafactor, the checkpoint's is adamw")
 
 
+def entries_of(latents: str = "abc", texts: str = "xxx", **more: Any) -> Entries:
+    def keys(letters: str) -> Any:
+        return np.array([np.void(letter.encode() * 20) for letter in letters], KEY)
+
+    mirrored = more.pop("mirrored", False)
+    plain = keys(latents)[:, None]
+    known = sorted(set(texts))
+    return Entries(
+        Path("c"), np.concatenate([plain, plain], axis=1) if mirrored else plain,
+        [letter.encode() * 20 for letter in known], np.array([known.index(letter) for letter in texts], np.int32),
+        [(16, 8, 8)], np.zeros(len(latents), np.int32),
+        conditions=keys(more.pop("conditions")) if "conditions" in more else None, **more,
+    )  # fmt: skip
+
+
 def test_digests_name_images_captions_and_weights(tmp_path: Path) -> None:
     (tmp_path / "transformer").mkdir()
     (tmp_path / "transformer" / "w.safetensors").write_bytes(b"1")
     base = Base.of(tmp_path)
-    entries = [Entry(Path(f"c/image-{k}"), Path("c/text"), (1, 2)) for k in range(3)]
-    found = resume.digests(base, entries)
-    moved = [replace(entry, latents=Path("elsewhere") / entry.latents.name) for entry in entries]
-    assert resume.digests(base, moved) == found
-    for other in (entries[:2], entries[::-1], [*entries[:2], replace(entries[2], text=Path("c/other"))]):
-        assert resume.digests(base, other)["data"] != found["data"]
+
+    def found(entries: Entries) -> dict[str, str]:
+        return resume.digests(base, entries, entries[:1], CONFIG)
+
+    first = found(entries_of())
+    moved = entries_of()
+    moved.folder = Path("elsewhere")
+    assert found(moved) == first
+    assert found(entries_of(mirrored=True)) == first  # random_flip may change, with a word about it
+    for other in (entries_of("ab", "xx"), entries_of("cba"), entries_of(texts="xxy"),
+                  entries_of(repeats=np.array([1, 2, 1], np.int32))):  # fmt: skip
+        assert found(other)["data"] != first["data"]
+    # A ControlNet learns from its conditions, which other thresholds or pictures change and the images do not.
+    assert found(entries_of(conditions="pqr"))["data"] != found(entries_of(conditions="pqs"))["data"]
     (tmp_path / "transformer" / "w.safetensors").write_bytes(b"2")
-    assert resume.digests(base, entries)["base"] != found["base"]
+    assert found(entries_of())["base"] != first["base"]
+
+
+def test_another_heldout_loss_is_not_compared_with_the_earlier_one(tmp_path: Path) -> None:
+    (tmp_path / "transformer").mkdir()
+    base, entries = Base.of(tmp_path), entries_of()
+
+    def found(count: int = 2, **changes: Any) -> dict[str, str]:
+        return resume.digests(base, entries, entries[:count], replace(CONFIG, **changes))
+
+    old = {"digests": found()}
+    assert not resume.measures_otherwise(old, found())
+    assert resume.measures_otherwise(old, found(1))
+    assert resume.measures_otherwise(old, found(heldout_timesteps=(0.5,)))
+    assert resume.measures_otherwise(old, found(guidance=3.5))
+    assert not resume.measures_otherwise({"digests": {}}, found())  # of before it was asked
+    # It forbids nothing.
+    assert compare(manifest(digests=old["digests"]), digests=found(1)) == ([], [])
