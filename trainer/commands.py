@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from xflux_trainer import cache, controlnet, lora, model, quantize, sample
@@ -14,6 +15,9 @@ from xflux_trainer.ranks import Launch, Ranks
 from xflux_trainer.run import choose_prompts, find_sets
 from xflux_trainer.sample import Prompt
 from xflux_trainer.samples import Sample
+
+NOT_SHOWN: dict[str, Any] = {"repeats": (), "resolutions": (), "random_flip": False, "caption_dropout": 0.0}
+"""What a ControlNet is shown of the images is one picture of each of the first ones."""
 
 
 def fill_cache(config: TrainConfig) -> None:
@@ -46,25 +50,29 @@ def draw_samples(config: TrainConfig, trained: Path | None, image: Path | None, 
         base, notes = model.locate(config)
         for note in notes:
             ranks.say(f"note: {note}")
+        # The base says how it samples, wherever a fine-tuned transformer lies.
+        spec = model.read_spec(base)
         if config.mode == "finetune" and trained:
             base = replace(base, transformer=trained)
-        spec = model.read_spec(base)
         model.quiet_libraries()
         model.steady_attention(ranks.device)
         shown: dict[str, list[Sample]] = {}
         if config.mode == "controlnet" and trained:  # it is shown the first images' conditions
             shown = {config.img_dir: find_sets(config)[0][config.img_dir][: len(prompts)]}
+            config = replace(config, **NOT_SHOWN)
         sets, texts = cache.fill(config, base, ranks, shown, prompts)
         dtype = model.DTYPES[config.mixed_precision]
         blocks = (spec.double_blocks, spec.single_blocks)
         prepare = quantize.preparer(config, ranks.device, blocks)
         transformer = model.load_transformer(base, dtype, ranks.device, prepare)
-        module: nn.Module = Velocity(transformer, guidance=spec.guidance_embeds)
-        if config.mode == "lora" and trained:
-            lora.attach_file(transformer, trained)
-        elif shown and trained:
+        module: nn.Module
+        if shown and trained:
             net = controlnet.load(trained, dtype, ranks.device)
             module = controlnet.ControlVelocity(net, transformer, guidance=spec.guidance_embeds)
+        else:
+            if config.mode == "lora" and trained:
+                lora.attach_file(transformer, trained)
+            module = Velocity(transformer, guidance=spec.guidance_embeds)
         entries = sets.get(config.img_dir)
         work = [
             Prompt(

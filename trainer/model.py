@@ -6,6 +6,7 @@ the wanted format: no fp32 copy, and no copy in the memory of the host for each 
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -43,17 +44,33 @@ def read_spec(base: Base) -> FluxSpec:
 
 
 def empty_transformer(base: Base) -> nn.Module:
-    """diffusers' `FluxTransformer2DModel` of the base's sizes, without weights: on the meta device."""
+    """diffusers' `FluxTransformer2DModel` of the base's sizes, without weights: on the meta device.
+
+    Raises `ModelError`.
+    """
     from diffusers import FluxTransformer2DModel
 
     place = base.transformer
     if place.is_file():
         settings = transformer_config(read_spec(base))
     else:
-        settings = FluxTransformer2DModel.load_config(place)
+        settings = _settings(place)
     with torch.device("meta"):
         module: nn.Module = FluxTransformer2DModel.from_config(settings)
     return module
+
+
+def _settings(place: Path) -> dict[str, Any]:
+    """A transformer's config.json."""
+    file = place / "config.json"
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if "num_layers" not in settings:
+            raise ValueError("it names no num_layers")
+    except (OSError, ValueError, TypeError) as error:
+        seen = f"{file} does not describe a FLUX.1 transformer: {error}."
+        raise ModelError(seen, "Name the folder `transformer` of a model in diffusers' layout.") from error
+    return dict(settings)
 
 
 def load_transformer(base: Base, dtype: torch.dtype, device: torch.device, prepare: Prepare | None = None) -> nn.Module:
@@ -216,5 +233,7 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
     diffusers_logging.disable_progress_bar()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # diffusers' own ControlNet has it from the old place.
+    warnings.filterwarnings("ignore", message=".*FluxPosEmbed", category=FutureWarning)
     # torch's own calls of its own deprecated functions, once for every checkpointed block.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")

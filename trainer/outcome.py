@@ -30,7 +30,7 @@ def finish(run: Run, watch: Watch | None, stop: Stop) -> tuple[int, list[Path]]:
         return signum, []  # all that matters is saved
     if not run.config.disable_sampling:
         draw(run, "final", watch)
-    write_metrics(run, "finished", after)
+    ranks.together(lambda: write_metrics(run, "finished", after))
     ranks.together(lambda: _last_files(run, watch, paths) if watch else None)
     return 0, paths
 

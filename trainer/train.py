@@ -66,7 +66,7 @@ def _train(config: TrainConfig, notes: tuple[str, ...], stop: Stop) -> tuple[boo
         if not signum:
             signum, results = finish(run, watch, stop)
         if signum:
-            write_metrics(run, "interrupted")
+            _tell_interrupted(run)
             raise Interrupted(signum)
     except BaseException as error:
         alone = not isinstance(error, Interrupted) and not getattr(error, "everywhere", False)
@@ -90,6 +90,11 @@ def _train(config: TrainConfig, notes: tuple[str, ...], stop: Stop) -> tuple[boo
         if not alone:
             ranks.leave()
     return ranks.main, results
+
+
+def _tell_interrupted(run: Run) -> None:
+    """In metrics.json. A function of its own, because the caller's frame must not hold the model at the end."""
+    run.ranks.together(lambda: write_metrics(run, "interrupted"))
 
 
 def _watch(run: Run) -> Watch | None:
