@@ -54,32 +54,67 @@ def cache(path: Path) -> None:
 
 
 @commands.command()
-@click.option("--config", "path", type=click.Path(path_type=Path), help="Take the newest checkpoint of this run.")
-@click.option("--checkpoint", "folder", type=click.Path(path_type=Path), help="The checkpoint folder.")
+@click.option(
+    "--config",
+    "path",
+    type=click.Path(path_type=Path),
+    help="Take the newest checkpoint of this run; beside --checkpoint it says where the base model lies.",
+)
+@click.option("--checkpoint", "folder", type=click.Path(path_type=Path), help="The checkpoint folder, of any mode.")
 @click.option("--lora", type=click.Path(path_type=Path), help="An adapter file of any of the formats.")
-@click.option("--format", "form", type=click.Choice(list(FILES)), default="diffusers", show_default=True)
-@click.option("--output", type=click.Path(path_type=Path), help="The file to write. [default: beside what is read]")
-@click.option("--dtype", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
+@click.option("--transformer", type=click.Path(path_type=Path), help="A transformer's folder in diffusers' layout.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice([*FILES, "bfl"]),
+    help="bfl: one file of a whole transformer. [default: diffusers; bfl for --transformer]",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="The file to write; for diffusers' transformer and for a ControlNet the folder to write it into. "
+    "[default: beside what is read, or inside the checkpoint]",
+)
+@click.option("--dtype", type=click.Choice(["fp32", "bf16"]), help="[default: fp32 for adapters, the run's for models]")
 def convert(
-    path: Path | None, folder: Path | None, lora: Path | None, form: str, output: Path | None, dtype: str
+    path: Path | None,
+    folder: Path | None,
+    lora: Path | None,
+    transformer: Path | None,
+    form: str | None,
+    output: Path | None,
+    dtype: str | None,
 ) -> None:
-    """Write the adapter of a checkpoint, or of another file, for diffusers, kohya (ComfyUI) or X-Flux (xlabs)."""
-    if not (path or folder or lora) or (lora and (path or folder)):
-        raise click.UsageError("Name a --checkpoint, the --config of the run, or a --lora file.")
-    for given, kind, other in ((folder, Path.is_file, "--lora"), (lora, Path.is_dir, "--checkpoint")):
-        if given and kind(given):
-            raise click.UsageError(f"{given} is for {other}.")
+    """Write what a checkpoint or another file holds: adapters for diffusers, kohya (ComfyUI) or X-Flux (xlabs), a
+    fine-tuned transformer for diffusers or as one file (bfl), a ControlNet for X-Flux and diffusers."""
+    _one_source(path, folder, lora, transformer)
+    if transformer and form not in (None, "bfl"):
+        raise click.UsageError(f"--transformer is in diffusers' layout, and is written as bfl, not as {form}.")
     Stop().install()
     config = load_with_notes(path)[0] if path else None
-    from xflux_trainer.convert import convert as run
-    from xflux_trainer.convert import newest
+    from xflux_trainer import convert as to
 
-    source = folder or lora or (newest(config) if config else None)
-    assert source is not None
-    written, notes = run(source, output, form, dtype)
-    for note in notes:
+    if transformer:
+        done = to.transformer(transformer, output, dtype)
+    else:
+        source = folder or lora or (to.newest(config) if config else None)
+        assert source is not None
+        done = to.convert(source, output, form or "diffusers", dtype, config)
+    for note in done.notes:
         click.echo(f"note: {note}")
-    click.echo(f"the adapter is in {written}")
+    click.echo(f"{done.what} is in {' and '.join(map(str, done.paths))}")
+
+
+def _one_source(path: Path | None, folder: Path | None, lora: Path | None, transformer: Path | None) -> None:
+    """Raise `UsageError` unless one thing is to be converted, and it is of the kind that its option says."""
+    if sum(map(bool, (folder or path, lora, transformer))) != 1:
+        raise click.UsageError("Name a --checkpoint, the --config of the run, a --lora file or a --transformer folder.")
+    for given, wrong, other in (
+        (folder, Path.is_file, "--lora"), (lora, Path.is_dir, "--checkpoint or --transformer"),
+        (transformer, Path.is_file, "--lora"),
+    ):  # fmt: skip
+        if given and wrong(given):
+            raise click.UsageError(f"{given} is for {other}.")
 
 
 @commands.command()

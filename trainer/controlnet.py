@@ -120,13 +120,19 @@ def idle(net: nn.Module) -> dict[str, Tensor]:
     return {name: value.to("cpu", copy=True) for name, value in net.state_dict().items() if name not in trained}
 
 
-def write(output: Path, weights: Mapping[str, Tensor], config: TrainConfig, net: nn.Module) -> list[Path]:
+def write(
+    output: Path,
+    weights: Mapping[str, Tensor],
+    config: TrainConfig,
+    net: nn.Module,
+    dtype: torch.dtype | None = None,
+) -> list[Path]:
     """Write `controlnet.safetensors` as X-Flux reads it, and the folder `controlnet` as diffusers does.
 
-    What is not among the `weights` is the net's own. In the format that the run computed in.
-    Raises `WriteError`.
+    What is not among the `weights` is the net's own. In the format that the run computed in if
+    `dtype` is None. Raises `WriteError`.
     """
-    dtype = DTYPES[config.mixed_precision]
+    dtype = dtype or DTYPES[config.mixed_precision]
     weights = {**net.state_dict(), **weights}
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
     single = write_placed(output / FILE, weights.items(), shapes, place, dtype)

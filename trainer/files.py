@@ -133,6 +133,7 @@ def sentences(path: Path) -> Iterator[None]:
             errno.EROFS: "Set output_dir to a folder that can be written to.",
             errno.ENOTDIR: "A file stands where a folder is wanted: name another folder.",
             errno.EEXIST: "A file stands where a folder is wanted: name another folder.",
+            errno.EISDIR: "A folder stands where a file is wanted: name a file.",
         }
         if error.errno not in hints:
             raise

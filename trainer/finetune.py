@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -50,14 +50,18 @@ def refuse_overwriting(output: Path, base: Base) -> None:
         raise WriteError(seen, "Set output_dir to another folder.")
 
 
-def write(output: Path, weights: Iterator[tuple[str, Tensor]], base: Base, config: TrainConfig) -> Path:
-    """Write the whole transformer in diffusers' layout to `output/transformer`, in bf16 (fp32 where nothing is mixed).
+def write(
+    output: Path, weights: Iterator[tuple[str, Tensor]], base: Base, config: TrainConfig,
+    dtype: torch.dtype | None = None,
+) -> Path:  # fmt: skip
+    """Write the whole transformer in diffusers' layout to `output/transformer`; in bf16 if `dtype` is None, or in fp32
+    where nothing is mixed.
 
     `weights` are the trained ones, the others come from the base's files; one tensor is in memory at a time.
     The iterator is used up even when the disk is full, because other ranks wait in it. Raises `WriteError`.
     """
     try:
-        return _write(output, weights, base, torch.float32 if config.mixed_precision == "no" else torch.bfloat16)
+        return _write(output, weights, base, dtype or saved_in(config))
     except BaseException:
         for _ in weights:
             pass
@@ -66,9 +70,8 @@ def write(output: Path, weights: Iterator[tuple[str, Tensor]], base: Base, confi
 
 def _write(output: Path, weights: Iterator[tuple[str, Tensor]], base: Base, dtype: torch.dtype) -> Path:
     refuse_overwriting(output, base)
-    shapes = {name: tuple(parameter.shape) for name, parameter in empty_transformer(base).named_parameters()}
+    shapes = shapes_of(base)
     plan = shards(shapes, dtype.itemsize)
-    left = set(shapes)
     with files.new_folder(output / FOLDER) as folder, ExitStack() as stack:
         files.write_json(folder / "config.json", _config(base))
         if len(plan) > 1:
@@ -77,15 +80,34 @@ def _write(output: Path, weights: Iterator[tuple[str, Tensor]], base: Base, dtyp
         for file, members in plan.items():
             shard = TensorFile(folder / file, {name: shapes[name] for name in members}, dtype)
             place |= dict.fromkeys(members, stack.enter_context(shard))
-        for name, tensor in weights:
-            left.remove(name)
+        for name, tensor in whole(weights, base, shapes):
             place[name].put(name, tensor)
-        with open_weights(base.transformer, torch.device("cpu")) as stored:
-            for name in [each for each in shapes if each in left]:
-                place[name].put(name, stored.read(name))
         # Closing them checks that they are whole, and flushes them, before the folder gets its name.
         stack.close()
     return output / FOLDER
+
+
+def saved_in(config: TrainConfig) -> torch.dtype:
+    """The format that a run writes its model in."""
+    return torch.float32 if config.mixed_precision == "no" else torch.bfloat16
+
+
+def shapes_of(base: Base) -> dict[str, tuple[int, ...]]:
+    """Of all the transformer's parameters, by diffusers' names."""
+    return {name: tuple(parameter.shape) for name, parameter in empty_transformer(base).named_parameters()}
+
+
+def whole(
+    weights: Iterable[tuple[str, Tensor]], base: Base, names: Iterable[str]
+) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
+    """Every tensor of the fine-tuned transformer: the trained `weights`, and after them the base's own."""
+    left = dict.fromkeys(names)
+    for name, tensor in weights:
+        del left[name]
+        yield name, tensor
+    with open_weights(base.transformer, torch.device("cpu")) as stored:
+        for name in left:
+            yield name, stored.read(name)
 
 
 def shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int, limit: int | None = None) -> dict[str, list[str]]:
