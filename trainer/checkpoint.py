@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -168,11 +168,16 @@ def _write(
 
 
 def _remove(folder: Path) -> None:
-    """Take the name away first, so that a removal cut short does not leave a checkpoint without its files."""
+    """Take the name away first, so that a removal cut short does not leave a checkpoint without its files.
+
+    Where it cannot be taken away (a network disk keeps files that somebody reads), the next save tries again: rank 0
+    is alone here, and an old checkpoint too many is no reason to end a run.
+    """
     doomed = folder.with_name(f"{files.TEMPORARY}{folder.name}")
     shutil.rmtree(doomed, ignore_errors=True)
-    folder.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    with suppress(OSError):
+        folder.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def list_checkpoints(output: Path) -> list[Path]:

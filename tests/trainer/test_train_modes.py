@@ -221,3 +221,22 @@ def test_metrics_that_cannot_be_written_at_the_end_are_everybodys_error(
     assert "no space left on device" in capsys.readouterr().err
     assert isinstance(agreed[-1], WriteError)
     assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 0 removes it alone, while the others wait for it in the next collective."""
+    rename = Path.rename
+
+    def busy(self: Path, target: Path) -> Path:
+        if self.name == "checkpoint-1":
+            raise OSError(39, "Directory not empty")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", busy)
+    path = write_config(tmp_path, max_train_steps=3, checkpointing_steps=1, checkpoints_total_limit=1)
+    assert cli.main(["train", "--config", str(path)]) == 0
+    # It is whole, so that nothing is lost by it; the one after it could be removed.
+    assert [found.name for found in checkpoint.list_checkpoints(tmp_path / "out")] == ["checkpoint-1", "checkpoint-3"]
+    assert checkpoint.load(tmp_path / "out" / "checkpoint-1").progress.step == 1
