@@ -5,7 +5,8 @@ pip="-m pip install --quiet --disable-pip-version-check"
 
 stack_venv() {
     local venv=.venvs/$1 why fits=0
-    if [ -e "$venv/ok" ] && [ ! pyproject.toml -nt "$venv/ok" ] && [ ! compat_matrix.yaml -nt "$venv/ok" ] && [ ! "tests/extras/$1.txt" -nt "$venv/ok" ]; then
+    if [ -e "$venv/ok" ] && [ ! pyproject.toml -nt "$venv/ok" ] && [ ! compat_matrix.yaml -nt "$venv/ok" ] &&
+        [ ! "tests/extras/$1.txt" -nt "$venv/ok" ] && [ ! "tests/extras/$1-aside.txt" -nt "$venv/ok" ]; then
         return 0
     fi
     "${PYTHON:-python3}" -m venv "$venv" || return 2
@@ -21,5 +22,6 @@ stack_venv() {
     "$venv/bin/python" $pip --retries 1 -r "$venv/$1.txt" || return 2
     "$venv/bin/xflux-doctor" fix --install --yes --cpu --stack "$1" || return 2
     "$venv/bin/python" $pip --no-deps -r "tests/extras/$1.txt" || return 2
+    "$venv/bin/python" $pip --no-deps --upgrade --target "$venv/aside" -r "tests/extras/$1-aside.txt" || return 2
     touch "$venv/ok"
 }
