@@ -8,6 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from xflux_trainer.errors import UserError
+
+FLOOR = 2.0**-10
+"""Below it nothing is gained: it takes 26 overflows in a row, of gradients that are not finite whatever their scale."""
+
 
 @dataclass
 class LossScale:
@@ -19,8 +24,16 @@ class LossScale:
     interval: int = 2000
 
     def update(self, overflow: bool) -> None:
+        """After a step's norm is known, alike on all ranks. Raises `UserError` where halving does not help."""
         if overflow:
             self.scale, self.good = self.scale / 2, 0
+            if self.scale < FLOOR:
+                error = UserError(
+                    "The gradients overflow in fp16 at every step, however small their scale.",
+                    "Set mixed_precision to bf16, or lower learning_rate. The last checkpoint is unharmed.",
+                )
+                error.everywhere = True
+                raise error
             return
         self.good += 1
         if self.good == self.interval:

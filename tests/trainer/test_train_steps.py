@@ -19,7 +19,7 @@ from torch import nn  # noqa: E402
 from xflux_trainer import averages, checkpoint, optim, slots  # noqa: E402
 from xflux_trainer.checkpoint import Progress  # noqa: E402
 from xflux_trainer.config import TrainConfig  # noqa: E402
-from xflux_trainer.errors import Unsupported  # noqa: E402
+from xflux_trainer.errors import Unsupported, UserError  # noqa: E402
 from xflux_trainer.lossscale import LossScale  # noqa: E402
 from xflux_trainer.ranks import Launch, Ranks  # noqa: E402
 
@@ -434,3 +434,12 @@ def test_norms_of_16_bit_gradients_are_summed_in_fp32() -> None:
     """Ten thousand squares of 0.01 are 1, whose sum bf16 would end at a hundredth of."""
     assert optim.global_norm([torch.full((10_000,), 0.01).bfloat16()] * 4) == pytest.approx(2.0, rel=5e-3)
     assert optim.global_norm([]) == 0.0
+
+
+def test_gradients_that_overflow_at_any_scale_end_the_run() -> None:
+    """A thousand halvings would end in a division by zero."""
+    scale = LossScale()
+    with pytest.raises(UserError, match="bf16"):
+        for _ in range(1000):
+            scale.update(overflow=True)
+    assert 1 / scale.scale < 1e4
