@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib
 import json
 import threading
 from collections.abc import Iterator
@@ -156,6 +157,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
     for place in ENDPOINTS:
         monkeypatch.setattr(place, url, raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    # Before hub 1 a session that another test opened offline stays so.
+    getattr(importlib.import_module("huggingface_hub.utils._http"), "reset_sessions", lambda: None)()
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     yield Hub
     served.shutdown()
