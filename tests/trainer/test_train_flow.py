@@ -96,12 +96,12 @@ def test_the_loss_is_nought_for_the_true_velocity() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_the_loss_is_plain_diffusers(size: int) -> None:
-    """Against the lines of diffusers' own training script, written out, with its transformer."""
-    transformer, b = tiny_transformer(), batch(size)
+    """Against the lines of diffusers' own training script, written out, with its transformer: loss and gradients."""
+    transformer, b = tiny_transformer().requires_grad_(True), batch(size)
     t, eps = torch.tensor([0.2, 0.55, 0.9])[:size], torch.randn(size, 24, 64)
     ours = evaluate.velocity_loss(Velocity(transformer, guidance=True), CONFIG, b, eps, t, torch.device("cpu"))
 
-    plain = tiny_transformer()
+    plain = tiny_transformer().requires_grad_(True)
     noise = diffusers.FluxPipeline._unpack_latents(eps, 64, 96, 8)
     sigmas = t.view(-1, 1, 1, 1)
     noisy = (1.0 - sigmas) * b.latents + sigmas * noise
@@ -114,6 +114,11 @@ def test_the_loss_is_plain_diffusers(size: int) -> None:
     predicted = diffusers.FluxPipeline._unpack_latents(predicted, 64, 96, 8)
     theirs = ((predicted.float() - (noise - b.latents).float()) ** 2).reshape(size, -1).mean(1)
     assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    ours.mean().backward()
+    theirs.mean().backward()
+    wanted = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    for name, parameter in transformer.named_parameters():
+        assert torch.allclose(parameter.grad, wanted[name], rtol=1e-4, atol=1e-6), name
 
 
 def test_a_batch_is_its_images_one_by_one() -> None:
