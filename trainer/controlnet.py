@@ -88,10 +88,7 @@ def build(base: Base, config: TrainConfig, dtype: torch.dtype, device: torch.dev
     the rest is drawn from the seed. Raises `ConfigError`, `ModelError`.
     """
     spec = read_spec(base)
-    if config.controlnet_depth > spec.double_blocks:
-        seen = f"is {config.controlnet_depth}, and {config.base_model} has {spec.double_blocks} double blocks"
-        problem = Problem("controlnet_depth", seen, f"Write {spec.double_blocks} or less.")
-        raise ConfigError("train config", (problem,))
+    check(config, spec)
     module = empty(spec, config.controlnet_depth)
     if config.controlnet_init:
         _fill_from(module, Path(config.controlnet_init).expanduser(), config, dtype, device)
@@ -100,6 +97,17 @@ def build(base: Base, config: TrainConfig, dtype: torch.dtype, device: torch.dev
     for parameter in parameters(module).values():
         parameter.requires_grad_(True)
     return module.train()
+
+
+def check(config: TrainConfig, spec: FluxSpec) -> None:
+    """Raise `ConfigError` or `ModelError` for what `build` would refuse: asked before all work."""
+    if config.controlnet_depth > spec.double_blocks:
+        seen = f"is {config.controlnet_depth}, and {config.base_model} has {spec.double_blocks} double blocks"
+        problem = Problem("controlnet_depth", seen, f"Write {spec.double_blocks} or less.")
+        raise ConfigError("train config", (problem,))
+    if config.controlnet_init:
+        with _opened(Path(config.controlnet_init).expanduser(), torch.device("cpu")) as weights:
+            _same_depth(weights, config)
 
 
 def parameters(controlnet: nn.Module) -> dict[str, nn.Parameter]:
@@ -239,11 +247,15 @@ def _fresh(module: nn.Module, name: str, shape: torch.Size, seed: int) -> Tensor
 
 def _fill_from(module: nn.Module, source: Path, config: TrainConfig, dtype: torch.dtype, device: torch.device) -> None:
     with _opened(source, device) as weights:
-        depth = _settings_in(weights)["num_layers"]
-        if depth != config.controlnet_depth:
-            seen = f"is {config.controlnet_depth}, and the ControlNet of controlnet_init has {depth} blocks"
-            raise ConfigError("train config", (Problem("controlnet_depth", seen, f"Write {depth}."),))
+        _same_depth(weights, config)
         _fill(module, weights, dtype)
+
+
+def _same_depth(weights: Weights, config: TrainConfig) -> None:
+    depth = _settings_in(weights)["num_layers"]
+    if depth != config.controlnet_depth:
+        seen = f"is {config.controlnet_depth}, and the ControlNet of controlnet_init has {depth} blocks"
+        raise ConfigError("train config", (Problem("controlnet_depth", seen, f"Write {depth}."),))
 
 
 def _fill(module: nn.Module, weights: Weights, dtype: torch.dtype) -> None:

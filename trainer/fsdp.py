@@ -25,10 +25,10 @@ from xflux_trainer.errors import Unsupported
 from xflux_trainer.lossscale import LossScale
 from xflux_trainer.model import DTYPES
 from xflux_trainer.optim import Piece, Read, refuse_step_in_backward
-from xflux_trainer.optimizers import MOMENTS, set_rate
+from xflux_trainer.optimizers import MOMENTS, adamw, set_rate
 from xflux_trainer.quantize import refuse as refuse_quantised
 from xflux_trainer.ranks import Ranks
-from xflux_trainer.sharded import adamw, refuse_optimizers
+from xflux_trainer.sharded import refuse_optimizers
 
 BLOCKS = ("transformer_blocks", "single_transformer_blocks")
 
@@ -69,7 +69,7 @@ class FsdpStepper:
         self._max_norm = config.max_grad_norm
         self._shards = shard(module, trained, config, ranks)
         parts = {name: held.local for name, held in self._shards.items()}
-        self._optimizer = adamw(list(parts.values()), config, ranks.device)
+        self._optimizer = adamw(list(parts.values()), config, ranks.device, fused_on_host=True)
         self._averages = Averages(parts, config.ema_decay)
         self._parts = parts
         self._scale = LossScale() if config.mixed_precision == "fp16" else None

@@ -80,7 +80,7 @@ def states(config: TrainConfig, spec: FluxSpec, world_size: int, strategy: str) 
         if config.mode != "finetune":
             name = "adapters" if config.mode == "lora" else "ControlNet"
             yield Term(name, own * 4, "train", f"{count} in fp32")
-        grads = what.largest if config.step_in_backward and config.mode == "finetune" else own
+        grads = what.largest if config.step_in_backward else own
         yield Term("gradients", grads * 4, "train", "fp32; under DDP they are views of its buckets")
     else:
         yield from _bf16_states(config, what, own, count)
@@ -119,7 +119,7 @@ def _bf16_states(config: TrainConfig, what: Trained, own: int, count: str) -> It
     update = config.weight_update
     if update == "auto":
         update = "stochastic" if config.mode == "finetune" and not config.train_parameters else "master"
-    grads = what.largest if config.step_in_backward and config.mode == "finetune" else own
+    grads = what.largest if config.step_in_backward else own
     reason = "of the largest tensor: each is freed once it was stepped" if grads != own else count
     yield Term("gradients", grads * 2, "train", f"16 bits, {reason}")
     if update == "master":

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from xflux_trainer import controlnet, finetune, lora, lora_files
+from xflux_trainer import controlnet, finetune, lora, lora_files, optimizers
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.layout import Base
 from xflux_trainer.model import Velocity
 from xflux_trainer.ranks import Ranks
 from xflux_trainer.spec import FluxSpec
+from xflux_trainer.trained import names, parameters
 
 Weights = Iterator[tuple[str, Tensor]]
 
@@ -73,3 +74,7 @@ def refuse(config: TrainConfig, base: Base, spec: FluxSpec) -> None:
         lora.check(config, spec.linears())
     elif config.mode == "finetune":
         finetune.refuse_overwriting(Path(config.output_dir), base)
+        names((name for name, _ in parameters(spec)), config)
+    else:
+        controlnet.check(config, spec)
+    optimizers.check(config)

@@ -13,14 +13,17 @@ from xflux_trainer.errors import Unsupported
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def adamw(parameters: list[nn.Parameter], config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
+def adamw(
+    parameters: list[nn.Parameter], config: TrainConfig, device: torch.device, *, fused_on_host: bool = False
+) -> torch.optim.AdamW:
+    """torch's, in one kernel on a GPU; on the host as well, where sharded weights may wait, if that is asked for."""
     return torch.optim.AdamW(
         parameters,
         lr=config.learning_rate,  # every step sets its own
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         weight_decay=config.adam_weight_decay,
-        fused=device.type == "cuda",
+        fused=device.type == "cuda" or (fused_on_host and device.type == "cpu"),
     )
 
 
@@ -44,9 +47,14 @@ def _adafactor(parameters: list[nn.Parameter], config: TrainConfig) -> torch.opt
     )  # fmt: skip
 
 
-def _adamw8bit(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """torchao's, whose blockwise 8-bit moments work on every device. Weights stay in fp32 here: what rounds them is
-    `slots`, whose dice a resumed run throws again, and not torchao's own."""
+def check(config: TrainConfig) -> None:
+    """Raise `Unsupported` for an optimizer whose package is missing: asked before all work."""
+    if config.optimizer == "adamw8bit":
+        _torchaos()
+
+
+def _torchaos() -> Any:
+    """torchao's class. Raises `Unsupported` with the line that installs it."""
     try:
         try:
             from torchao.optim import AdamW8bit
@@ -58,7 +66,13 @@ def _adamw8bit(parameters: list[nn.Parameter], config: TrainConfig) -> torch.opt
             f"optimizer is adamw8bit, but torchao cannot be imported: {error}.",
             f"Run `pip install '{pin}'`, or set optimizer to adamw or adafactor.",
         ) from error
-    optimizer: torch.optim.Optimizer = AdamW8bit(
+    return AdamW8bit
+
+
+def _adamw8bit(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """torchao's, whose blockwise 8-bit moments work on every device. Weights stay in fp32 here: what rounds them is
+    `slots`, whose dice a resumed run throws again, and not torchao's own."""
+    optimizer: torch.optim.Optimizer = _torchaos()(
         parameters, lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon,
         weight_decay=config.adam_weight_decay,
     )  # fmt: skip

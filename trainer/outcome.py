@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from xflux_trainer import card, evaluate, report, sample
+from xflux_trainer import card, evaluate, report, sample, sheet
 from xflux_trainer.errors import UserError
 from xflux_trainer.report import write_metrics
 from xflux_trainer.run import Run
@@ -21,13 +21,14 @@ def finish(run: Run, watch: Watch | None, stop: Stop) -> tuple[int, list[Path]]:
     """
     ranks = run.ranks
     paths = _write(run)
-    ranks.say(f"{run.trainee.result} is in {' and '.join(map(str, paths))}" if ranks.main else "")
+    ranks.say(f"{run.trainee.result} is in {' and '.join(map(str, paths))}")
     after = measure(run, watch) if run.heldout else None
     if after and run.progress.heldout_before:
         before = run.progress.heldout_before["mean"]
         ranks.say(f"held-out loss {before:.4f} before, {after['mean']:.4f} after ({after['mean'] / before - 1:+.1%})")
     if signum := stop.first(ranks.total(stop.flags())):
         return signum, []  # all that matters is saved
+    ranks.together(lambda: sheet.set_aside_ends(run.output, len(run.prompts)) if watch else None)
     if not run.config.disable_sampling:
         draw(run, "final", watch)
     ranks.together(lambda: write_metrics(run, "finished", after))

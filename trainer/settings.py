@@ -113,7 +113,7 @@ class TrainConfig:
     optimizer: Literal["adamw", "adamw8bit", "adafactor"] = "adamw"
     """AdamW, AdamW with its moments in 8 bits (torchao), or Adafactor without a first moment (transformers)."""
     step_in_backward: bool = False
-    """Step every weight as soon as its gradient is there and free it: fine-tunes on one device, no accumulation."""
+    """Step every weight as soon as its gradient is there and free it: on one device, without accumulation."""
     backward_clip: Literal["exact", "previous", "tensor"] = "previous"
     """How max_grad_norm acts with step_in_backward: a second backward, the last step's norm, or each by its own."""
     ema_decay: float = 0.0
@@ -233,7 +233,7 @@ RANGES: dict[str, tuple[float, float]] = {
 
 MODE_KEYS = {
     "lora": "rank lora_alpha lora_targets lora_init lora_formats single_blocks double_blocks".split(),
-    "finetune": "train_parameters step_in_backward backward_clip".split(),
+    "finetune": ["train_parameters"],
     "controlnet": "control_type control_dir canny_low canny_high controlnet_depth controlnet_init".split(),
 }
 """Keys that only one mode reads."""

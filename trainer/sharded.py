@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import nn
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.errors import Unsupported
@@ -21,18 +20,6 @@ def refuse_optimizers(config: TrainConfig, who: str) -> None:
     if config.mode == "finetune" and config.weight_update not in ("auto", "master"):
         seen = f"weight_update is {config.weight_update}, but {who} holds fp32 masters of what is trained."
         raise Unsupported(seen, f"Set weight_update to auto, or {PLAIN}.")
-
-
-def adamw(parameters: list[nn.Parameter], config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
-    """torch's in one kernel, on the host too, where it takes the place of DeepSpeed's CPU Adam without a compiler."""
-    return torch.optim.AdamW(
-        parameters,
-        lr=config.learning_rate,  # every step sets its own
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.adam_weight_decay,
-        fused=device.type in ("cuda", "cpu"),
-    )
 
 
 def preparer(config: TrainConfig, ranks: Ranks) -> Callable[[str, nn.Module], None] | None:

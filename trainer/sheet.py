@@ -63,6 +63,19 @@ def set_aside(output: Path, after: int | None) -> Path | None:
         for step, path in row.items()
         if after is None or FINAL > step > after
     ]
+    return _move(output, old)
+
+
+def set_aside_ends(output: Path, prompts: int) -> Path | None:
+    """Move an earlier end's drawings of prompts that are not drawn any more: no card is to show them as this run's."""
+    samples = output / "samples"
+    place = _move(output, [row[FINAL] for k, row in images(samples).items() if k >= prompts and FINAL in row])
+    if place and images(samples):
+        write(samples, final=True)
+    return place
+
+
+def _move(output: Path, old: list[Path]) -> Path | None:
     if not old:
         return None
     last = max((int(p.name[9:]) for p in output.glob("previous-*") if p.name[9:].isdigit()), default=0)

@@ -9,15 +9,14 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 
 import torch
 from torch import Tensor
 from xflux_trainer.bfl import Place
-from xflux_trainer.files import TEMPORARY, sentences
+from xflux_trainer.files import new_file
 
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 """What safetensors calls the formats that models are saved in."""
@@ -87,7 +86,7 @@ def write_placed(
     """
     places = {name: _known(locate(name), name) for name in shapes}
     stored = {places[name].name: places[name].stored(shape) for name, shape in shapes.items()}
-    with whole_file(path) as temporary, TensorFile(temporary, stored, dtype or torch.bfloat16) as file:
+    with new_file(path) as temporary, TensorFile(temporary, stored, dtype or torch.bfloat16) as file:
         for name, tensor in tensors:
             place = places[name]
             file.put(place.name, swap_halves(tensor) if place.swapped else tensor, place.rows(stored[place.name][0])[0])
@@ -118,20 +117,6 @@ def swap_halves(tensor: Tensor) -> Tensor:
     """The lower half of the rows above the upper."""
     upper, lower = tensor.chunk(2)
     return torch.cat([lower, upper])
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary name that becomes `path` when the block ends well, and vanishes when it does not."""
-    with sentences(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
-        try:
-            yield temporary
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
 
 
 def _rows(shape: tuple[int, ...]) -> int:

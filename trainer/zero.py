@@ -20,10 +20,9 @@ from xflux_trainer.config import TrainConfig
 from xflux_trainer.errors import Unsupported
 from xflux_trainer.model import DTYPES
 from xflux_trainer.optim import Piece, Read, refuse_step_in_backward
-from xflux_trainer.optimizers import MOMENTS, set_rate
+from xflux_trainer.optimizers import MOMENTS, adamw, set_rate
 from xflux_trainer.quantize import refuse as refuse_quantised
 from xflux_trainer.ranks import Ranks
-from xflux_trainer.sharded import adamw
 from xflux_trainer.zero_settings import deepspeed_settings
 
 __all__ = ["ZeroStepper", "deepspeed_settings", "partitioner"]
@@ -68,7 +67,7 @@ class ZeroStepper:
         finer = {name: value.detach().float().cpu() for name, value in trained.items() if value.dtype != dtype}
         for name in finer:
             trained[name].data = trained[name].data.to(dtype)
-        optimizer = adamw(list(trained.values()), config, ranks.device)
+        optimizer = adamw(list(trained.values()), config, ranks.device, fused_on_host=True)
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         self._zero: Any = self._engine.optimizer
         self._fragments = {name: _fragment(self._zero, value, ranks.rank) for name, value in trained.items()}

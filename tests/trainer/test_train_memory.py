@@ -167,6 +167,13 @@ def test_modes_and_savers(changes: dict[str, Any], least: float, most: float) ->
     assert least < bill(**changes).gpu_allocated / GIB < most
 
 
+def test_stepping_in_the_backward_pass_holds_one_gradient_in_every_mode() -> None:
+    for mode in ("lora", "finetune", "controlnet"):
+        (kept,) = (term.bytes for term in bill(mode=mode).gpu if term.name == "gradients")
+        (freed,) = (term.bytes for term in bill(mode=mode, step_in_backward=True).gpu if term.name == "gradients")
+        assert freed < kept / 10
+
+
 def test_sharding_lowers_what_every_rank_holds() -> None:
     whole = bill(mode="finetune")
     for strategy in ("zero3", "fsdp"):

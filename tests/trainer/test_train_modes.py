@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ pytest.importorskip("diffusers")
 from safetensors.torch import load_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 from trainer_kit import keep_signals, metrics, squares, tiny_flux, write_config  # noqa: E402
-from xflux_trainer import checkpoint, cli, files, outcome, report  # noqa: E402
+from xflux_trainer import checkpoint, cli, files, modes, outcome, report  # noqa: E402
+from xflux_trainer.config import TrainConfig  # noqa: E402
 from xflux_trainer.errors import UserError, WriteError  # noqa: E402
+from xflux_trainer.layout import Base  # noqa: E402
+from xflux_trainer.model import read_spec  # noqa: E402
 from xflux_trainer.ranks import Ranks  # noqa: E402
 
 __all__ = ["keep_signals"]  # a fixture, used by being here
@@ -240,3 +244,22 @@ def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(
     # It is whole, so that nothing is lost by it; the one after it could be removed.
     assert [found.name for found in checkpoint.list_checkpoints(tmp_path / "out")] == ["checkpoint-1", "checkpoint-3"]
     assert checkpoint.load(tmp_path / "out" / "checkpoint-1").progress.step == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"mode": "finetune", "train_parameters": ("txt_atn",)}, "txt_attn"),
+        ({"mode": "controlnet", "controlnet_depth": 30}, "Write 2 or less"),
+        ({"mode": "controlnet", "controlnet_init": "nowhere"}, "nowhere does not exist"),
+        ({"optimizer": "adamw8bit"}, "torchao cannot be imported"),
+        ({"lora_init": "nowhere"}, "nowhere does not exist"),
+    ],
+)
+def test_what_cannot_be_trained_is_said_before_anything_is_encoded(
+    changes: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    base = Base.of(tiny_flux())
+    with pytest.raises(UserError, match=words):
+        modes.refuse(TrainConfig(img_dir="x", **changes), base, read_spec(base))

@@ -182,3 +182,16 @@ def test_samples_of_another_branch_are_put_aside(tmp_path: Path) -> None:
     assert {path.name for path in samples.iterdir()} == {"step-000002-0.png", "step-000004-0.png", "final-0.png"}
     assert sheet.set_aside(tmp_path, None) == tmp_path / "previous-2"
     assert list(samples.iterdir()) == []
+
+
+def test_an_earlier_ends_drawings_of_other_prompts_are_put_aside(tmp_path: Path) -> None:
+    """Three prompts at the end of a run that then goes on with one."""
+    samples = tmp_path / "samples"
+    paint(samples, "step-000002", 0, "grey")
+    for prompt in range(3):
+        paint(samples, "final", prompt, "grey")
+    assert sheet.set_aside_ends(tmp_path, 3) is None
+    assert sheet.set_aside_ends(tmp_path, 1) == tmp_path / "previous-1"
+    moved = {path.name for path in (tmp_path / "previous-1" / "samples").iterdir()}
+    assert moved == {"final-1.png", "final-2.png"}
+    assert {path.name for path in samples.iterdir()} == {"step-000002-0.png", "final-0.png", sheet.NAME}
