@@ -31,8 +31,8 @@ def fill_cache(config: TrainConfig) -> None:
             ranks.say(f"note: {note}")
         model.read_spec(base)
         model.quiet_libraries()
-        entries, _ = cache.fill(config, base, ranks, sets, choose_prompts(config, sets))
-        total = sum(len(part) for part in entries.values())
+        cache.fill(config, base, ranks, sets, choose_prompts(config, sets))
+        total = sum(len(part) for part in sets.values())
         ranks.say(f"{total} images and their captions are in {config.cache_path}")
     finally:
         ranks.leave()

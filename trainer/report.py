@@ -71,11 +71,12 @@ def announce(run: Run) -> None:
     batch = config.train_batch_size * ranks.world_size * run.accumulation
     ranks.say(
         f"{run.spec.name}: {run.trained:,} of {run.spec.transformer_parameters:,} parameters are trained "
-        f"on {len(run.entries)} images; {run.stepper.strategy}, {ranks.world_size} x {meter.device_name(ranks.device)}"
+        f"on {run.images} images; {run.stepper.strategy}, {ranks.world_size} x {meter.device_name(ranks.device)}"
     )
+    passes = run.total * ranks.world_size * run.accumulation / run.order.per_epoch
     ranks.say(
         f"batch {batch} = {config.train_batch_size} images x {ranks.world_size} ranks x {run.accumulation} "
-        f"accumulated; {run.total} steps, {run.total * batch / len(run.entries):.1f} passes over the images"
+        f"accumulated; {run.total} steps, {passes:.1f} passes over the images"
     )
     for note in run.notes:
         ranks.say(f"note: {note}")
@@ -116,7 +117,7 @@ def write_metrics(run: Run, status: str, after: dict[str, Any] | None = None, *,
             "device": meter.device_name(run.ranks.device),
             "train_batch_size": run.config.train_batch_size,
             "gradient_accumulation_steps": run.accumulation,
-            "images": len(run.entries),
+            "images": run.images,
             "trained_parameters": run.trained,
             "loss": {
                 "first": finite(progress.first_loss),

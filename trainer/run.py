@@ -54,6 +54,11 @@ class Run:
     def output(self) -> Path:
         return Path(self.config.output_dir)
 
+    @property
+    def images(self) -> int:
+        """Images that are trained on, whatever the number of sizes that each has an entry at."""
+        return len(self.entries) // len(self.config.sizes)
+
 
 def prepare(config: TrainConfig, notes: tuple[str, ...], ranks: Ranks, gauge: Meter) -> Run:
     """From files to a run that can take its first step."""

@@ -376,3 +376,13 @@ def test_a_block_that_the_model_has_not_is_told_before_the_cache_is_filled(
     said = capsys.readouterr().err
     assert "single_blocks: names 99, which" in said
     assert not (tmp_path / "out" / "cache").exists()
+
+
+def test_sizes_and_repeats_count_as_passes_and_not_as_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Four images at two sizes, each three times in a pass: 24 batches of one."""
+    run(write_config(tmp_path, resolutions=[32], repeats={".": 3}, max_train_steps=6))
+    said = capsys.readouterr().out
+    assert "on 4 images" in said and "6 steps, 0.2 passes" in said
+    assert metrics(tmp_path / "out")["images"] == 4
