@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from typing import Any
 
 from xflux_trainer.errors import Problem
@@ -28,9 +27,6 @@ def between(config: TrainConfig) -> list[Problem]:
             near = max(PATCH, round(pixels / PATCH) * PATCH)
             problems.append(Problem(key, f"is {pixels}, not a multiple of {PATCH}", f"Write {near}."))
     problems += _sizes(config) + _modes(config)
-    if config.push_to_hub is not None and not REPOSITORY.fullmatch(config.push_to_hub):
-        hint = "Write NAME, or OWNER/NAME, of letters, digits, -, _ and dots."
-        problems.append(Problem("push_to_hub", f"is {config.push_to_hub!r}, which is no repository's name", hint))
     if config.max_train_steps is None and config.num_train_epochs is None:
         problems.append(Problem("max_train_steps", "is null", "Give max_train_steps or num_train_epochs a number."))
     if config.single_blocks == () and config.double_blocks == ():
@@ -57,8 +53,6 @@ def notes_on(config: TrainConfig) -> list[str]:
         notes.append("max_train_steps is set, so num_train_epochs does nothing.")
     return notes
 
-
-REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
 

@@ -290,18 +290,6 @@ def test_xfluxs_other_two_files_are_told_by_their_keys(
     assert any(f"mode is {mode}" in note for note in notes) == (mode != "lora")
 
 
-@pytest.mark.parametrize(("name", "fine"), [
-    ("me/my-lora", True), ("my_lora.v2", True), ("not a repo////", False), ("a/b/c", False), ("me/", False),
-    ("hf.co/me/x y", False),
-])  # fmt: skip
-def test_a_name_that_no_hub_takes_is_said_at_the_start(tmp_path: Path, name: str, fine: bool) -> None:
-    text = f"img_dir: x\npush_to_hub: {name}\n"
-    if fine:
-        assert load(write(tmp_path, text)).push_to_hub == name
-    else:
-        assert "OWNER/NAME" in problems(tmp_path, text)["push_to_hub"].hint
-
-
 def test_stepping_in_the_backward_pass_is_for_every_mode(tmp_path: Path) -> None:
     """It acts on adapters as on a fine-tune, so no note says that it does nothing."""
     config, notes = load_with_notes(write(tmp_path, "img_dir: x\nstep_in_backward: true\n"))
