@@ -1,0 +1,127 @@
+"""What FLUX's blocks do to their activations between the matrix products, in plain torch: the meaning of `kernels`.
+
+Every function computes in fp32 and rounds once, to the format of its input, where it writes. Activations are
+(B, L, D), a modulation's part is (B, D), queries and keys are (B, L, H, C) with C channels a head. A tensor may be a
+view whose last dimension lies together. Gradients come out in the format of the activations, sums over tokens in fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+EPS = 1e-6
+"""Of every norm in FLUX."""
+_GELU_IN, _GELU_CUBE = 0.7978845608028654, 0.044715
+
+
+def _norm(x: Tensor) -> tuple[Tensor, Tensor]:
+    """LayerNorm without weights, and 1 / deviation: both fp32."""
+    x = x.float()
+    x = x - x.mean(-1, keepdim=True)
+    rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS)
+    return x * rstd, rstd
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm(x) (1 + scale) + shift."""
+    return (_norm(x)[0] * (1 + scale.float())[:, None] + shift.float()[:, None]).to(x.dtype)
+
+
+def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x + gate y."""
+    return (x.float() + gate.float()[:, None] * y.float()).to(x.dtype)
+
+
+def add_modulate(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """x + gate y, and that modulated."""
+    added = add_gated(x, y, gate)
+    return added, modulate(added, shift, scale)
+
+
+def modulate_backward(
+    dy: Tensor, x: Tensor, scale: Tensor, dx: Tensor | None, *, sums: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Of `modulate`: its input's gradient plus `dx`, and with `sums` those of shift and scale, (B, D) fp32."""
+    n, rstd = _norm(x)
+    up = dy.float()
+    inner = up * (1 + scale.float())[:, None]
+    inner = (inner - inner.mean(-1, keepdim=True) - n * (inner * n).mean(-1, keepdim=True)) * rstd
+    total = (inner if dx is None else inner + dx.float()).to(x.dtype)
+    return (total, up.sum(1), (up * n).sum(1)) if sums else (total, None, None)
+
+
+def gated(dx: Tensor, gate: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """gate dx, the gradient of y in `add_gated`; where y is given that of the gate as well, (B, D) fp32."""
+    dgate = None if y is None else (dx.float() * y.float()).sum(1)
+    return (gate.float()[:, None] * dx.float()).to(dx.dtype), dgate
+
+
+def gelu(h: Tensor, out: Tensor) -> Tensor:
+    """tanh-GELU of h (B, L, M), written into `out`."""
+    return out.copy_(F.gelu(h.float(), approximate="tanh"))
+
+
+def gelu_backward(dy: Tensor, h: Tensor, out: Tensor) -> Tensor:
+    """dy GELU'(h), written into `out`, which may be dy."""
+    x = h.float()
+    t = torch.tanh(_GELU_IN * (x + _GELU_CUBE * x**3))
+    slope = 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * _GELU_IN * (1 + 3 * _GELU_CUBE * x * x)
+    return out.copy_(dy.float() * slope)
+
+
+Norms = tuple[Tensor, Tensor, Tensor, Tensor]
+"""The QK norms' weights (C,) each: of the text's q and k, and of the image's."""
+
+
+def qk_rope(qk: Tensor, norms: Norms, cos: Tensor, sin: Tensor, text: int) -> tuple[Tensor, Tensor]:
+    """q and k (B, L, H, C) for attention: RMSNorm over each head, then rotary embedding over pairs of channels.
+
+    qk (B, L, 2 D) are both, side by side; the first `text` tokens are normed with the text's weights. cos and sin are
+    (L, C) fp32, alike for both channels of a pair, as diffusers makes them.
+    """
+    made = []
+    for x, first, rest in zip(_heads(qk, cos), norms[:2], norms[2:]):  # noqa: B905 (of one length)
+        n = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS)
+        n = n * _weights(first, rest, text, x.shape[1])
+        made.append((n * cos[:, None] + _turn(n) * sin[:, None]).to(qk.dtype))
+    return made[0], made[1]
+
+
+def qk_rope_backward(
+    dq: Tensor, dk: Tensor, qk: Tensor, norms: Norms, cos: Tensor, sin: Tensor, text: int, out: Tensor,
+    *, sums: bool = False,
+) -> Norms | None:  # fmt: skip
+    """Of `qk_rope`: the gradient of qk into `out` (B, L, 2 D); with `sums` those of the norms' weights, (C,) fp32."""
+    grads: list[Tensor] = []
+    width = qk.shape[-1] // 2
+    for place, (dy, x) in enumerate(zip((dq, dk), _heads(qk, cos))):  # noqa: B905
+        dy = dy.float()
+        dn = dy * cos[:, None] - _turn(dy * sin[:, None])
+        rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS)
+        n = x * rstd
+        if sums:
+            both = dn * n
+            grads += [both[:, :text].sum((0, 1, 2)), both[:, text:].sum((0, 1, 2))]
+        dn = dn * _weights(norms[place], norms[place + 2], text, x.shape[1])
+        dx = (dn - n * (dn * n).mean(-1, keepdim=True)) * rstd
+        out[..., place * width : (place + 1) * width].copy_(dx.flatten(2))
+    return (grads[0], grads[2], grads[1], grads[3]) if sums else None
+
+
+def _heads(qk: Tensor, cos: Tensor) -> tuple[Tensor, Tensor]:
+    """q and k in fp32, (B, L, H, C) each."""
+    q, k = qk.float().unflatten(-1, (2, -1, cos.shape[-1])).unbind(2)
+    return q, k
+
+
+def _weights(first: Tensor, rest: Tensor, text: int, tokens: int) -> Tensor:
+    """(L, 1, C) fp32."""
+    return torch.cat([first.float().expand(text, -1), rest.float().expand(tokens - text, -1)])[:, None]
+
+
+def _turn(x: Tensor) -> Tensor:
+    """Each pair of channels a quarter turn on: (a, b) to (-b, a)."""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([-b, a], dim=-1).flatten(-2)
