@@ -132,11 +132,11 @@ def measure(row: Row, pixels: int, options: argparse.Namespace) -> dict[str, Any
 def assemble(config: Any, spec: Any, device: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """The module that is trained, its trained parameters, and what streaming takes."""
     from random_flux import build, fill
-    from xflux_trainer import lora, model, quantize
+    from xflux_trainer import fast, lora, model, quantize
 
     dtype = model.DTYPES[config.mixed_precision]
     prepare = quantize.preparer(config, device, (spec.double_blocks, spec.single_blocks))
-    transformer = build(spec, dtype, device, prepare)
+    transformer = build(spec, dtype, device, fast.Packed(prepare))
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     pinned = prepare.streamer.host_bytes / GIB if prepare and prepare.streamer else 0.0
@@ -151,13 +151,19 @@ def assemble(config: Any, spec: Any, device: Any) -> tuple[Any, dict[str, Any], 
             weight.requires_grad_(True)
         if config.gradient_checkpointing:
             net.enable_gradient_checkpointing()
-        return controlnet.ControlVelocity(net, transformer, guidance=True), trained, found
+        module: Any = controlnet.ControlVelocity(net, transformer, guidance=True)
+        module.velocity.fast, found["computed_by"] = fast.build(transformer, config, device)
+        return module, trained, found
     if config.mode == "finetune":
         # Without these, the stepper would take AdamW for every optimizer and the row would lie.
         from xflux_trainer import backward, finetune, optimizers, rounding  # noqa: F401
 
-        return model.Velocity(transformer, guidance=True), finetune.select(transformer, config), found
-    return model.Velocity(transformer, guidance=True), lora.attach(transformer, config), found
+        trained = finetune.select(transformer, config)
+    else:
+        trained = lora.attach(transformer, config)
+    module = model.Velocity(transformer, guidance=True)
+    module.fast, found["computed_by"] = fast.build(transformer, config, device)
+    return module, trained, found
 
 
 def peak(cuda: bool) -> tuple[float, float]:

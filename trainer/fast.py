@@ -12,8 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from xflux_trainer.attention import Attention
+from xflux_trainer import fastops
+from xflux_trainer.attention import Attention, choose
 from xflux_trainer.blocks import Double, Rope, Single
+from xflux_trainer.config import TrainConfig
+from xflux_trainer.errors import Unsupported
+from xflux_trainer.model import DTYPES, Prepare
 from xflux_trainer.products import pack
 
 ROPES = 64
@@ -92,11 +96,67 @@ class Fast:
         self._ropes.append((ids, text_ids, rope))
         return rope
 
+    def describe(self) -> str:
+        """One line about what computes."""
+        return f"fused kernels, attention by {self.attention.name}"
 
-def pack_block(name: str, block: Any) -> None:
-    """Lay the weights that `Group` multiplies together next to each other, while a block is loaded."""
-    if name.startswith("transformer_blocks."):
-        pack([block.attn.to_q, block.attn.to_k, block.attn.to_v])
-        pack([block.attn.add_q_proj, block.attn.add_k_proj, block.attn.add_v_proj])
-    elif name.startswith("single_transformer_blocks."):
-        pack([block.attn.to_q, block.attn.to_k, block.attn.to_v, block.proj_mlp])
+
+def build(
+    transformer: nn.Module, config: TrainConfig, device: torch.device, *, cut: bool = False
+) -> tuple[Fast | None, list[str]]:
+    """What computes the transformer as the config wants it, None for diffusers' own code; and what is worth a note.
+
+    `cut`: the weights are cut up among the ranks by hooks around diffusers' modules, which this would go past.
+    Raises `Unsupported` where fused kernels are asked for and cannot be had.
+    """
+    if config.kernels == "diffusers":
+        return None, []
+    why = _why_not(config, device, cut=cut)
+    if why and config.kernels == "fused":
+        raise Unsupported(f"kernels is fused, but {why}.", "Set kernels to auto, which takes diffusers' code here.")
+    if why and config.checkpointed_blocks is not None and config.gradient_checkpointing:
+        seen = f"checkpointed_blocks is {config.checkpointed_blocks}, which fused kernels alone do, and {why}."
+        raise Unsupported(seen, "Set checkpointed_blocks to null.")
+    if why:
+        return None, [f"diffusers' own blocks compute: {why}."] if device.type == "cuda" else []
+    net: Any = transformer
+    dtype = DTYPES[config.mixed_precision]
+    wanted = "flash" if config.attention == "auto" and config.deterministic else config.attention
+    attention, passed = choose(wanted, device, dtype, net.config.attention_head_dim)
+    count = len(net.transformer_blocks) + len(net.single_transformer_blocks)
+    checkpointed = 0
+    if config.gradient_checkpointing:
+        checkpointed = count if config.checkpointed_blocks is None else min(count, config.checkpointed_blocks)
+    made = Fast(net, attention, fastops.ops(device), checkpointed)
+    return made, [f"{made.describe()}{''.join(f' ({each})' for each in passed)}."] if device.type == "cuda" else []
+
+
+def _why_not(config: TrainConfig, device: torch.device, *, cut: bool) -> str | None:
+    """Why diffusers' own code computes; None: it does not."""
+    if cut:
+        return "the model is cut up among the ranks"
+    if config.kernels == "fused":
+        return None
+    if device.type != "cuda":
+        return "there is no CUDA device"
+    if config.mixed_precision == "no":
+        return "nothing is computed in 16 bits"
+    why = fastops.why_not(device)
+    return f"Triton does not work here: {why}" if why else None
+
+
+@dataclass
+class Packed:
+    """What `load_transformer` calls for every block: what is done to it else, and its weights laid together."""
+
+    first: Prepare | None = None
+
+    def __call__(self, name: str, module: nn.Module) -> None:
+        if self.first is not None:
+            self.first(name, module)
+        block: Any = module
+        if name.startswith("transformer_blocks."):
+            pack([block.attn.to_q, block.attn.to_k, block.attn.to_v])
+            pack([block.attn.add_q_proj, block.attn.add_k_proj, block.attn.add_v_proj])
+        elif name.startswith("single_transformer_blocks."):
+            pack([block.attn.to_q, block.attn.to_k, block.attn.to_v, block.proj_mlp])

@@ -180,6 +180,8 @@ class Velocity(nn.Module):
         super().__init__()
         self.transformer = transformer
         self.guidance = guidance
+        self.fast: Callable[..., Tensor] | None = None
+        """What computes the transformer instead of diffusers' forward, see `fast`."""
         self._inputs = Inputs(transformer)
 
     def forward(
@@ -202,15 +204,19 @@ class Velocity(nn.Module):
         """
         dtype = self.transformer.x_embedder.weight.dtype
         self._inputs.take(t, mask, x_t.shape[1])
+        guidances = torch.full((len(t),), guidance, device=t.device) if self.guidance else None
+        residuals = None if residuals is None else [each.to(dtype) for each in residuals]
+        if self.fast is not None and mask is None:
+            return self.fast(x_t.to(dtype), text.to(dtype), pooled.to(dtype), t, guidances, ids, text_ids, residuals)
         v: Tensor = self.transformer(
             hidden_states=x_t.to(dtype),
             timestep=t,
-            guidance=torch.full((len(t),), guidance, device=t.device) if self.guidance else None,
+            guidance=guidances,
             encoder_hidden_states=text.to(dtype),
             pooled_projections=pooled.to(dtype),
             img_ids=ids,
             txt_ids=text_ids,
-            controlnet_block_samples=None if residuals is None else [each.to(dtype) for each in residuals],
+            controlnet_block_samples=residuals,
             controlnet_blocks_repeat=True,
             return_dict=False,
         )[0]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from xflux_trainer import controlnet, finetune, lora, lora_files, optimizers
+from xflux_trainer import controlnet, fast, finetune, lora, lora_files, optimizers
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.layout import Base
 from xflux_trainer.model import Velocity
@@ -34,9 +34,21 @@ class Trainee:
 
 
 def build(
+    config: TrainConfig, base: Base, spec: FluxSpec, transformer: nn.Module, dtype: torch.dtype, ranks: Ranks,
+    *, cut: bool = False,
+) -> tuple[Trainee, list[str]]:  # fmt: skip
+    """Make of a loaded, frozen transformer what the mode trains; and what is worth a note. `cut`: its weights are cut
+    up among the ranks. Raises `ConfigError`, `ModelError`, `Unsupported`."""
+    trainee = _build(config, base, spec, transformer, dtype, ranks)
+    module: Any = trainee.module
+    velocity = module.velocity if config.mode == "controlnet" else module
+    velocity.fast, notes = fast.build(transformer, config, ranks.device, cut=cut)
+    return trainee, notes
+
+
+def _build(
     config: TrainConfig, base: Base, spec: FluxSpec, transformer: nn.Module, dtype: torch.dtype, ranks: Ranks
 ) -> Trainee:
-    """Make of a loaded, frozen transformer what the mode trains. Raises `ConfigError`, `ModelError`."""
     if config.gradient_checkpointing:
         checkpointed: Any = transformer
         checkpointed.enable_gradient_checkpointing()

@@ -49,6 +49,8 @@ def notes_on(config: TrainConfig) -> list[str]:
         notes.append("lr_scheduler constant has no warm-up, so lr_warmup_steps does nothing (it never did in X-Flux).")
     if config.random_ratio:
         notes.append("random_ratio picks one crop for each image by the seed, because images are encoded once.")
+    if config.checkpointed_blocks is not None and not config.gradient_checkpointing:
+        notes.append("checkpointed_blocks does nothing without gradient_checkpointing.")
     if config.max_train_steps is not None and config.num_train_epochs is not None:
         notes.append("max_train_steps is set, so num_train_epochs does nothing.")
     return notes
@@ -86,6 +88,11 @@ def _modes(config: TrainConfig) -> list[Problem]:
     if config.step_in_backward and config.gradient_accumulation_steps > 1:
         hint = "Set gradient_accumulation_steps to 1 and raise train_batch_size, or step_in_backward to false."
         problems.append(Problem("step_in_backward", "cannot accumulate gradients", hint))
+    if config.checkpointed_blocks is not None and config.kernels == "diffusers" and config.gradient_checkpointing:
+        hint = "Set kernels to auto, or checkpointed_blocks to null."
+        problems.append(
+            Problem("checkpointed_blocks", "is set, and diffusers' blocks are all recomputed or none", hint)
+        )
     if config.lora_formats == ():
         problems.append(Problem("lora_formats", "is empty", "Nothing would be written: name a format, or null."))
     return problems

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
-from xflux_trainer import cache, checkpoint, files, hub, model, modes, quantize, report, resume, sharded
+from xflux_trainer import cache, checkpoint, fast, files, hub, model, modes, quantize, report, resume, sharded
 from xflux_trainer.cache import Entries, Entry
 from xflux_trainer.checkpoint import Progress
 from xflux_trainer.config import TrainConfig
@@ -101,7 +101,9 @@ def prepare(config: TrainConfig, notes: tuple[str, ...], ranks: Ranks, gauge: Me
     dtype = model.DTYPES[config.mixed_precision]
     with gauge.phase("load"):
         transformer = model.load_transformer(base, dtype, ranks.device, prepare_block)
-        trainee = modes.build(config, base, spec, transformer, dtype, ranks)
+        cut = not isinstance(prepare_block, fast.Packed)
+        trainee, computing = modes.build(config, base, spec, transformer, dtype, ranks, cut=cut)
+    said += computing
 
     order = Order.of(entries.buckets, config)
     said += order.notes()
@@ -119,13 +121,14 @@ def prepare(config: TrainConfig, notes: tuple[str, ...], ranks: Ranks, gauge: Me
     )  # fmt: skip
 
 
-def _block_preparer(config: TrainConfig, spec: FluxSpec, ranks: Ranks) -> model.Prepare | None:
+def _block_preparer(config: TrainConfig, spec: FluxSpec, ranks: Ranks) -> model.Prepare:
     """What is done to each block as it is loaded; what a rank cannot do is told to all, before anything is encoded."""
-    made: list[model.Prepare | None] = []
+    made: list[model.Prepare] = []
 
     def make() -> None:
         own = quantize.preparer(config, ranks.device, (spec.double_blocks, spec.single_blocks))
-        made.append(own or sharded.preparer(config, ranks))
+        cut = None if own else sharded.preparer(config, ranks)
+        made.append(cut or fast.Packed(own))
 
     ranks.together(make)
     return made[0]

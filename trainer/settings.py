@@ -132,6 +132,12 @@ class TrainConfig:
     """Number format of the frozen model and of the computation; adapters and optimizer stay in fp32."""
     gradient_checkpointing: bool = True
     """Recompute every block's activations in the backward pass instead of keeping them."""
+    checkpointed_blocks: int | None = None
+    """With gradient_checkpointing: how many blocks recompute theirs, the first ones; null: all."""
+    kernels: Literal["auto", "fused", "diffusers"] = "auto"
+    """What computes the blocks: this trainer's fused kernels or diffusers; auto: fused on a GPU with Triton."""
+    attention: Literal["auto", "flash-attn-4", "flash", "cudnn", "sdpa"] = "auto"
+    """Attention of the fused kernels; auto: the fastest that is right here, forward and backward."""
     seed: int = 0
     """Seeds the adapters, the order of the images and the noise."""
     deterministic: bool = False
@@ -219,7 +225,8 @@ DATA_CONFIG = ("img_dir", "caption_type", "img_size", "random_ratio", "num_worke
 RANGES: dict[str, tuple[float, float]] = {
     "rank": (1, 4096), "lora_alpha": (1e-6, 1e6), "img_size": (32, 8192), "num_workers": (0, 256),
     "max_text_tokens": (1, 512), "train_batch_size": (1, 4096), "gradient_accumulation_steps": (1, 65536),
-    "stream_blocks": (0, 1000), "canny_low": (0, 255), "canny_high": (0, 255), "controlnet_depth": (1, 57),
+    "checkpointed_blocks": (0, 1000), "stream_blocks": (0, 1000),
+    "canny_low": (0, 255), "canny_high": (0, 255), "controlnet_depth": (1, 57),
     "caption_dropout": (0, 1), "ema_decay": (0, 0.9999999),
     "max_train_steps": (1, 1e9), "num_train_epochs": (1, 1e6), "learning_rate": (1e-12, 10),
     "lr_warmup_steps": (0, 1e9), "adam_beta1": (0, 0.999999999), "adam_beta2": (0, 0.999999999),
