@@ -1,0 +1,274 @@
+"""`pointwise` as Triton kernels: every function of it, by the same names and with the same meaning, at memory speed.
+
+A tensor is read once and written once: where a whole row is needed (the norms) it stays in registers. Sums over tokens
+are written in parts, one for each program, and added by torch in a fixed order: no atomics, the same bits every time.
+Tensors lie on the current device. Row lengths are compiled in, so each model compiles its own kernels, once.
+"""
+
+import functools  # no annotations of the future: the interpreter of Triton 3.0 reads them as they stand
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from xflux_trainer import pointwise
+from xflux_trainer.kernels_rope import qk_rope, qk_rope_backward
+
+__all__ = [
+    "add_gated", "add_modulate", "gated", "gelu", "gelu_backward", "modulate", "modulate_backward", "qk_rope",
+    "qk_rope_backward",
+]  # fmt: skip
+
+_EPS = tl.constexpr(pointwise.EPS)
+_WALKERS = 256
+"""Programs that share the rows where column sums are kept: two for each multiprocessor of an H100, rounded down."""
+_STEP, _STEPS = 8, 4
+"""Rows that a program of `_gated_sums` takes at once, and how many times."""
+
+
+@functools.cache
+def _row(width: int, most: int) -> tuple[int, int]:
+    """A block that holds a whole row, and its warps, with up to `most` elements for each thread."""
+    block = triton.next_power_of_2(width)
+    return block, min(max(block // (32 * most), 1), 16)
+
+
+@functools.cache
+def _pieces(width: int, most: int) -> tuple[int, int]:
+    """A block that a row is cut into, and how many there are: an exact cut where it wastes no thread."""
+    exact = width & -width
+    block = min(exact, most) if exact >= 256 else min(triton.next_power_of_2(width), most)
+    return block, triton.cdiv(width, block)
+
+
+def _laid(x: Tensor) -> Tensor:
+    """The channels side by side: a gradient comes in any layout."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@triton.jit
+def _normed(x, mask, D: tl.constexpr):
+    """LayerNorm without weights of one fp32 row, zero beyond its end, and 1 / deviation."""
+    x = tl.where(mask, x - tl.sum(x, 0) / D, 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(x * x, 0) / D + _EPS)
+    return x * rstd, rstd
+
+
+@triton.jit
+def _modulate(x, shift, scale, out, x_b, x_l, shift_b, scale_b, D: tl.constexpr, BLOCK: tl.constexpr):
+    token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    row = (batch * tl.num_programs(0) + token) * D
+    cols = tl.arange(0, BLOCK)
+    mask = cols < D
+    up = tl.load(scale + batch * scale_b + cols, mask=mask, other=0.0).to(tl.float32)
+    on = tl.load(shift + batch * shift_b + cols, mask=mask, other=0.0).to(tl.float32)
+    n, _ = _normed(tl.load(x + batch * x_b + token * x_l + cols, mask=mask, other=0.0).to(tl.float32), mask, D)
+    tl.store(out + row + cols, (n * (1 + up) + on).to(out.dtype.element_ty), mask=mask)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    batch, tokens, width = x.shape
+    out = torch.empty((batch, tokens, width), dtype=x.dtype, device=x.device)
+    block, warps = _row(width, 32)
+    _modulate[(tokens, batch)](
+        x, shift, scale, out, x.stride(0), x.stride(1), shift.stride(0), scale.stride(0), width, block, num_warps=warps
+    )
+    return out
+
+
+@triton.jit
+def _add_modulate(
+    x, y, gate, shift, scale, added, out, x_b, x_l, y_b, y_l, gate_b, shift_b, scale_b, D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    row = (batch * tl.num_programs(0) + token) * D
+    cols = tl.arange(0, BLOCK)
+    mask = cols < D
+    by = tl.load(gate + batch * gate_b + cols, mask=mask, other=0.0).to(tl.float32)
+    a = tl.load(x + batch * x_b + token * x_l + cols, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(y + batch * y_b + token * y_l + cols, mask=mask, other=0.0).to(tl.float32)
+    both = (a + by * b).to(added.dtype.element_ty)
+    tl.store(added + row + cols, both, mask=mask)
+    up = tl.load(scale + batch * scale_b + cols, mask=mask, other=0.0).to(tl.float32)
+    on = tl.load(shift + batch * shift_b + cols, mask=mask, other=0.0).to(tl.float32)
+    n, _ = _normed(both.to(tl.float32), mask, D)
+    tl.store(out + row + cols, (n * (1 + up) + on).to(out.dtype.element_ty), mask=mask)
+
+
+def add_modulate(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    batch, tokens, width = x.shape
+    added = torch.empty((batch, tokens, width), dtype=x.dtype, device=x.device)
+    out = torch.empty_like(added)
+    block, warps = _row(width, 16)
+    _add_modulate[(tokens, batch)](
+        x, y, gate, shift, scale, added, out, x.stride(0), x.stride(1), y.stride(0), y.stride(1), gate.stride(0),
+        shift.stride(0), scale.stride(0), width, block, num_warps=warps,
+    )  # fmt: skip
+    return added, out
+
+
+@triton.jit
+def _modulate_backward(
+    dy, x, scale, dx, out, sums, dy_b, dy_l, x_b, x_l, scale_b, dx_b, dx_l, tokens, D: tl.constexpr,
+    BLOCK: tl.constexpr, DX: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    first, walkers, batch = tl.program_id(0).to(tl.int64), tl.num_programs(0), tl.program_id(1).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    mask = cols < D
+    if SUMS:
+        dshift = tl.zeros((BLOCK,), tl.float32)
+        dscale = tl.zeros((BLOCK,), tl.float32)
+    for token in range(first, tokens, walkers):
+        row = (batch * tokens + token) * D
+        up = tl.load(dy + batch * dy_b + token * dy_l + cols, mask=mask, other=0.0).to(tl.float32)
+        a = tl.load(x + batch * x_b + token * x_l + cols, mask=mask, other=0.0).to(tl.float32)
+        if DX:
+            more = tl.load(dx + batch * dx_b + token * dx_l + cols, mask=mask, other=0.0).to(tl.float32)
+        # Read again for each row, out of the cache: kept, it would cost the registers that a second row needs.
+        by = tl.load(scale + batch * scale_b + cols, mask=mask, other=0.0).to(tl.float32)
+        n, rstd = _normed(a, mask, D)
+        if SUMS:
+            dshift += up
+            dscale += up * n
+        inner = up * (1 + by)
+        inner = (inner - tl.sum(inner, 0) / D - n * (tl.sum(inner * n, 0) / D)) * rstd
+        if DX:
+            inner += more
+        tl.store(out + row + cols, inner.to(out.dtype.element_ty), mask=mask)
+    if SUMS:
+        part = sums + (first * tl.num_programs(1) + batch) * D + cols
+        tl.store(part, dshift, mask=mask)
+        tl.store(part + walkers * tl.num_programs(1) * D, dscale, mask=mask)
+
+
+def modulate_backward(
+    dy: Tensor, x: Tensor, scale: Tensor, dx: Tensor | None, *, sums: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    batch, tokens, width = x.shape
+    dy, more = _laid(dy), x if dx is None else _laid(dx)
+    out = torch.empty((batch, tokens, width), dtype=x.dtype, device=x.device)
+    walkers, parts = tokens, out
+    if sums:
+        walkers = triton.cdiv(tokens, triton.cdiv(tokens * batch, _WALKERS)) if batch * tokens else 0
+        parts = torch.empty((2, walkers, batch, width), dtype=torch.float32, device=x.device)
+    block, warps = _row(width, 16)
+    _modulate_backward[(walkers, batch)](
+        dy, x, scale, more, out, parts, dy.stride(0), dy.stride(1), x.stride(0), x.stride(1), scale.stride(0),
+        more.stride(0), more.stride(1), tokens, width, block, dx is not None, sums, num_warps=warps,
+    )  # fmt: skip
+    if not sums:
+        return out, None, None
+    dshift, dscale = parts.sum(1)
+    return out, dshift, dscale
+
+
+@triton.jit
+def _scaled(
+    x, y, gate, out, x_b, x_l, y_b, y_l, gate_b, D: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr,
+    ADD: tl.constexpr,
+):  # fmt: skip
+    """gate y, and with ADD x + gate y."""
+    token, batch = (tl.program_id(0) // PIECES).to(tl.int64), tl.program_id(1).to(tl.int64)
+    cols = (tl.program_id(0) % PIECES) * BLOCK + tl.arange(0, BLOCK)
+    mask = cols < D
+    by = tl.load(gate + batch * gate_b + cols, mask=mask).to(tl.float32)
+    b = tl.load(y + batch * y_b + token * y_l + cols, mask=mask).to(tl.float32)
+    if ADD:
+        made = tl.load(x + batch * x_b + token * x_l + cols, mask=mask).to(tl.float32) + by * b
+    else:
+        made = by * b
+    row = (batch * (tl.num_programs(0) // PIECES) + token) * D
+    tl.store(out + row + cols, made.to(out.dtype.element_ty), mask=mask)
+
+
+def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    batch, tokens, width = x.shape
+    out = torch.empty((batch, tokens, width), dtype=x.dtype, device=x.device)
+    block, pieces = _pieces(width, 1024)
+    _scaled[(tokens * pieces, batch)](
+        x, y, gate, out, x.stride(0), x.stride(1), y.stride(0), y.stride(1), gate.stride(0), width, block, pieces, True
+    )
+    return out
+
+
+@triton.jit
+def _gated_sums(
+    dx, gate, y, out, sums, dx_b, dx_l, gate_b, y_b, y_l, tokens, D: tl.constexpr, BLOCK: tl.constexpr,
+    STEP: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    first, batch = tl.program_id(1) * (STEP * STEPS), tl.program_id(2).to(tl.int64)
+    cols = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None]
+    inside = cols < D
+    by = tl.load(gate + batch * gate_b + cols, mask=inside).to(tl.float32)
+    total = tl.zeros((STEP, BLOCK), tl.float32)
+    for step in tl.static_range(STEPS):
+        rows = (first + step * STEP + tl.arange(0, STEP)).to(tl.int64)[:, None]
+        mask = (rows < tokens) & inside
+        up = tl.load(dx + batch * dx_b + rows * dx_l + cols, mask=mask, other=0.0).to(tl.float32)
+        total += up * tl.load(y + batch * y_b + rows * y_l + cols, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out + (batch * tokens + rows) * D + cols, (by * up).to(out.dtype.element_ty), mask=mask)
+    part = (tl.program_id(1) * tl.num_programs(2) + batch) * D
+    tl.store(sums + part + cols, tl.sum(total, 0)[None], mask=inside)
+
+
+def gated(dx: Tensor, gate: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    batch, tokens, width = dx.shape
+    dx = _laid(dx)
+    out = torch.empty((batch, tokens, width), dtype=dx.dtype, device=dx.device)
+    dx_b, dx_l, _ = dx.stride()
+    if y is None:
+        block, pieces = _pieces(width, 1024)
+        _scaled[(tokens * pieces, batch)](
+            dx, dx, gate, out, dx_b, dx_l, dx_b, dx_l, gate.stride(0), width, block, pieces, False
+        )
+        return out, None
+    block, pieces = _pieces(width, 256)
+    parts = triton.cdiv(tokens, _STEP * _STEPS)
+    sums = torch.empty((parts, batch, width), dtype=torch.float32, device=dx.device)
+    _gated_sums[(pieces, parts, batch)](
+        dx, gate, y, out, sums, dx_b, dx_l, gate.stride(0), y.stride(0), y.stride(1), tokens, width, block, _STEP,
+        _STEPS,
+    )  # fmt: skip
+    return out, sums.sum(0)
+
+
+@triton.jit
+def _gelu(
+    dy, h, out, dy_b, dy_l, h_b, h_l, out_b, out_l, D: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr,
+    BACKWARD: tl.constexpr,
+):  # fmt: skip
+    token, batch = (tl.program_id(0) // PIECES).to(tl.int64), tl.program_id(1).to(tl.int64)
+    cols = (tl.program_id(0) % PIECES) * BLOCK + tl.arange(0, BLOCK)
+    mask = cols < D
+    x = tl.load(h + batch * h_b + token * h_l + cols, mask=mask).to(tl.float32)
+    # (1 + tanh u) / 2 is the logistic function of 2 u, for one exponential and no loss of digits at small values.
+    gate = 1.0 / (1.0 + tl.exp(x * (-1.5957691216057308 - 0.07135481627260025 * x * x)))
+    if BACKWARD:
+        up = tl.load(dy + batch * dy_b + token * dy_l + cols, mask=mask).to(tl.float32)
+        slope = gate + x * gate * (1.0 - gate) * (1.5957691216057308 + 0.21406444881780076 * x * x)
+        made = up * slope
+    else:
+        made = x * gate
+    tl.store(out + batch * out_b + token * out_l + cols, made.to(out.dtype.element_ty), mask=mask)
+
+
+def gelu(h: Tensor, out: Tensor) -> Tensor:
+    batch, tokens, width = h.shape
+    block, pieces = _pieces(width, 2048)
+    h_b, h_l, _ = h.stride()
+    _gelu[(tokens * pieces, batch)](
+        h, h, out, h_b, h_l, h_b, h_l, out.stride(0), out.stride(1), width, block, pieces, False
+    )
+    return out
+
+
+def gelu_backward(dy: Tensor, h: Tensor, out: Tensor) -> Tensor:
+    batch, tokens, width = h.shape
+    dy = _laid(dy)
+    block, pieces = _pieces(width, 2048)
+    _gelu[(tokens * pieces, batch)](
+        dy, h, out, dy.stride(0), dy.stride(1), h.stride(0), h.stride(1), out.stride(0), out.stride(1), width, block,
+        pieces, True,
+    )  # fmt: skip
+    return out
