@@ -60,10 +60,10 @@ def _modulate(x, shift, scale, out, x_b, x_l, shift_b, scale_b, D: tl.constexpr,
     row = (batch * tl.num_programs(0) + token) * D
     cols = tl.arange(0, BLOCK)
     mask = cols < D
-    up = tl.load(scale + batch * scale_b + cols, mask=mask, other=0.0).to(tl.float32)
-    on = tl.load(shift + batch * shift_b + cols, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(scale + batch * scale_b + cols, mask=mask, other=0.0)
+    on = tl.load(shift + batch * shift_b + cols, mask=mask, other=0.0)
     n, _ = _normed(tl.load(x + batch * x_b + token * x_l + cols, mask=mask, other=0.0).to(tl.float32), mask, D)
-    tl.store(out + row + cols, (n * (1 + up) + on).to(out.dtype.element_ty), mask=mask)
+    tl.store(out + row + cols, (n * (1 + up.to(tl.float32)) + on.to(tl.float32)).to(out.dtype.element_ty), mask=mask)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -90,10 +90,10 @@ def _add_modulate(
     b = tl.load(y + batch * y_b + token * y_l + cols, mask=mask, other=0.0).to(tl.float32)
     both = (a + by * b).to(added.dtype.element_ty)
     tl.store(added + row + cols, both, mask=mask)
-    up = tl.load(scale + batch * scale_b + cols, mask=mask, other=0.0).to(tl.float32)
-    on = tl.load(shift + batch * shift_b + cols, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(scale + batch * scale_b + cols, mask=mask, other=0.0)
+    on = tl.load(shift + batch * shift_b + cols, mask=mask, other=0.0)
     n, _ = _normed(both.to(tl.float32), mask, D)
-    tl.store(out + row + cols, (n * (1 + up) + on).to(out.dtype.element_ty), mask=mask)
+    tl.store(out + row + cols, (n * (1 + up.to(tl.float32)) + on.to(tl.float32)).to(out.dtype.element_ty), mask=mask)
 
 
 def add_modulate(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,37 +109,48 @@ def add_modulate(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tenso
 
 
 @triton.jit
+def _row_backward(dy, x, scale, dx, out, cols, mask, D: tl.constexpr, DX: tl.constexpr):
+    """One row of `modulate_backward`; its gradient and its norm for the sums. All is read first, and widened late."""
+    up = tl.load(dy + cols, mask=mask, other=0.0)
+    a = tl.load(x + cols, mask=mask, other=0.0)
+    by = tl.load(scale + cols, mask=mask, other=0.0)
+    if DX:
+        more = tl.load(dx + cols, mask=mask, other=0.0)
+    n, rstd = _normed(a.to(tl.float32), mask, D)
+    inner = up.to(tl.float32) * (1 + by.to(tl.float32))
+    inner = (inner - tl.sum(inner, 0) / D - n * (tl.sum(inner * n, 0) / D)) * rstd
+    if DX:
+        inner += more.to(tl.float32)
+    tl.store(out + cols, inner.to(out.dtype.element_ty), mask=mask)
+    return up.to(tl.float32), n
+
+
+@triton.jit
 def _modulate_backward(
     dy, x, scale, dx, out, sums, dy_b, dy_l, x_b, x_l, scale_b, dx_b, dx_l, tokens, D: tl.constexpr,
     BLOCK: tl.constexpr, DX: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    first, walkers, batch = tl.program_id(0).to(tl.int64), tl.num_programs(0), tl.program_id(1).to(tl.int64)
+    first, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < D
+    dy, x, dx, scale, out = (
+        dy + batch * dy_b, x + batch * x_b, dx + batch * dx_b, scale + batch * scale_b, out + batch * tokens * D,
+    )  # fmt: skip
     if SUMS:
         dshift = tl.zeros((BLOCK,), tl.float32)
         dscale = tl.zeros((BLOCK,), tl.float32)
-    for token in range(first, tokens, walkers):
-        row = (batch * tokens + token) * D
-        up = tl.load(dy + batch * dy_b + token * dy_l + cols, mask=mask, other=0.0).to(tl.float32)
-        a = tl.load(x + batch * x_b + token * x_l + cols, mask=mask, other=0.0).to(tl.float32)
-        if DX:
-            more = tl.load(dx + batch * dx_b + token * dx_l + cols, mask=mask, other=0.0).to(tl.float32)
-        # Read again for each row, out of the cache: kept, it would cost the registers that a second row needs.
-        by = tl.load(scale + batch * scale_b + cols, mask=mask, other=0.0).to(tl.float32)
-        n, rstd = _normed(a, mask, D)
-        if SUMS:
+        walkers = tl.num_programs(0)
+        for token in range(first, tokens, walkers):
+            up, n = _row_backward(
+                dy + token * dy_l, x + token * x_l, scale, dx + token * dx_l, out + token * D, cols, mask, D, DX
+            )
             dshift += up
             dscale += up * n
-        inner = up * (1 + by)
-        inner = (inner - tl.sum(inner, 0) / D - n * (tl.sum(inner * n, 0) / D)) * rstd
-        if DX:
-            inner += more
-        tl.store(out + row + cols, inner.to(out.dtype.element_ty), mask=mask)
-    if SUMS:
         part = sums + (first * tl.num_programs(1) + batch) * D + cols
         tl.store(part, dshift, mask=mask)
         tl.store(part + walkers * tl.num_programs(1) * D, dscale, mask=mask)
+    else:
+        _row_backward(dy + first * dy_l, x + first * x_l, scale, dx + first * dx_l, out + first * D, cols, mask, D, DX)
 
 
 def modulate_backward(

@@ -32,8 +32,17 @@ def _turned(x, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _columns(ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The channels of each head of a tile, (ROWS, BLOCK).
+
+    What all heads share is loaded for each of them, out of the cache: as one row it would change hands between threads.
+    """
+    return tl.zeros((ROWS, 1), tl.int32) + tl.arange(0, BLOCK)[None]
+
+
+@triton.jit
 def _weight(text, image, of_text, cols, C: tl.constexpr):
-    """The weights of this token's norm, (1, BLOCK): the others are not read."""
+    """The weights of this token's norm, as wide as `cols`: the others are not read."""
     first = tl.load(text + cols, mask=(cols < C) & of_text, other=0.0).to(tl.float32)
     return first + tl.load(image + cols, mask=(cols < C) & (of_text == 0), other=0.0).to(tl.float32)
 
@@ -60,7 +69,7 @@ def _qk_rope(
     ROWS: tl.constexpr, TIMES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    cols = tl.arange(0, BLOCK)[None]
+    cols = _columns(ROWS, BLOCK)
     turn = tl.load(cos + token * C + cols, mask=cols < C, other=0.0)
     across = tl.load(sin + token * C + cols, mask=cols < C, other=0.0)
     x = qk + batch * qk_b + token * qk_l
@@ -118,7 +127,7 @@ def _qk_rope_backward(
     of_text = place < texts
     first = tl.where(of_text, place * WALK, text + (place - texts) * WALK)
     last = tl.minimum(first + WALK, tl.where(of_text, text, tokens))
-    cols = tl.arange(0, BLOCK)[None]
+    cols = _columns(ROWS, BLOCK)
     by_q = _weight(text_q, image_q, of_text, cols, C)
     by_k = _weight(text_k, image_k, of_text, cols, C)
     sum_q = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -133,9 +142,9 @@ def _qk_rope_backward(
         dy = dk + batch * dk_b + token * dk_l
         sum_k = _backward(dy, x + H * C, made + H * C, by_k, turn, across, sum_k, dk_h, H, C, ROWS, TIMES, BLOCK)
     if SUMS:
-        part = sums + (place * tl.num_programs(1) + batch) * (2 * C) + cols
-        tl.store(part, tl.sum(sum_q, 0)[None], mask=cols < C)
-        tl.store(part + C, tl.sum(sum_k, 0)[None], mask=cols < C)
+        part = sums + (place * tl.num_programs(1) + batch) * (2 * C) + tl.arange(0, BLOCK)
+        tl.store(part, tl.sum(sum_q, 0), mask=tl.arange(0, BLOCK) < C)
+        tl.store(part + C, tl.sum(sum_k, 0), mask=tl.arange(0, BLOCK) < C)
 
 
 def qk_rope_backward(
