@@ -95,7 +95,10 @@ class FrozenLinear(nn.Linear):
         }
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The weight (out, in) in `dtype`; in its own format and not quantised it is no copy: do not write to it."""
+        """The weight (out, in) in `dtype`; in its own format and not quantised it is no copy: do not write to it.
+
+        A streamed layer's is there for what is queued until a layer of another unit is asked for its own.
+        """
         if self.streamed is None:
             return self._open().to(dtype)
         slot, store = self.streamed()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.errors import Unsupported
 from xflux_trainer.frozen import Format, FrozenLinear, Opener, Parts, plain
-from xflux_trainer.savings import group_size, is_block, is_modulation, streamed_blocks
+from xflux_trainer.savings import group_size, is_block, is_modulation, position, streamed_blocks, unit_of
 from xflux_trainer.stream import Streamer, remember
 
 PACKAGES = {
@@ -69,7 +69,7 @@ class Preparer:
         """`name` is that of a block, such as `single_transformer_blocks.7`; anything else is left as it is."""
         if not is_block(name):
             return
-        leaving = []
+        leaving: dict[str, list[tuple[str, FrozenLinear]]] = {}
         for path, linear in list(module.named_modules()):
             if not isinstance(linear, nn.Linear) or isinstance(linear, FrozenLinear):
                 continue
@@ -82,11 +82,12 @@ class Preparer:
             setattr(module.get_submodule(owner), leaf, layer)
             linear._parameters.clear()  # whoever still holds the old layer holds no weights
             if streams:
-                leaving.append(layer)
-                if is_modulation(path) and name not in self._streamed:
+                leaving.setdefault(unit_of(path), []).append((path, layer))
+                if is_modulation(path):
                     remember(module.get_submodule(owner), layer)
         if self.streamer and leaving:
-            self.streamer.take(leaving)
+            parts = (sorted(layers, key=lambda layer: position(layer[0])) for layers in leaving.values())
+            self.streamer.take([[layer for _, layer in layers] for layers in parts])
 
     def _decide(self, block: str, path: str) -> tuple[Format | None, bool]:
         """The format of one linear layer (None: as it is), and whether it is streamed."""

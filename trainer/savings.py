@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.spec import FluxSpec, Linear
@@ -12,8 +12,10 @@ MODULATION = ("norm1.linear", "norm1_context.linear", "norm.linear")
 """Endings of the layers that see one vector per image: 27 % of FLUX.1's weights and 1 in 10,000 of its FLOPs."""
 GROUP = 128
 """Inputs that share a scale in int4."""
-SLOTS = 2
-"""Streamed units that are on the device at a time: one computes, one arrives."""
+SLOTS = 5
+"""Streamed units that are on the device at a time: the three of a double block, and what arrives meanwhile."""
+ORDER = ("to_q", "to_k", "to_v", "proj_mlp", "add_q_proj", "add_k_proj", "add_v_proj")
+"""Layers of one input lie in this order in their unit, without gaps: their weights can be taken as one matrix."""
 
 
 def is_block(name: str) -> bool:
@@ -24,6 +26,22 @@ def is_block(name: str) -> bool:
 def is_modulation(path: str) -> bool:
     """Whether a linear layer of that path, in a block or in the model, makes the modulation."""
     return path in MODULATION or path.endswith(tuple(f".{ending}" for ending in MODULATION))
+
+
+def unit_of(path: str) -> str:
+    """Which layers of a block travel together: those that are used at one time, at most 8 hidden² numbers in FLUX.1.
+
+    One modulation, the attention (with a single block's first MLP layer, which has the same input), one feed-forward
+    pair, a single block's last layer. `path` is the layer's in its block.
+    """
+    head = path.partition(".")[0]
+    return "attn" if head == "proj_mlp" else head
+
+
+def position(path: str) -> int:
+    """Where a layer lies in its unit, by its path: sort by it, and leave equals in the order that they are in."""
+    leaf = path.rpartition(".")[2]
+    return ORDER.index(leaf) if leaf in ORDER else len(ORDER)
 
 
 def group_size(inputs: int) -> int:
@@ -51,14 +69,40 @@ class Held:
     host: int
     slots: int
     traffic: int
-    """Bytes that go to the device in one forward pass; a backward pass moves those of whole blocks once more."""
+    """Most bytes that go to the device in a step: the modulation for the forward pass, all else in each direction.
+
+    What lies in the slots when the pass turns round needs no second copy.
+    """
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A linear layer of a block: the block's name, what it travels with, and its bytes as it is held."""
+
+    block: str
+    unit: str
+    modulation: bool
+    bytes: int
 
 
 def held(config: TrainConfig, spec: FluxSpec, width: int = 2) -> Held:
     """What a run's base takes, `width` bytes for each number that is not quantised."""
-    device = spec.transformer_parameters * width
-    streamed = set(streamed_blocks(spec.double_blocks, spec.single_blocks, config.stream_blocks))
-    units: dict[str, int] = {}
+    layers, rest = _layers(config, spec, width)
+    return _held(config, spec, layers, rest)
+
+
+def blocks_to_stream(config: TrainConfig, spec: FluxSpec, budget: int, width: int = 2) -> int | None:
+    """The smallest `stream_blocks` with which the base takes at most `budget` bytes of the device; None: none does."""
+    layers, rest = _layers(config, spec, width)
+    for count in range(spec.double_blocks + spec.single_blocks + 1):
+        if _held(replace(config, stream_blocks=count), spec, layers, rest).device <= budget:
+            return count
+    return None
+
+
+def _layers(config: TrainConfig, spec: FluxSpec, width: int) -> tuple[list[_Layer], int]:
+    """The blocks' linear layers, and the bytes of everything else."""
+    layers, rest = [], spec.transformer_parameters * width
     for linear in spec.linears():
         block = _block(linear)
         if not block:
@@ -66,12 +110,23 @@ def held(config: TrainConfig, spec: FluxSpec, width: int = 2) -> Held:
         modulation = is_modulation(linear.name)
         quantised = config.quantization != "none" and (not modulation or config.modulation == "quantize")
         size = stored(linear, config.quantization if quantised else "none", width)
-        device += size - linear.inputs * linear.outputs * width
-        if block in streamed or (modulation and config.modulation == "stream"):
-            units[block] = units.get(block, 0) + size
+        layers.append(_Layer(block, unit_of(linear.name[len(block) + 1 :]), modulation, size))
+        rest -= linear.inputs * linear.outputs * width
+    return layers, rest
+
+
+def _held(config: TrainConfig, spec: FluxSpec, layers: list[_Layer], rest: int) -> Held:
+    streamed = set(streamed_blocks(spec.double_blocks, spec.single_blocks, config.stream_blocks))
+    units: dict[tuple[str, str], int] = {}
+    traffic = 0
+    for layer in layers:
+        if layer.block in streamed or (layer.modulation and config.modulation == "stream"):
+            unit = layer.block, layer.unit
+            units[unit] = units.get(unit, 0) + layer.bytes
+            traffic += layer.bytes * (1 if layer.modulation else 2)
     host = sum(units.values())
     slots = min(SLOTS, len(units)) * max(units.values(), default=0)
-    return Held(device - host + slots, host, slots, host)
+    return Held(rest + sum(layer.bytes for layer in layers) - host + slots, host, slots, traffic)
 
 
 def stored(linear: Linear, quantization: str, width: int = 2) -> int:

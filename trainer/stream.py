@@ -1,14 +1,15 @@
 """Frozen weights that wait in the host's pinned memory and are copied to the device when their turn comes.
 
-What is trained is never among them, so nothing is ever copied back. Two slots on the device take turns: while one
-unit's layers compute, the next unit's bytes arrive on a stream of their own. Which unit is the next one is learned
-from the order in which layers asked last time; a wrong guess costs time and nothing else.
+What is trained is never among them, so nothing is ever copied back. What travels together is a unit: the part of a
+block that is used at one time. Equal slots on the device take the units in: while the layers of one compute, the next
+ones arrive on a stream of their own, as many as there are slots. Which ones come next is learned from the order in
+which layers asked before; a wrong guess costs time and nothing else.
 """
 
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,22 +17,33 @@ from torch import Tensor, nn
 from xflux_trainer.frozen import FrozenLinear
 from xflux_trainer.savings import SLOTS
 
+CONTEXT = 6
+"""Units by which a place in the order is known. A checkpointed block's, at most five, are asked for in the same order
+in the forward pass and when it is recomputed: the one before them tells the two apart."""
+
 
 @dataclass(eq=False)
 class Unit:
-    """The layers that travel together, and their bytes in the host's memory."""
+    """The layers that travel together: their bytes in the host's memory, and where these lie on the device now."""
 
+    number: int
     host: Tensor
+    slot: _Slot | None = None
 
 
 @dataclass(eq=False)
 class _Slot:
     """Room on the device for one unit."""
 
+    number: int
     room: Tensor
+    ready: Any
+    """The CUDA event after which the unit's bytes are there; None without CUDA, as the next."""
+    read: Any
+    """The CUDA event after which nothing reads the bytes of the unit that was used last in it."""
     unit: Unit | None = None
-    ready: Any = field(default=None)
-    """The CUDA event after which the unit's bytes are there."""
+    turn: int = 0
+    """When a unit was used last in it."""
 
 
 class Streamer:
@@ -44,69 +56,109 @@ class Streamer:
         self.missed = 0
         """Units whose layers had to wait because nobody had foreseen their turn."""
         self._units: list[Unit] = []
+        self._hosts: list[Tensor] = []
         self._slots: list[_Slot] = []
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._recent: tuple[Unit | None, Unit | None] = (None, None)
-        self._following: dict[tuple[Unit | None, Unit | None], Unit] = {}
+        self._current: Unit | None = None
+        self._turns = 0
+        self._context = (-1,) * CONTEXT
+        self._following: dict[tuple[int, ...], Unit] = {}
 
     @property
     def host_bytes(self) -> int:
         """Pinned memory that all units take."""
-        return sum(unit.host.numel() for unit in self._units)
+        return sum(host.numel() for host in self._hosts)
 
-    def take(self, layers: list[FrozenLinear]) -> None:
-        """Move the layers' bytes into the host's memory, as one unit."""
+    @property
+    def slot_bytes(self) -> int:
+        """Memory of the device that the slots take."""
+        return sum(slot.room.numel() for slot in self._slots)
+
+    def take(self, parts: list[list[FrozenLinear]]) -> None:
+        """Move the layers' bytes into the host's memory: each part is a unit, its layers one after the other."""
         assert not self._slots, "the slots have the size of the largest unit: take all before the first is used"
-        unit = Unit(pinned(sum(layer.size for layer in layers), self.device))
-        start = 0
-        for layer in layers:
-            assert layer.store is not None
-            unit.host[start : start + layer.size].copy_(layer.store)
-            layer.stream(_Ticket(self, unit, start, layer.size))
-            start += layer.size
-        self._units.append(unit)
+        host = pinned(sum(layer.size for part in parts for layer in part), self.device)
+        self._hosts.append(host)  # the registered memory itself: it lives as long as its views
+        end = 0
+        for part in parts:
+            start, end = end, end + sum(layer.size for layer in part)
+            unit = Unit(len(self._units), host[start:end])
+            self._units.append(unit)
+            place = 0
+            for layer in part:
+                assert layer.store is not None
+                unit.host[place : place + layer.size].copy_(layer.store)
+                layer.stream(_Ticket(self, unit, place, layer.size))
+                place += layer.size
 
     def fetch(self, unit: Unit) -> tuple[int, Tensor]:
-        """The number of the slot that the unit lies in, and its bytes there; what is queued next may read them."""
-        if self._recent[1] is not unit:
+        """The number of the slot that the unit lies in, and its bytes there.
+
+        What is queued until another unit is asked for may read them.
+        """
+        if self._current is not unit:
             self._turn_to(unit)
-        number = next(number for number, slot in enumerate(self._slots) if slot.unit is unit)
-        return number, self._slots[number].room
+        assert unit.slot is not None
+        return unit.slot.number, unit.slot.room
 
     def _turn_to(self, unit: Unit) -> None:
-        before, last = self._recent
-        if last is not None:
-            self._following[before, last] = unit
+        stream = torch.cuda.current_stream(self.device) if self._side is not None else None
         if not self._slots:
-            size = max(unit.host.numel() for unit in self._units)
-            count = min(SLOTS, len(self._units))
-            self._slots = [_Slot(torch.empty(size, dtype=torch.uint8, device=self.device)) for _ in range(count)]
-        slot = next((slot for slot in self._slots if slot.unit is unit), None)
-        if slot is None:
-            self.missed += 1
-            # Not into the slot of the unit that computed last: its kernels have hardly begun.
-            slot = next((slot for slot in self._slots if slot.unit is not last), self._slots[0])
-            self._bring(unit, slot)
-        if slot.ready is not None:
-            torch.cuda.current_stream(self.device).wait_event(slot.ready)
-        self._recent = (last, unit)
-        following = self._following.get(self._recent)
-        if following is not None and all(slot.unit is not following for slot in self._slots):
-            self._bring(following, next(slot for slot in self._slots if slot.unit is not unit))
+            self._make_room(stream)
+        if stream is not None and self._current is not None and self._current.slot is not None:
+            self._current.slot.read.record(stream)
+        self._following[self._context] = unit
+        self._context = (*self._context[1:], unit.number)
+        self.missed += unit.slot is None
+        coming = self._foresee(unit)
+        # The slot that was used longest ago comes first: kernels that read the others may still wait in the queue.
+        free = sorted((slot for slot in self._slots if slot.unit not in coming), key=lambda slot: slot.turn)
+        for slot, absent in zip(free, [wanted for wanted in coming if wanted.slot is None]):  # noqa: B905
+            self._bring(absent, slot)
+        assert unit.slot is not None
+        if stream is not None:
+            stream.wait_event(unit.slot.ready)
+        self._turns += 1
+        unit.slot.turn = self._turns
+        self._current = unit
+
+    def _make_room(self, stream: Any) -> None:
+        """All slots in one piece, so that no more is allocated than was foreseen."""
+        size = max(unit.host.numel() for unit in self._units)
+        count = min(SLOTS, len(self._units))
+        rooms = torch.empty(count, size, dtype=torch.uint8, device=self.device)
+        for number, room in enumerate(rooms):
+            ready, read = (None, None) if stream is None else (torch.cuda.Event(), torch.cuda.Event())
+            if read is not None:
+                read.record(stream)  # whatever used this memory before
+            self._slots.append(_Slot(number, room, ready, read))
+
+    def _foresee(self, unit: Unit) -> list[Unit]:
+        """This unit and those that follow it in the order as it was learned: as many as there are slots."""
+        coming, context = [unit], self._context
+        for _ in range(3 * len(self._slots)):  # some are asked for twice
+            following = self._following.get(context)
+            if following is None or len(coming) == len(self._slots):
+                break
+            if following not in coming:
+                coming.append(following)
+            context = (*context[1:], following.number)
+        return coming
 
     def _bring(self, unit: Unit, slot: _Slot) -> None:
-        """Queue the copy. The kernels that read the slot's old bytes are all queued already: it waits for them."""
-        slot.unit = unit
+        """Queue the copy. It waits for the kernels that read the slot's old bytes, and for no others."""
+        if slot.unit is not None:
+            slot.unit.slot = None
+        slot.unit, unit.slot = unit, slot
         self.copied += unit.host.numel()
         room = slot.room[: unit.host.numel()]
         if self._side is None:
             room.copy_(unit.host)
             return
-        self._side.wait_stream(torch.cuda.current_stream(self.device))
+        self._side.wait_event(slot.read)
         with torch.cuda.stream(self._side):
             room.copy_(unit.host, non_blocking=True)
-            slot.ready = slot.ready or torch.cuda.Event()
-            slot.ready.record(self._side)
+        slot.ready.record(self._side)
 
 
 @dataclass(eq=False)

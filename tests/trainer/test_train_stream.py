@@ -1,4 +1,4 @@
-"""Streamed weights: the same numbers, no more room than two slots, and each unit copied when its turn comes."""
+"""Streamed weights: the same numbers, no more room than the slots, and each unit copied before its turn comes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_same_bits(
     made = prepare(transformer, settings)
     v, found = gradients(transformer, batch, checkpointing)
     with monkeypatch.context() as patch:
-        patch.setattr(stream.Streamer, "take", lambda self, layers: None)
+        patch.setattr(stream.Streamer, "take", lambda self, parts: None)
         prepare(resident, settings)
     v_resident, wanted = gradients(resident, batch)
     assert torch.equal(v, v_resident) and torch.equal(v, expected[batch][0])
@@ -59,7 +59,7 @@ def test_same_bits_quantised(name: str) -> None:
     v_streamed, found = gradients(streamed, 2, checkpointing=True)
     assert torch.equal(v, v_streamed)
     assert all(torch.equal(found[key], gradient) for key, gradient in wanted.items())
-    assert made.streamer and all(slot.room.dtype == torch.uint8 for slot in made.streamer._slots)
+    assert made.streamer and made.streamer.copied
 
 
 def steps(transformer: Any, count: int, *, checkpointing: bool) -> Any:
@@ -75,30 +75,144 @@ def steps(transformer: Any, count: int, *, checkpointing: bool) -> Any:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_foreseen_and_copied_no_oftener_than_needed(checkpointing: bool) -> None:
-    """After the first step no layer waits for an unforeseen copy; each direction brings each unit at most once."""
+    """After the first step no layer waits for an unforeseen copy; what is there when the pass turns round stays."""
     transformer = tiny_transformer()
+    sizes = {name: module.weight.numel() * 4 for name, module in transformer.named_modules() if is_linear(name, module)}
     streamer = prepare(transformer, config(stream_blocks=BLOCKS)).streamer
-    assert streamer
+    assert streamer and len(streamer._units) == 5 * TINY.double_blocks + 3 * TINY.single_blocks
     copied, missed = [], []
     for _ in steps(transformer, 4, checkpointing=checkpointing):
         copied.append(streamer.copied)
         missed.append(streamer.missed)
     assert missed[0] > 0
     assert missed[-1] == missed[1]
-    # The two units on which the pass turns round, at either end, are there already.
-    sizes = [unit.host.numel() for unit in streamer._units]
-    assert copied[-1] - copied[-2] == sum(sizes[2:]) + sum(sizes[:-2])
+    # The pass turns round on the two single blocks, and at its end on the first double block.
+    again = [name for name in sizes if name.startswith("transformer_blocks.1.") and not savings.is_modulation(name)]
+    assert copied[-1] - copied[-2] == sum(sizes.values()) + sum(sizes[name] for name in again)
 
 
-def test_the_modulation_travels_once_a_step() -> None:
+def is_linear(name: str, module: Any) -> bool:
+    return isinstance(module, torch.nn.Linear) and "_blocks." in name
+
+
+@pytest.mark.parametrize("stream_blocks", [0, 1, 3])
+def test_the_modulation_travels_once_a_step(stream_blocks: int) -> None:
     """Its backward pass needs no weights, and the recompute takes the result of the forward pass."""
     transformer = tiny_transformer()
-    streamer = prepare(transformer, config(modulation="stream")).streamer
-    assert streamer and len(streamer._units) == BLOCKS
+    settings = config(modulation="stream", stream_blocks=stream_blocks)
+    streamer = prepare(transformer, settings).streamer
+    assert streamer
+    bodies = [layer for name, layer in frozen_layers(transformer).items() if not savings.is_modulation(name)]
+    assert len(streamer._units) > 2 * TINY.double_blocks + TINY.single_blocks or not bodies
     copied = []
     for _ in steps(transformer, 4, checkpointing=True):
         copied.append(streamer.copied)
-    assert 0 < copied[-1] - copied[-2] <= streamer.host_bytes
+    most = streamer.host_bytes + sum(layer.size for layer in bodies)
+    assert 0 < copied[-1] - copied[-2] <= most == savings.held(settings, TINY, width=4).traffic
+
+
+def frozen_layers(transformer: Any) -> dict[str, FrozenLinear]:
+    return {name: module for name, module in transformer.named_modules() if isinstance(module, FrozenLinear)}
+
+
+def small_units(count: int) -> tuple[stream.Streamer, list[FrozenLinear]]:
+    """Units of one layer each, of different sizes."""
+    streamer = stream.Streamer(CPU)
+    layers = [FrozenLinear(torch.nn.Linear(64, 4 + number % 3)) for number in range(count)]
+    streamer.take([[layer] for layer in layers])
+    return streamer, layers
+
+
+ORDERS = {
+    "there and back": [*range(8), *reversed(range(8))],
+    "recomputed": [*range(9), *(n for block in (2, 1, 0) for n in (0, 1, 2, 1, 0) for n in [3 * block + n])],
+    "one way": [*range(7)],
+    "recomputed with what was needed once": [0, 1, 2, 3, 4, 5, 6, 7, 6, 5, 7, 6, 5, 2, 3, 4, 3, 2],
+    "fewer than there are slots": [0, 1, 2, 1, 0],
+}
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS.keys())
+def test_the_order_of_copies(order: list[int]) -> None:
+    """Once learned: the next units, as many as there are slots, are there, and nothing more is copied for that."""
+    streamer, layers = small_units(max(order) + 1)
+    there: list[set[int]] = []
+    copied = [0]
+    for _ in range(4):
+        for number in order:
+            before = streamer.missed
+            assert torch.equal(layers[number].dense(torch.float32), layers[number].dense(torch.float32))
+            there.append({slot.unit.number for slot in streamer._slots if slot.unit})
+        copied.append(streamer.copied)
+    assert streamer.missed == before
+    slots = len(streamer._slots)
+    future = order * 3
+    needed = 0
+    for place, found in enumerate(there[2 * len(order) : 3 * len(order)]):
+        coming = list(dict.fromkeys(future[place : place + 3 * slots]))[:slots]
+        assert found >= set(coming)
+        held_before = there[2 * len(order) + place - 1]
+        needed += sum(layers[number].size for number in set(coming) - held_before)
+    assert copied[4] - copied[3] == needed
+
+
+def test_a_wrong_guess_costs_time_only() -> None:
+    """An order that changes all the time gives the right weights, and one that comes back is known again."""
+    streamer, layers = small_units(9)
+    wanted = [layer.dense(torch.float32).clone() for layer in layers]
+    dice = torch.Generator().manual_seed(0)
+    for number in torch.randint(9, (300,), generator=dice).tolist():
+        assert torch.equal(layers[number].dense(torch.float32), wanted[number])
+    for _ in range(3):
+        missed = streamer.missed
+        for number in (*range(9), *reversed(range(9))):
+            assert torch.equal(layers[number].dense(torch.float32), wanted[number])
+    assert streamer.missed == missed
+
+
+def test_layers_of_one_input_are_one_matrix() -> None:
+    """q, k and v lie next to each other, with a single block's first MLP layer, in either direction's slot."""
+    transformer = tiny_transformer()
+    groups = [["transformer_blocks.1.attn.to_q", "transformer_blocks.1.attn.to_k", "transformer_blocks.1.attn.to_v"]]
+    groups += [[f"transformer_blocks.1.attn.add_{letter}_proj" for letter in "qkv"]]
+    single = "single_transformer_blocks.0."
+    groups += [[*(f"{single}attn.to_{letter}" for letter in "qkv"), f"{single}proj_mlp"]]
+    wanted = [torch.cat([transformer.get_submodule(name).weight for name in names]) for names in groups]
+    prepare(transformer, config(stream_blocks=BLOCKS))
+    for names, whole in zip(groups, wanted):  # noqa: B905
+        weights = [transformer.get_submodule(name).dense(torch.float32) for name in names]
+        ends = [weight.data_ptr() + weight.numel() * 4 for weight in weights]
+        assert [weight.data_ptr() for weight in weights[1:]] == ends[:-1]
+        assert torch.equal(weights[0].as_strided(whole.shape, (whole.shape[1], 1)), whole)
+
+
+@pytest.mark.parametrize("modulation", ["keep", "stream"])
+@pytest.mark.parametrize("stream_blocks", [0, 1, 3, BLOCKS])
+def test_the_forecast_is_what_is_there(stream_blocks: int, modulation: str) -> None:
+    settings = config(stream_blocks=stream_blocks, modulation=modulation)
+    if stream_blocks == 0 and modulation == "keep":
+        assert savings.held(settings, TINY, width=4).slots == 0
+        return
+    transformer = tiny_transformer()
+    streamer = prepare(transformer, settings).streamer
+    assert streamer
+    Velocity(transformer, guidance=True)(*inputs(1))
+    resident = sum(parameter.numel() * 4 for parameter in transformer.parameters())
+    resident += sum(layer.size for layer in frozen_layers(transformer).values() if layer.store is not None)
+    held = savings.held(settings, TINY, width=4)
+    assert held.device == resident + streamer.slot_bytes
+    assert (held.slots, held.host) == (streamer.slot_bytes, streamer.host_bytes)
+
+
+def test_the_fewest_blocks_that_fit() -> None:
+    spec, settings = savings.FluxSpec("flux-dev"), config(modulation="stream")
+    device = [savings.held(config(modulation="stream", stream_blocks=count), spec).device for count in range(58)]
+    for budget in (int(device[0]), device[0] - 1, 9 << 30, 8 << 30, device[57], device[57] - 1, 0):
+        found = savings.blocks_to_stream(settings, spec, budget)
+        fitting = [count for count, size in enumerate(device) if size <= budget]
+        assert found == (fitting[0] if fitting else None)
+    assert savings.blocks_to_stream(settings, spec, device[57]) == 57
+    assert savings.blocks_to_stream(settings, spec, device[57] - 1) is None
 
 
 def test_another_embedding_gets_its_own_modulation() -> None:
@@ -116,7 +230,7 @@ def test_another_embedding_gets_its_own_modulation() -> None:
     assert emb.grad is not None and emb.grad.abs().max() > 0
 
 
-def test_two_slots_are_all_that_is_there() -> None:
+def test_the_slots_are_all_that_is_there() -> None:
     transformer = tiny_transformer()
     streamer = prepare(transformer, config(stream_blocks=BLOCKS)).streamer
     assert streamer
@@ -128,8 +242,8 @@ def test_two_slots_are_all_that_is_there() -> None:
         loss = velocity(*inputs(2)).square().mean()
     slots = {slot.room.untyped_storage().data_ptr() for slot in streamer._slots}
     hosts = {unit.host.untyped_storage().data_ptr() for unit in streamer._units}
-    assert len(slots) == savings.SLOTS and not kept & (slots | hosts)
-    assert sum(slot.room.numel() for slot in streamer._slots) == 2 * max(u.host.numel() for u in streamer._units)
+    assert len(streamer._slots) == savings.SLOTS and len(slots) == 1 and not kept & (slots | hosts)
+    assert streamer.slot_bytes == savings.SLOTS * max(unit.host.numel() for unit in streamer._units)
     layers = [module for module in transformer.modules() if isinstance(module, FrozenLinear)]
     assert layers and all(layer.store is None for layer in layers)
     # What the slots hold when the backward pass begins does not matter either: it brings what it needs.
@@ -137,8 +251,8 @@ def test_two_slots_are_all_that_is_there() -> None:
     transformer.zero_grad()
     for slot in streamer._slots:
         slot.room.fill_(255)
-        slot.unit = None
-    streamer._recent = (None, None)
+        slot.unit.slot = slot.unit = None
+    streamer._current = None
     loss.backward()
     assert all(torch.equal(p.grad, wanted[name]) for name, p in transformer.named_parameters() if p.requires_grad)
 
@@ -153,7 +267,8 @@ def test_sampling_between_steps_learns_anew_and_stays_right() -> None:
             assert torch.equal(velocity(*inputs(3)), exact)  # lora_B is zero
             before = streamer.copied
             assert torch.equal(velocity(*inputs(3)), exact)
-            assert streamer.copied - before <= streamer.host_bytes + max(u.host.numel() for u in streamer._units)
+            # Each unit once, and what is brought for the step that came after the passes so far.
+            assert streamer.copied - before <= streamer.host_bytes + streamer.slot_bytes
 
 
 def test_the_host_s_copy_is_neither_moved_nor_changed() -> None:
