@@ -107,6 +107,11 @@ class FrozenLinear(nn.Linear):
         return self._slots[slot]().to(dtype)
 
     @property
+    def as_stored(self) -> bool:
+        """Whether `dense` gives the bytes as they lie there, side by side with the next layer's in their unit."""
+        return self._opener is _open_plain
+
+    @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The dense weight, made on the spot: for reading its format, its place or its values, not for writing."""
         return self.dense(self.dtype)

@@ -136,7 +136,7 @@ class Streamer:
     def _foresee(self, unit: Unit) -> list[Unit]:
         """This unit and those that follow it in the order as it was learned: as many as there are slots."""
         coming, context = [unit], self._context
-        for _ in range(3 * len(self._slots)):  # some are asked for twice
+        for _ in range(4 * len(self._slots)):  # some are asked for more than once
             following = self._following.get(context)
             if following is None or len(coming) == len(self._slots):
                 break

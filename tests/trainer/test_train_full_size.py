@@ -14,8 +14,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import full_size
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "benchmarks" / "full_size.py"), *map(str, arguments)]
+def run(*arguments: object, script: str = "full_size") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment(), cwd=ROOT)
 
 
@@ -29,6 +29,23 @@ def test_a_row_through_the_trainer_s_own_steps(tmp_path: Path) -> None:
     assert row["seconds_per_step"] > 0 and row["pinned_gib"] > 0 and row["trained_parameters"] > 0
     assert 0 < row["loss_last"] < 10
     assert "| lora-stream-57 |" in done.stdout
+
+
+def test_streaming_small(tmp_path: Path) -> None:
+    """Every way of streaming gives the losses of the resident weights, and copies what was foreseen."""
+    size = ("--layers", "1,1", "--heads", 1, "--size", 32, "--steps", 1, "--blocks", "0,2")
+    done = run(*size, "--results", tmp_path, script="streaming")
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.glob("streaming-*.json")
+    rows = json.loads(file.read_text("utf-8"))["rows"]
+    assert [(row["modulation"], row["stream_blocks"]) for row in rows] == [
+        ("keep", 0), ("keep", 2), ("stream", 0), ("stream", 2),
+    ]  # fmt: skip
+    assert all(row["losses"] == rows[0]["losses"] and row["norms"] == rows[0]["norms"] for row in rows)
+    assert all(row["copied_per_step"] <= row["traffic_foreseen"] for row in rows)
+    assert all((row["copied_per_step"] > 0) == (row["stream_blocks"] > 0) for row in rows)  # else the slots hold all
+    assert not any(row["missed_per_step"] for row in rows)
+    assert done.stdout.count("| equal |") == 4
 
 
 def test_a_row_that_cannot_run_ends_alone() -> None:
