@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_train_quantize import CPU, config, gradients, inputs, prepare
+from test_train_quantize import ADAPTED, CPU, config, gradients, inputs, prepare
 from torch import Tensor
 from trainer_model import TINY, tiny_transformer
-from xflux_trainer import lora, quantize, savings, stream
+from xflux_trainer import fast, lora, quantize, savings, stream
 from xflux_trainer.frozen import FrozenLinear
 from xflux_trainer.model import Velocity
 
@@ -60,6 +60,41 @@ def test_same_bits_quantised(name: str) -> None:
     assert torch.equal(v, v_streamed)
     assert all(torch.equal(found[key], gradient) for key, gradient in wanted.items())
     assert made.streamer and made.streamer.copied
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_same_bits_in_fused_blocks(checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer's own blocks ask in an order of their own; it is learned, and the modulation travels once a step."""
+    settings = config(
+        stream_blocks=BLOCKS, modulation="stream", kernels="fused", gradient_checkpointing=checkpointing, rank=2,
+        lora_targets=ADAPTED, mixed_precision="no",
+    )  # fmt: skip
+    results = []
+    for resident in (True, False):
+        transformer = tiny_transformer()
+        with monkeypatch.context() as patch:
+            if resident:
+                patch.setattr(stream.Streamer, "take", lambda self, parts: None)
+            streamer = prepare(transformer, settings).streamer
+        adapters = lora.attach(transformer, settings)
+        velocity = Velocity(transformer, guidance=True)
+        velocity.fast, _ = fast.build(transformer, settings, CPU)
+        assert streamer and velocity.fast
+        copied, missed = [], []
+        for _ in range(4):
+            transformer.zero_grad()
+            v = velocity(*inputs(2))
+            v.square().mean().backward()
+            copied.append(streamer.copied)
+            missed.append(streamer.missed)
+        results.append((v, [parameter.grad for parameter in adapters.values()]))
+    assert missed[0] > 0 and missed[1] == missed[-1]
+    assert 0 < copied[-1] - copied[-2] <= savings.held(settings, TINY, width=4).traffic
+    (v, found), (wanted_v, wanted) = results
+    assert torch.equal(v, wanted_v)
+    for gradient, exact in zip(found, wanted):  # noqa: B905
+        assert (gradient is None and exact is None) or torch.equal(gradient, exact)
+    assert sum(gradient is not None for gradient in found) > len(found) // 2
 
 
 def steps(transformer: Any, count: int, *, checkpointing: bool) -> Any:
