@@ -149,8 +149,9 @@ class Group:
 
         A weight that is made or fetched for its product is let go before the next one is made.
         """
-        if not any(isinstance(base, FrozenLinear) for base in self.bases):
-            whole = stacked([base.weight for base in self.bases])
+        frozen = [base for base in self.bases if isinstance(base, FrozenLinear)]
+        if not frozen or (len(frozen) == len(self.bases) and all(base.as_stored for base in frozen)):
+            whole = stacked([base.dense(dtype) for base in frozen] or [base.weight for base in self.bases])
             biases = [base.bias for base in self.bases]
             if whole is not None and (all(bias is None for bias in biases) or all(bias is not None for bias in biases)):
                 yield whole.to(dtype), _joined(biases, dtype), slice(0, self.width)
