@@ -49,9 +49,11 @@ class _Block:
         raise NotImplementedError
 
     def backward(
-        self, grads_out: list[Tensor], inputs: list[Tensor], rope: Rope, saved: Saved, grads: Grads, need: list[bool]
-    ) -> list[Tensor | None]:
-        """Gradients of the inputs; those of the parameters go to `grads`."""
+        self, grads_out: list[Tensor], inputs: list[Tensor], rope: Rope, saved: Saved, grads: Grads, need: list[bool],
+        *, own: bool,
+    ) -> list[Tensor | None]:  # fmt: skip
+        """Gradients of the inputs; those of the parameters go to `grads`. `own`: nobody else holds what was saved, and
+        it may be written over."""
         raise NotImplementedError
 
     def __call__(self, inputs: list[Tensor], rope: Rope) -> tuple[Tensor, ...]:
@@ -81,9 +83,13 @@ class _Block:
         else:
             q, k, v = self._qkv(qkv, rope, text)
         kept = tuple(saved[f"attention.{number}"] for number in range(sum("attention." in key for key in saved)))
-        dv = dqkv[..., width:].unflatten(-1, heads)
+        place = dqkv[..., width:].unflatten(-1, heads)
+        # v is read to the end: where its gradient takes its place, that waits aside.
+        dv = torch.empty_like(v) if place.data_ptr() == v.data_ptr() else place
         o = saved["o"].unflatten(-1, heads)
         dq, dk = self.attention.backward(do.unflatten(-1, heads), q, k, v, o, kept, dv)
+        if dv is not place:
+            place.copy_(dv)
         trained = any(weight.requires_grad for weight in self.norms)
         found = self.ops.qk_rope_backward(
             dq, dk, qkv[..., :width], self._norms(), *rope, text, dqkv[..., :width], sums=trained
@@ -112,8 +118,8 @@ class Single(_Block):
         super().__init__(attention, ops)
         own = block.attn
         self.groups = {
-            "in": Group([own.to_q, own.to_k, own.to_v, block.proj_mlp]),
-            "out": Group([block.proj_out]),
+            "in": Group([own.to_q, own.to_k, own.to_v, block.proj_mlp], ops),
+            "out": Group([block.proj_out], ops),
         }
         self.norms = (own.norm_q.weight, own.norm_k.weight) * 2
 
@@ -124,7 +130,7 @@ class Single(_Block):
         wide, saved["low in"] = self.groups["in"].forward(self.ops.modulate(x, shift, scale))
         saved["wide"] = wide
         o = self._attend(wide[..., : 3 * width], rope, saved, 0, last=last)
-        if not last and not mod.requires_grad and not self.groups["out"].lows:
+        if not last and not mod.requires_grad and not self.groups["out"].adapters:
             return ()
         cat = self._joined(o, wide[..., 3 * width :])
         if not last and not mod.requires_grad:
@@ -143,8 +149,9 @@ class Single(_Block):
         return cat
 
     def backward(
-        self, grads_out: list[Tensor], inputs: list[Tensor], rope: Rope, saved: Saved, grads: Grads, need: list[bool]
-    ) -> list[Tensor | None]:
+        self, grads_out: list[Tensor], inputs: list[Tensor], rope: Rope, saved: Saved, grads: Grads, need: list[bool],
+        *, own: bool,
+    ) -> list[Tensor | None]:  # fmt: skip
         x, mod = inputs
         shift, scale, gate = mod.chunk(3, dim=-1)
         width = x.shape[-1]
@@ -155,7 +162,7 @@ class Single(_Block):
         dcat = self.groups["out"].backward(dy, lambda: self._joined(o, h), saved.get("low out"), grads)
         assert dcat is not None
         del dy
-        dwide = torch.empty_like(wide)
+        dwide = wide if own else torch.empty_like(wide)
         self.ops.gelu_backward(dcat[..., width:], h, dwide[..., 3 * width :])
         qkv = wide[..., : 3 * width]
         self._attend_backward(dcat[..., :width], qkv, rope, saved, 0, dwide[..., : 3 * width], grads)
@@ -178,14 +185,14 @@ class Double(_Block):
         super().__init__(attention, ops)
         own = block.attn
         self.groups = {
-            "text qkv": Group([own.add_q_proj, own.add_k_proj, own.add_v_proj]),
-            "image qkv": Group([own.to_q, own.to_k, own.to_v]),
-            "text out": Group([own.to_add_out]),
-            "image out": Group([own.to_out[0]]),
-            "text up": Group([block.ff_context.net[0].proj]),
-            "image up": Group([block.ff.net[0].proj]),
-            "text down": Group([block.ff_context.net[2]]),
-            "image down": Group([block.ff.net[2]]),
+            "text qkv": Group([own.add_q_proj, own.add_k_proj, own.add_v_proj], ops),
+            "image qkv": Group([own.to_q, own.to_k, own.to_v], ops),
+            "text out": Group([own.to_add_out], ops),
+            "image out": Group([own.to_out[0]], ops),
+            "text up": Group([block.ff_context.net[0].proj], ops),
+            "image up": Group([block.ff.net[0].proj], ops),
+            "text down": Group([block.ff_context.net[2]], ops),
+            "image down": Group([block.ff.net[2]], ops),
         }
         self.norms = (own.norm_added_q.weight, own.norm_added_k.weight, own.norm_q.weight, own.norm_k.weight)
 
@@ -217,7 +224,7 @@ class Double(_Block):
         if trained:
             saved[f"{name} y"] = y
         if not last and not trained:
-            if down.lows:
+            if down.adapters:
                 saved[f"low {name} down"] = down.narrow(self.ops.gelu(h, torch.empty_like(h)))
             return ()
         z, saved[f"low {name} down"] = down.forward(self.ops.gelu(h, torch.empty_like(h)))
@@ -226,8 +233,9 @@ class Double(_Block):
         return (_clip(self.ops.add_gated(x, z, gate_m)),) if last else ()
 
     def backward(
-        self, grads_out: list[Tensor], inputs: list[Tensor], rope: Rope, saved: Saved, grads: Grads, need: list[bool]
-    ) -> list[Tensor | None]:
+        self, grads_out: list[Tensor], inputs: list[Tensor], rope: Rope, saved: Saved, grads: Grads, need: list[bool],
+        *, own: bool,
+    ) -> list[Tensor | None]:  # fmt: skip
         text = inputs[0]
         qkv, o = saved["qkv"], saved["o"]
         do = torch.empty_like(o)
@@ -236,7 +244,7 @@ class Double(_Block):
             dx, dmod = self._before_attention(*stream, dx, do, o, saved, grads, sums=need[2 + number])
             dxs.append(dx)
             dmods.append(dmod)
-        dqkv = torch.empty_like(qkv)
+        dqkv = qkv if own else torch.empty_like(qkv)
         self._attend_backward(do, qkv, rope, saved, text.shape[1], dqkv, grads)
         del do
         for number, (name, part, x, mod) in enumerate(_streams(inputs)):
@@ -267,7 +275,7 @@ class Double(_Block):
         """Back through one stream to the attention's output: the gradient of the tokens before it along the
         residual, and with `sums` those of the last four of the modulation's six parts."""
         _, _, gate_a, shift, scale, gate_m = mod.chunk(6, dim=-1)
-        h, middle = saved[f"{name} h"], saved[f"{name} x"]
+        h, middle = saved.pop(f"{name} h"), saved.pop(f"{name} x")
         dz, dgate_m = self.ops.gated(dx, gate_m, saved.get(f"{name} z"))
         down, up, out = (self.groups[f"{name} {which}"] for which in ("down", "up", "out"))
         dh = down.backward(dz, lambda: self.ops.gelu(h, torch.empty_like(h)), saved.get(f"low {name} down"), grads)
@@ -314,7 +322,8 @@ class _Run(torch.autograd.Function):
             block.forward(inputs, ctx.rope, saved, last=False)
         grads: Grads = {}
         need = list(ctx.needs_input_grad[2 : 2 + block.inputs])
-        found = block.backward([grad.contiguous() for grad in grads_out], inputs, ctx.rope, saved, grads, need)
+        given = [grad.contiguous() for grad in grads_out]
+        found = block.backward(given, inputs, ctx.rope, saved, grads, need, own=not kept)
         return None, None, *found, *(grads.get(parameter) for parameter in block.parameters)
 
 

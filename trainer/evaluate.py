@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -69,13 +70,30 @@ def velocity_loss(
     model: Callable[..., Tensor], config: TrainConfig, batch: cache.Batch, eps: Tensor, t: Tensor, device: torch.device
 ) -> Tensor:
     """(B,) losses of a batch with this noise, packed as (B, N, 4C), at these times (B,)."""
+    return losses(model, config, *inputs(batch, eps, t, device))
+
+
+def inputs(batch: cache.Batch, eps: Tensor, t: Tensor, device: torch.device) -> tuple[Tensor | None, ...]:
+    """What `losses` computes from, on the device. Positions are the same tensors for all batches of one size."""
     h, w = batch.latents.shape[2:]
-    x_0, eps, t = flow.pack(batch.latents).to(device), eps.to(device), t.to(device)
-    x_t = flow.mix(x_0, eps, t)
-    ids, text_ids = flow.image_ids(h, w).to(device), flow.text_ids(batch.text.shape[1]).to(device)
-    more = extras(batch.mask, batch.condition, device)
-    v = model(x_t, t, batch.text.to(device), batch.pooled.to(device), ids, text_ids, config.guidance, *more)
+    values = (flow.pack(batch.latents.to(device)), eps, t, batch.text, batch.pooled)
+    places = _positions(h, w, device), _positions(0, batch.text.shape[1], device)
+    return (*(value.to(device) for value in values), *places, *extras(batch.mask, batch.condition, device))
+
+
+def losses(
+    model: Callable[..., Tensor], config: TrainConfig, x_0: Tensor, eps: Tensor, t: Tensor, text: Tensor,
+    pooled: Tensor, ids: Tensor, text_ids: Tensor, *more: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """(B,): of tokens x_0 (B, N, 4C) with this noise at these times. Nothing here waits for the device."""
+    v = model(flow.mix(x_0, eps, t), t, text, pooled, ids, text_ids, config.guidance, *more)
     return flow.loss(v, x_0, eps)
+
+
+@functools.lru_cache(maxsize=256)
+def _positions(h: int, w: int, device: torch.device) -> Tensor:
+    """(N, 3) of an image of h by w latents, or of a text of w tokens where h is 0."""
+    return (flow.image_ids(h, w) if h else flow.text_ids(w)).to(device)
 
 
 def extras(mask: Tensor | None, condition: Tensor | None, device: torch.device) -> tuple[Tensor | None, ...]:

@@ -7,6 +7,7 @@ product reads or writes them and where tokens leave it, and nowhere between.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from xflux_trainer.blocks import Double, Rope, Single
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.errors import Unsupported
 from xflux_trainer.model import DTYPES, Prepare
-from xflux_trainer.products import pack
+from xflux_trainer.products import Adapters, pack
 
 ROPES = 64
 """Sizes of images whose rotations are kept: 5 MB each at 1024 px."""
@@ -78,9 +79,18 @@ class Fast:
         v: Tensor = net.proj_out(x)
         return v
 
+    def adapters(self) -> Iterator[Adapters]:
+        """Of every group of every block, in the order in which they compute."""
+        for block in self._blocks:
+            yield from (group.adapters for group in block.groups.values() if group.adapters is not None)
+
+    def held(self) -> tuple[Rope, ...]:
+        """What a recording of a pass reads and does not hold itself."""
+        return tuple(rope for *_, rope in self._ropes)
+
     def _cast(self, dtype: torch.dtype) -> None:
         """The adapters' copies in the format of the products, all in one go."""
-        pairs = [pair for block in self._blocks for group in block.groups.values() for pair in group.cast(dtype)]
+        pairs = [pair for adapters in self.adapters() for pair in adapters.cast(dtype)]
         if pairs:
             with torch.no_grad():
                 torch._foreach_copy_([copy for copy, _ in pairs], [own for _, own in pairs])

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from xflux_trainer import optimizers, slots
+from xflux_trainer import graphs, optimizers, slots
 from xflux_trainer.averages import Averages
 from xflux_trainer.backward import BackwardSteps, coefficient
 from xflux_trainer.config import TrainConfig
@@ -27,6 +27,17 @@ __all__ = ["MOMENTS", "Piece", "PlainStepper", "Read", "Stepper", "adamw", "lear
 Piece = dict[str, Tensor]
 """What is saved of one trained parameter: `weight`, the optimizer's tensors, `ema`, `compensation`."""
 Read = Callable[[str], Piece]
+
+
+def learn(stepper: Stepper, compute: Callable[..., Tensor], inputs: tuple[Tensor | None, ...]) -> Tensor:
+    """Forward and backward pass of one batch: the loss that `compute(*inputs)` is."""
+    recorder = getattr(stepper, "recorder", None)
+    if recorder is not None:
+        recorded: Tensor = recorder.run(compute, inputs)
+        return recorded
+    loss = compute(*inputs)
+    stepper.backward(loss)
+    return loss.detach()
 
 
 class Stepper(Protocol):
@@ -90,6 +101,9 @@ class PlainStepper:
                 lambda weight, grad, factor: self._take(by_weight[weight], grad, factor),
             )
         self._model = _distribute(module, trained, ranks) if ranks.world_size > 1 else module
+        self.recorder = None
+        if self.strategy == "single" and self._together:
+            self.recorder = graphs.recorder(module, trained, config, ranks.device, accumulation)
 
     def __call__(self, *args: Any, **more: Any) -> Tensor:
         v: Tensor = self._model(*args, **more)
@@ -118,6 +132,8 @@ class PlainStepper:
         """Returns the gradients' global norm before clipping. Where it is not finite no step is taken."""
         if self._in_backward:
             return self._in_backward.norm
+        if self.recorder is not None:
+            return self._step_recorded(self.recorder)
         grads = [weight.grad for weight in self._trained.values() if weight.grad is not None]
         down = 1 / self._scale.scale if self._scale else 1.0
         norm = self._clip(grads, down) if self._together else global_norm(grads) * down
@@ -134,6 +150,24 @@ class PlainStepper:
         for weight in self._trained.values():
             weight.grad = None
         return norm
+
+    def _step_recorded(self, recorder: graphs.Recorder) -> float:
+        """All of it is queued before the norm is read: the device has no time to wait for the host."""
+        grads = recorder.grads()
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads]))
+        if self._max_norm:
+            torch._foreach_mul_(grads, (self._max_norm / (norm + 1e-6)).clamp(max=1.0))
+        recorder.publish()
+        optimizer: Any = self._optimizers[0]
+        optimizer.found_inf = (~norm.isfinite()).float()  # torch's own switch: this step is left out
+        optimizer.step()
+        found = float(norm)
+        if math.isfinite(found):
+            self._steps += 1
+            self._averages.update_all(self._trained, self._steps)
+        for weight in self._trained.values():
+            weight.grad = None
+        return found
 
     def _step_each(self, factor: float) -> None:
         """One parameter after the other, so that there is one fp32 gradient at a time."""

@@ -7,59 +7,101 @@ matrix; others are multiplied in turn. Nothing is kept here but the adapters' na
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from xflux_trainer.frozen import FrozenLinear
-from xflux_trainer.lora import AdapterLinear, FusedAdapter, FusedAdapterLinear
+from xflux_trainer.lora import AdapterLinear, FusedAdapterLinear
 
 Grads = dict[nn.Parameter, Tensor]
 """What a backward pass found, by parameter."""
+Part = tuple[int, int, int, int]
+"""An adapter among a group's columns: its first output and their number, its first narrow column and their number."""
 
 
 @dataclass
-class Low:
-    """One adapter of a group: its place among the group's narrow columns and among its outputs."""
+class Adapters:
+    """A group's adapters, stacked: what multiplies is A of all (R, K), and B of all, one below the other (N', r).
 
-    down: nn.Parameter
-    up: nn.Parameter
+    `downs` and `ups` are the parameters; where ranks differ the smaller ones are filled up with zeros.
+    """
+
+    downs: list[nn.Parameter]
+    ups: list[nn.Parameter]
+    parts: tuple[Part, ...]
     scale: float
-    narrow: slice
-    columns: slice
-    up16: Tensor = field(init=False)
-    """`up` in the format of the activations."""
+    down: Tensor | None = None
+    up: Tensor | None = None
+    """Both in the format of the activations, see `cast`."""
+    places: tuple[Tensor, Tensor] | None = None
+    """Where the gradients of A (R, K) and B (N', r) are written in fp32, if not into tensors of their own."""
+
+    @property
+    def rank(self) -> int:
+        return self.parts[0][3]
+
+    def cast(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+        """Pairs (copy in `dtype`, parameter) that are to be filled before each forward pass."""
+        first = self.downs[0]
+        if self.down is None or self.up is None or self.down.dtype != dtype or self.down.device != first.device:
+            self.down = torch.zeros(self.depth, self.width, dtype=dtype, device=first.device)
+            self.up = torch.zeros(self.height, self.rank, dtype=dtype, device=first.device)
+        return [(copy, own) for own, copy in self.split(self.down, self.up).items()]
+
+    @property
+    def height(self) -> int:
+        """N', the rows of B."""
+        return sum(width for _, width, _, _ in self.parts)
+
+    @property
+    def depth(self) -> int:
+        """R, the rows of A."""
+        return len(self.downs) * self.rank
+
+    @property
+    def width(self) -> int:
+        """K."""
+        return self.downs[0].shape[1]
+
+    def room(self) -> tuple[Tensor, Tensor]:
+        """Where gradients are written: (R, K) and (N', r) fp32."""
+        if self.places is not None:
+            return self.places
+        empty = functools.partial(torch.empty, dtype=torch.float32, device=self.downs[0].device)
+        return empty(self.depth, self.width), empty(self.height, self.rank)
+
+    def share(self, down: Tensor, up: Tensor, grads: Grads) -> None:
+        """Hand gradients over to whom they belong, unless they lie where they are looked for."""
+        if self.places is None:
+            grads |= {parameter: grad.to(parameter.dtype) for parameter, grad in self.split(down, up).items()}
+
+    def split(self, down: Tensor, up: Tensor) -> dict[nn.Parameter, Tensor]:
+        """Each parameter's part of the stacked matrices."""
+        downs = [down[start : start + len(own)] for own, (_, _, start, _) in zip(self.downs, self.parts)]  # noqa: B905
+        tall = up.split([width for _, width, _, _ in self.parts])
+        ups = [rows[:, : own.shape[1]] for own, rows in zip(self.ups, tall)]  # noqa: B905
+        return dict(zip([*self.downs, *self.ups], [*downs, *ups]))  # noqa: B905 (of one length)
 
 
 class Group:
     """Layers of one input (M, K) whose outputs lie side by side, (M, N of all together)."""
 
-    def __init__(self, layers: list[nn.Module]) -> None:
+    def __init__(self, layers: list[nn.Module], ops: Any) -> None:
+        self.ops = ops
         self.bases: list[Any] = [_base(layer) for layer in layers]
         ends = list(accumulate((base.out_features for base in self.bases), initial=0))
         self.columns = [slice(start, end) for start, end in pairwise(ends)]
         self.width = ends[-1]
-        self.lows = _lows(layers, self.columns)
-        self.rank = self.lows[-1].narrow.stop if self.lows else 0
-        self._down16: Tensor | None = None
+        self.adapters = _adapters(layers, self.columns)
         trained = [p for base in self.bases for p in base.parameters(recurse=False) if p.requires_grad]
         self.trained_bases = bool(trained)
-        self.parameters: list[nn.Parameter] = [*trained, *(p for low in self.lows for p in (low.down, low.up))]
-
-    def cast(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-        """Pairs (copy in `dtype`, parameter) that are to be filled before each forward pass."""
-        if not self.lows:
-            return []
-        place = self.lows[0].down.device
-        if self._down16 is None or self._down16.dtype != dtype or self._down16.device != place:
-            self._down16 = torch.empty(self.rank, self.bases[0].in_features, dtype=dtype, device=place)
-            for low in self.lows:
-                low.up16 = torch.empty_like(low.up, dtype=dtype, requires_grad=False)
-        downs = [(self._down16[low.narrow], low.down) for low in self.lows]
-        return downs + [(low.up16, low.up) for low in self.lows]
+        own = [*self.adapters.downs, *self.adapters.ups] if self.adapters else []
+        self.parameters: list[nn.Parameter] = trained + own
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """x (B, L, K), to `out` (B, L, N), a view of rows or columns of a wider buffer too; and the narrow products
@@ -71,15 +113,17 @@ class Group:
         for rows, to in _rows(x, out):
             self._multiply(rows, to)
             end = start + len(rows)
-            for each in self.lows:
-                assert low is not None
-                to[:, each.columns].addmm_(low[start:end, each.narrow], each.up16.t(), alpha=each.scale)
+            if self.adapters is not None and low is not None:
+                self.ops.lora_add(to, low[start:end], self.adapters.up, self.adapters.parts, self.adapters.scale)
             start = end
         return out, low
 
     def narrow(self, x: Tensor) -> Tensor | None:
         """The adapters' narrow products of x (B, L, K) alone, (B L, R): of a result that nobody needs again."""
-        return x.flatten(0, -2) @ self._down16.t() if self._down16 is not None else None
+        if self.adapters is None:
+            return None
+        assert self.adapters.down is not None, "cast comes before the first product"
+        return x.flatten(0, -2) @ self.adapters.down.t()
 
     def backward(
         self, dy: Tensor, x: Callable[[], Tensor], low: Tensor | None, grads: Grads, dx: Tensor | None = None,
@@ -90,21 +134,16 @@ class Group:
         rows = dy.reshape(-1, self.width)
         into = dx.flatten(0, -2) if dx is not None and dx.is_contiguous() else None
         found = self._multiply_back(rows, into) if need_dx else None
-        if self.lows:
-            assert low is not None and self._down16 is not None
-            dlow = torch.empty_like(low)
-            for each in self.lows:
-                part = rows[:, each.columns]
-                torch.mm(part, each.up16, out=dlow[:, each.narrow])
-                up = part.t() @ low[:, each.narrow]
-                grads[each.up] = _as(up if each.scale == 1 else up * each.scale, each.up)
-                if each.scale != 1:
-                    dlow[:, each.narrow] *= each.scale
-            down = dlow.t() @ x().flatten(0, -2)
-            for each in self.lows:
-                grads[each.down] = _as(down[each.narrow], each.down)
+        if self.adapters is not None:
+            own = self.adapters
+            assert low is not None and own.up is not None and own.down is not None
+            down, up = own.room()
+            dlow = self.ops.lora_narrow_backward(rows, own.up, own.parts, own.scale)
+            self.ops.lora_up_grad(rows, low, own.parts, own.scale, up)
+            self.ops.lora_down_grad(dlow, x().flatten(0, -2), down)
+            own.share(down, up, grads)
             if found is not None:
-                found.addmm_(dlow, self._down16)
+                found.addmm_(dlow, own.down)
         if self.trained_bases:
             self._weights_grads(rows, x().flatten(0, -2), grads)
         if found is None:
@@ -203,29 +242,26 @@ def _base(layer: Any) -> Any:
     return layer.base_layer if isinstance(layer, AdapterLinear | FusedAdapterLinear) else layer
 
 
-def _lows(layers: list[nn.Module], columns: list[slice]) -> list[Low]:
+def _adapters(layers: list[nn.Module], columns: list[slice]) -> Adapters | None:
     """The adapters of a group. One that several layers share has their columns, which follow each other."""
-    found: list[Low] = []
-    seen: dict[int, Low] = {}
-    start = 0
-    for layer, place in zip(layers, columns):  # noqa: B905
-        adapter: Any
-        if isinstance(layer, AdapterLinear):
-            adapter = layer
-        elif isinstance(layer, FusedAdapterLinear):
-            adapter = layer._adapter[0]
-            if id(adapter) in seen:
-                seen[id(adapter)].columns = slice(seen[id(adapter)].columns.start, place.stop)
-                continue
-        else:
-            continue
-        down, up = adapter.lora_A.weight, adapter.lora_B.weight
-        low = Low(down, up, adapter.scale, slice(start, start + len(down)), place)
-        start += len(down)
-        found.append(low)
-        if isinstance(adapter, FusedAdapter):
-            seen[id(adapter)] = low
-    return found
+    found: dict[int, Any] = {}
+    places: dict[int, slice] = {}
+    for layer, place in zip(layers, columns):  # noqa: B905 (of one length)
+        if isinstance(layer, AdapterLinear | FusedAdapterLinear):
+            own: Any = layer if isinstance(layer, AdapterLinear) else layer._adapter[0]
+            found[id(own)] = own
+            places[id(own)] = slice(places.get(id(own), place).start, place.stop)
+    if not found:
+        return None
+    downs = [own.lora_A.weight for own in found.values()]
+    ups = [own.lora_B.weight for own in found.values()]
+    rank = max(len(down) for down in downs)
+    parts = tuple(
+        (place.start, place.stop - place.start, number * rank, rank) for number, place in enumerate(places.values())
+    )
+    scales = {own.scale for own in found.values()}
+    assert len(scales) == 1, "the adapters of a run have one scale"
+    return Adapters(downs, ups, parts, scales.pop())
 
 
 def _rows(x: Tensor, out: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -138,6 +138,8 @@ class TrainConfig:
     """What computes the blocks: this trainer's fused kernels or diffusers; auto: fused on a GPU with Triton."""
     attention: Literal["auto", "flash-attn-4", "flash", "cudnn", "sdpa"] = "auto"
     """Attention of the fused kernels; auto: the fastest that is right here, forward and backward."""
+    cuda_graphs: bool = True
+    """Record a step of each batch size and replay it, where that is possible: adapters, one GPU, fused kernels."""
     seed: int = 0
     """Seeds the adapters, the order of the images and the noise."""
     deterministic: bool = False

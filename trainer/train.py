@@ -195,9 +195,8 @@ def _read(run: Run, draws: flow.Draws, number: int) -> tuple[cache.Batch, _Drawn
 
 def _micro_step(run: Run, batch: cache.Batch, drawn: _Drawn) -> Tensor:
     """Forward and backward of one batch."""
-    loss = evaluate.velocity_loss(run.stepper, run.config, batch, drawn.eps, drawn.t, run.ranks.device).mean()
-    run.stepper.backward(loss)
-    return loss.detach()
+    inputs = evaluate.inputs(batch, drawn.eps, drawn.t, run.ranks.device)
+    return optim.learn(run.stepper, lambda *given: evaluate.losses(run.stepper, run.config, *given).mean(), inputs)
 
 
 def _book(progress: Progress, loss: float) -> None:

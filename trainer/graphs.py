@@ -1,0 +1,165 @@
+"""Forward and backward of a batch size recorded once as a CUDA graph, and replayed from then on.
+
+A step of FLUX is some 5,000 kernels. Where the host needs longer to launch them than the GPU to compute them (small
+images, a slow host) the GPU waits; a recorded step is launched in one call. Everything that a recording reads and
+writes keeps its place: inputs are copied into the recording's own, gradients of adapters lie in one flat tensor.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from xflux_trainer.config import TrainConfig
+from xflux_trainer.fast import Fast
+
+Inputs = tuple["Tensor | None", ...]
+Compute = Callable[..., Tensor]
+"""From inputs to a loss, without a look at what the device computes."""
+WARM_UP = 2
+"""Passes of a size before it is recorded: libraries set themselves up in the first."""
+MOST = 32
+"""Sizes that are recorded; rarer ones are launched kernel by kernel. A recording takes some 50 MB."""
+
+
+@dataclass
+class _Recording:
+    graph: Any
+    inputs: Inputs
+    loss: Tensor
+    rest: dict[nn.Parameter, Tensor]
+    """Gradients outside of the flat tensor."""
+    held: tuple[Any, ...]
+    """What the graph reads and nothing else may hold."""
+
+
+class Recorder:
+    """Recordings by the shapes of their inputs, in one pool of memory: no two of them run at a time."""
+
+    def __init__(self, fast: Fast, trained: Iterable[nn.Parameter], accumulation: int, device: torch.device) -> None:
+        self._fast = fast
+        self._trained = list(trained)
+        self._accumulation = accumulation
+        self._flat, self._views = _flat_grads(fast, device)
+        self._sum = torch.zeros_like(self._flat) if accumulation > 1 else self._flat
+        self._summed = _like(self._views, self._flat, self._sum)
+        self._rest: dict[nn.Parameter, Tensor] = {}
+        self._recordings: dict[Any, _Recording] = {}
+        self._seen: Counter[Any] = Counter()
+        self._pool: Any = None
+        self._micro = 0
+        self.broken = ""
+        """Why nothing is recorded any more."""
+
+    def run(self, compute: Compute, inputs: Inputs) -> Tensor:
+        """The loss; its gradients are added to those of the step, divided by the accumulation."""
+        key = tuple(None if each is None else (each.shape, each.dtype) for each in inputs)
+        recording = self._recordings.get(key)
+        if recording is None and not self.broken and self._seen[key] >= WARM_UP and len(self._recordings) < MOST:
+            recording = self._record(key, compute, inputs)
+        self._seen[key] += 1
+        if recording is None:
+            loss, rest = self._compute(compute, inputs)
+        else:
+            for place, value in zip(recording.inputs, inputs):  # noqa: B905 (of one length)
+                if place is not None and place is not value:
+                    place.copy_(value, non_blocking=True)
+            recording.graph.replay()
+            loss, rest = recording.loss.clone(), recording.rest
+        self._add(rest)
+        return loss
+
+    def grads(self) -> list[Tensor]:
+        """All gradients of the step, in few tensors."""
+        return [self._sum, *self._rest.values()]
+
+    def publish(self) -> None:
+        """Put each parameter's gradient where optimizers look for it; the next pass begins a new step."""
+        for parameter, grad in [*self._summed.items(), *self._rest.items()]:
+            parameter.grad = grad
+        self._micro = 0
+
+    def _add(self, rest: dict[nn.Parameter, Tensor]) -> None:
+        self._micro += 1
+        if self._accumulation == 1:
+            self._rest = rest
+        elif self._micro == 1:
+            self._sum.copy_(self._flat)
+            self._rest = {parameter: grad.clone() for parameter, grad in rest.items()}
+        else:
+            self._sum.add_(self._flat)
+            for parameter, grad in rest.items():
+                self._rest[parameter].add_(grad)
+
+    def _compute(self, compute: Compute, inputs: Inputs) -> tuple[Tensor, dict[nn.Parameter, Tensor]]:
+        for parameter in self._trained:
+            parameter.grad = None
+        loss = compute(*inputs)
+        (loss / self._accumulation).backward()
+        rest = {each: each.grad for each in self._trained if each.grad is not None and each not in self._views}
+        return loss.detach(), rest
+
+    def _record(self, key: Any, compute: Compute, inputs: Inputs) -> _Recording | None:
+        # The places of the positions stay the caller's own: the rotation that belongs to them is found by them.
+        places = tuple(each if each is None or _is_positions(each) else each.clone() for each in inputs)
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        graph = torch.cuda.CUDAGraph()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        try:
+            # Other threads copy batches meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                loss, rest = self._compute(compute, places)
+        except RuntimeError as error:
+            self.broken = next((line for line in str(error).splitlines() if line.strip()), "it failed")
+            torch.cuda.synchronize()
+            return None
+        made = _Recording(graph, places, loss, rest, self._fast.held())
+        self._recordings[key] = made
+        return made
+
+
+def recorder(
+    module: nn.Module, trained: dict[str, nn.Parameter], config: TrainConfig, device: torch.device, accumulation: int
+) -> Recorder | None:
+    """Where a step can be recorded: adapters on one GPU, by the fused kernels, with all weights on the device."""
+    fast = getattr(module, "fast", None)
+    streams = config.stream_blocks or config.modulation == "stream"
+    if not config.cuda_graphs or device.type != "cuda" or not isinstance(fast, Fast) or streams:
+        return None
+    if config.mode != "lora" or config.mixed_precision != "bf16" or config.step_in_backward:
+        return None
+    return Recorder(fast, trained.values(), accumulation, device)
+
+
+def _flat_grads(fast: Fast, device: torch.device) -> tuple[Tensor, dict[nn.Parameter, Tensor]]:
+    """One tensor for the gradients of all the blocks' adapters, and each parameter's part of it."""
+    owners = list(fast.adapters())
+    sizes = [(own.width * own.depth, own.height * own.rank) for own in owners]
+    flat = torch.zeros(sum(map(sum, sizes)), dtype=torch.float32, device=device)
+    views: dict[nn.Parameter, Tensor] = {}
+    start = 0
+    for own, (down, up) in zip(owners, sizes):  # noqa: B905 (of one length)
+        middle, end = start + down, start + down + up
+        own.places = flat[start:middle].view(own.depth, own.width), flat[middle:end].view(own.height, own.rank)
+        views |= own.split(*own.places)
+        start = end
+    return flat, views
+
+
+def _like(views: dict[nn.Parameter, Tensor], one: Tensor, other: Tensor) -> dict[nn.Parameter, Tensor]:
+    """The same parts of another tensor."""
+    if one is other:
+        return views
+    return {own: other.as_strided(view.shape, view.stride(), view.storage_offset()) for own, view in views.items()}
+
+
+def _is_positions(tensor: Tensor) -> bool:
+    """(N, 3): all that is alike for every batch of a size."""
+    return tensor.dim() == 2 and tensor.shape[1] == 3
