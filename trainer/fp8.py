@@ -32,7 +32,8 @@ def product(
 ) -> Tensor:  # fmt: skip
     """x W^T + bias (M, N) bf16 of xq (M, K) e4m3, xs (M, 1) fp32, data (N, K) e4m3, wscale (N, 1) and bias (N,) bf16.
 
-    K and N are multiples of 16; `out` is contiguous. `fast` sums in the tensor cores alone, some 14 bits wide.
+    K and N are multiples of 16; `data` and `out` are contiguous. `fast` sums in the tensor cores alone, some 14 bits
+    wide. A wscale that is not fp32 is converted at every call.
     """
     return _multiply(xq, xs, data.t(), wscale.reshape(1, -1).float(), bias, out, fast)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ torch = pytest.importorskip("torch")
 
 from xflux_trainer import fp8, pointwise  # noqa: E402
 
-Tensor = torch.Tensor
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def normal(*size: int, seed: int = 0, spread: float = 1.0) -> Any:
@@ -76,6 +77,18 @@ def test_a_product_is_that_of_the_rounded_values() -> None:
     assert off(out, wanted) < 0.003
 
 
+def test_a_base_quantised_to_fp8_is_multiplied_as_it_lies() -> None:
+    pytest.importorskip("optimum.quanto")
+    from xflux_trainer import quantize
+
+    held, opener = quantize.form("fp8", torch.device("cpu"))(normal(64, 128, seed=3, spread=0.02))
+    x, dy, dense = normal(96, 128), heavy(96, 64), opener(held)().double()
+    y = fp8.product(*fp8.quantize_rows(x), held["data"], held["scale"], None)
+    dx = fp8.backward(*fp8.quantize_rows(dy, held["scale"]), held["data"])
+    assert off(y, x.double() @ dense.t()) < 0.04
+    assert off(dx, dy.double() @ dense) < 0.05
+
+
 def test_the_channels_scales_go_into_the_gradient() -> None:
     dy = heavy(96, 64)
     data, wscale = weight(64, 128)
@@ -130,6 +143,18 @@ def test_the_fused_ones_are_pointwise_in_rows() -> None:
 
 def test_a_cpu_has_no_fp8_products() -> None:
     assert "NVIDIA" in (fp8.supported(torch.device("cpu")) or "")
+
+
+def test_the_measurement_runs_tiny_and_counts_a_step(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import fp8_products
+
+    assert sum(2 * layer.flop * layer.times for layer in fp8_products.layers(1)) == pytest.approx(119e12, rel=0.01)
+    if torch.cuda.is_available():
+        pytest.skip("on a card it measures for a minute")
+    monkeypatch.setattr("sys.argv", ["fp8_products.py"])
+    assert fp8_products.main() == 0
+    assert "in a row, fp8 and transpositions" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
