@@ -106,6 +106,8 @@ def _modulate_kernel(
     batch, token = row // tokens, row % tokens
     cols = tl.arange(0, BLOCK)
     mask = cols < width
+    up = tl.load(scale + batch * scale_batch + cols, mask=mask, other=0.0)  # all is read before the first is needed
+    on = tl.load(shift + batch * shift_batch + cols, mask=mask, other=0.0)
     v = tl.load(x + batch * x_batch + token * x_token + cols, mask=mask, other=0.0).to(tl.float32)
     if y is not None:
         g = tl.load(gate + batch * gate_batch + cols, mask=mask, other=0.0).to(tl.float32)
@@ -115,8 +117,7 @@ def _modulate_kernel(
         v = rounded.to(tl.float32)
     v = tl.where(mask, v - tl.sum(v, 0) / width, 0.0)
     v *= tl.rsqrt(tl.sum(v * v, 0) / width + _EPS)
-    up = 1 + tl.load(scale + batch * scale_batch + cols, mask=mask, other=0.0).to(tl.float32)
-    v = v * up + tl.load(shift + batch * shift_batch + cols, mask=mask, other=0.0).to(tl.float32)
+    v = v * (1 + up.to(tl.float32)) + on.to(tl.float32)
     if kept is not None:
         tl.store(kept + row * width + cols, v.to(kept.dtype.element_ty), mask=mask)
     unit = _scale(tl.max(tl.abs(v), 0))
@@ -143,9 +144,10 @@ def _pair(
     left_strides = (0, 0) if left is None else (left.stride(0), left.stride(1))
     dy_strides = (0, 0) if dy is None else (dy.stride(0), dy.stride(1))
     left_block, block = triton.next_power_of_2(max(first, 1)), triton.next_power_of_2(second)
+    warps = _warps(max(block, left_block))
     _pair_kernel[(len(q),)](
         left, h, dy, colscale, q, s, kept, h.shape[1], first, second, *left_strides, h.stride(0), h.stride(1),
-        *dy_strides, left_block, block, num_warps=_warps(max(block, left_block)),
+        *dy_strides, left_block, block, num_warps=warps, maxnreg=64 if warps == 16 else None,
     )  # fmt: skip
     return q, s, kept
 
@@ -155,41 +157,49 @@ def _pair_kernel(
     left, h, dy, colscale, q, s, kept, tokens, first, second, left_batch, left_token, h_batch, h_token,
     dy_batch, dy_token, LEFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The row [left | GELU(h)], or with dy [left | dy GELU'(h)], in one scale."""
+    """The row [left | GELU(h)], or with dy [left | dy GELU'(h)], in one scale.
+
+    All is read before the first is needed. What waits for the scale waits in the tensors' own format, and registers
+    are rationed: a row of 21,504 would leave a multiprocessor no room for a second one, to read while it writes.
+    """
     row = tl.program_id(0).to(tl.int64)
     batch, token = row // tokens, row % tokens
     start = row * (first + second)
     cols = tl.arange(0, BLOCK)
     mask = cols < second
-    y = tl.load(h + batch * h_batch + token * h_token + cols, mask=mask, other=0.0).to(tl.float32)
-    square = y * y
-    bell = 1 / (1 + tl.exp(y * (1 + square * _GELU_CUBE) * _TWICE * -1))  # (1 + tanh) / 2
-    if dy is None:
-        y *= bell
-    else:
-        slope = bell + y * bell * (1 - bell) * (1 + square * _GELU_CUBE * 3) * _TWICE
-        y = slope * tl.load(dy + batch * dy_batch + token * dy_token + cols, mask=mask, other=0.0).to(tl.float32)
-    if kept is not None:
-        tl.store(kept + start + first + cols, y.to(kept.dtype.element_ty), mask=mask)
-    if colscale is not None:
-        y *= tl.load(colscale + first + cols, mask=mask, other=0.0).to(tl.float32)
-    largest = tl.max(tl.abs(y), 0)
+    x = tl.load(h + batch * h_batch + token * h_token + cols, mask=mask, other=0.0)
+    if dy is not None:
+        up = tl.load(dy + batch * dy_batch + token * dy_token + cols, mask=mask, other=0.0)
     if left is not None:
         left_cols = tl.arange(0, LEFT)
         left_mask = left_cols < first
         z = tl.load(left + batch * left_batch + token * left_token + left_cols, mask=left_mask, other=0.0)
         if kept is not None:
             tl.store(kept + start + left_cols, z, mask=left_mask)
-        z = z.to(tl.float32)
         if colscale is not None:
-            z *= tl.load(colscale + left_cols, mask=left_mask, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.max(tl.abs(z), 0))
-        scale = _scale(largest)
-        tl.store(q + start + left_cols, (z * (1 / scale)).to(tl.float8e4nv), mask=left_mask)
+            by = tl.load(colscale + left_cols, mask=left_mask, other=0.0).to(tl.float32)
+            z = (z.to(tl.float32) * by).to(h.dtype.element_ty)
+    y = x.to(tl.float32)
+    square = y * y
+    bell = 1 / (1 + tl.exp(y * (1 + square * _GELU_CUBE) * _TWICE * -1))  # (1 + tanh) / 2
+    if dy is None:
+        y *= bell
     else:
-        scale = _scale(largest)
+        slope = bell + y * bell * (1 - bell) * (1 + square * _GELU_CUBE * 3) * _TWICE
+        y = slope * up.to(tl.float32)
+    if kept is not None:
+        tl.store(kept + start + first + cols, y.to(kept.dtype.element_ty), mask=mask)
+    if colscale is not None:
+        y *= tl.load(colscale + first + cols, mask=mask, other=0.0).to(tl.float32)
+    y = y.to(h.dtype.element_ty)
+    largest = tl.max(tl.abs(y.to(tl.float32)), 0)
+    if left is not None:
+        largest = tl.maximum(largest, tl.max(tl.abs(z.to(tl.float32)), 0))
+    scale = _scale(largest)
     tl.store(s + row, scale)
-    tl.store(q + start + first + cols, (y * (1 / scale)).to(tl.float8e4nv), mask=mask)
+    tl.store(q + start + first + cols, (y.to(tl.float32) * (1 / scale)).to(tl.float8e4nv), mask=mask)
+    if left is not None:
+        tl.store(q + start + left_cols, (z.to(tl.float32) * (1 / scale)).to(tl.float8e4nv), mask=left_mask)
 
 
 def transpose(data: Tensor, out: Tensor) -> None:

@@ -177,19 +177,19 @@ def kernels() -> Any:
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def alike(found: Any, wanted: Any) -> None:
-    """Scales to fp32's rounding; rows but for some values that lie between two, and but for the interpreter's faults.
+def alike(found: Any, wanted: Any, waits: bool = False) -> None:
+    """Scales and rows but for the last bit, which shows more where values wait for their scale in bf16.
 
     Where rounding up reaches a power of two, Triton's interpreter (3.7) forgets to raise the exponent and makes half of
-    what it should be, and it cuts subnormal numbers off. The instruction of the cards does neither.
+    what it should be, and it cuts subnormal numbers and bf16 off. The instruction of the cards does neither.
     """
     (q, s, *_), (q_wanted, s_wanted, *_) = found, wanted
-    assert torch.allclose(s.cpu(), s_wanted, rtol=1e-5)
+    assert torch.allclose(s.cpu(), s_wanted, rtol=2**-7 if waits else 1e-5)
     a, b = q.cpu().float(), q_wanted.float()
     if DEVICE == "cpu":
-        a = torch.where((a * 2 == b) & (q_wanted.view(torch.uint8) & 7 == 0), b, a)
+        a = torch.where((a.frexp()[0].abs() == 0.5) & torch.isclose(a * 2, b, rtol=0.13), a * 2, a)
     assert torch.allclose(a, b, rtol=0.13, atol=2**-8)
-    assert ((a != b) & (b.abs() >= 2**-6)).float().mean() < 0.005
+    assert ((a != b) & (b.abs() >= 2**-6)).float().mean() < (0.05 if waits else 0.005)
 
 
 def moved(*parts: Any) -> list[Any]:
@@ -235,13 +235,13 @@ def test_gelu_in_a_kernel(kernels: Any, left: bool) -> None:
     colscale = torch.rand(416 if left else 320, 1) + 0.1
     parts = None if o is None else o.to(DEVICE)
     found = kernels.gelu_fp8(parts, *moved(h), keep=True)
-    alike(found, fp8.gelu_fp8(o, h))
+    alike(found, fp8.gelu_fp8(o, h), waits=True)
     close(found[2], fp8.gelu_fp8(o, h, keep=True)[2])
     for columns in (None, colscale):
         found = kernels.gelu_backward_fp8(
             parts, *moved(dy, h), None if columns is None else columns.to(DEVICE), keep=True
         )
-        alike(found, fp8.gelu_backward_fp8(o, dy, h, columns))
+        alike(found, fp8.gelu_backward_fp8(o, dy, h, columns), waits=True)
         close(found[2], fp8.gelu_backward_fp8(o, dy, h, columns, keep=True)[2])
 
 
