@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from xflux_trainer import fp8
 from xflux_trainer.attention import Attention
-from xflux_trainer.products import Grads, Group
+from xflux_trainer.products import Grads, Group, Rows
 
 FP16_MAX = 65504.0
 Saved = dict[str, Tensor]
@@ -105,6 +106,23 @@ class _Block:
         q, k = self.ops.qk_rope(qkv[..., :width], self._norms(), *rope, text)
         return q, k, qkv[..., width:].unflatten(-1, (-1, rope.cos.shape[-1]))
 
+    def _modulated(self, group: Group, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor | None, Rows | None]:
+        """The modulated x as the group wants it: for a product in fp8 as rows, and itself only where it is read."""
+        if group.held is None:
+            return self.ops.modulate(x, shift, scale), None
+        q, s, kept = fp8.modulate_fp8(x, shift, scale, keep=group.adapters is not None)
+        return kept, Rows(q, s)
+
+    def _gated(
+        self, group: Group, dx: Tensor, gate: Tensor, y: Tensor | None
+    ) -> tuple[Tensor, Rows | None, Tensor | None]:
+        """The gradient of the group's output, as rows too where its product is in fp8; and that of the gate."""
+        if group.held is None or y is not None:
+            dy, dgate = self.ops.gated(dx, gate, y)
+            return dy, None, dgate
+        q, s, kept = fp8.gated_fp8(dx, gate, group.held.columns, keep=group.adapters is not None)
+        return dx if kept is None else kept, Rows(q, s), None
+
     def _norms(self) -> tuple[Tensor, ...]:
         return tuple(weight.detach() for weight in self.norms)
 
@@ -127,16 +145,24 @@ class Single(_Block):
         x, mod = inputs
         shift, scale, gate = mod.chunk(3, dim=-1)
         width = x.shape[-1]
-        wide, saved["low in"] = self.groups["in"].forward(self.ops.modulate(x, shift, scale))
-        saved["wide"] = wide
+        ahead, out = self.groups["in"], self.groups["out"]
+        wide = saved["wide"] = x.new_empty(*x.shape[:-1], ahead.width)
+        n, rows = self._modulated(ahead, x, shift, scale)
+        saved["low in"] = ahead.forward(n, wide, rows)[1]
+        del n, rows
         o = self._attend(wide[..., : 3 * width], rope, saved, 0, last=last)
-        if not last and not mod.requires_grad and not self.groups["out"].adapters:
+        if not last and not mod.requires_grad and out.adapters is None:
             return ()
-        cat = self._joined(o, wide[..., 3 * width :])
+        h, y = wide[..., 3 * width :], torch.empty_like(x)
+        if out.held is not None and last:
+            q, s, cat = fp8.gelu_fp8(o, h, keep=out.adapters is not None)
+            saved["low out"] = out.forward(cat, y, Rows(q, s))[1]
+            return (_clip(self.ops.add_gated(x, y, gate)),)
+        cat = self._joined(o, h)
         if not last and not mod.requires_grad:
-            saved["low out"] = self.groups["out"].narrow(cat)
+            saved["low out"] = out.narrow(cat)
             return ()
-        y, saved["low out"] = self.groups["out"].forward(cat)
+        saved["low out"] = out.forward(cat, y)[1]
         if mod.requires_grad:
             saved["y"] = y
         return (_clip(self.ops.add_gated(x, y, gate)),) if last else ()
@@ -158,18 +184,27 @@ class Single(_Block):
         wide, o = saved["wide"], saved["o"]
         h = wide[..., 3 * width :]
         dx = grads_out[0]
-        dy, dgate = self.ops.gated(dx, gate, saved.get("y"))
-        dcat = self.groups["out"].backward(dy, lambda: self._joined(o, h), saved.get("low out"), grads)
+        ahead, out = self.groups["in"], self.groups["out"]
+        dy, rows, dgate = self._gated(out, dx, gate, saved.get("y"))
+        dcat = out.backward(dy, lambda: self._joined(o, h), saved.get("low out"), grads, quantised=rows)
         assert dcat is not None
-        del dy
-        dwide = wide if own else torch.empty_like(wide)
-        self.ops.gelu_backward(dcat[..., width:], h, dwide[..., 3 * width :])
-        qkv = wide[..., : 3 * width]
-        self._attend_backward(dcat[..., :width], qkv, rope, saved, 0, dwide[..., : 3 * width], grads)
-        del dcat
-        dn = self.groups["in"].backward(
-            dwide, lambda: self.ops.modulate(x, shift, scale), saved.get("low in"), grads, need_dx=need[0] or need[1]
-        )
+        del dy, rows
+        qkv, dm, do = wide[..., : 3 * width], dcat[..., width:], dcat[..., :width]
+        if ahead.held is None:
+            dwide, rows = wide if own else torch.empty_like(wide), None
+            self.ops.gelu_backward(dm, h, dwide[..., 3 * width :])
+            self._attend_backward(do, qkv, rope, saved, 0, dwide[..., : 3 * width], grads)
+        else:
+            dqkv = qkv if own else qkv.new_empty(qkv.shape)
+            self._attend_backward(do, qkv, rope, saved, 0, dqkv, grads)
+            whole = ahead.adapters is not None and ahead.adapters.reaches > 3 * width
+            q, s, kept = fp8.gelu_backward_fp8(dqkv, dm, h, ahead.held.columns, keep=whole)
+            dwide, rows = dqkv if kept is None else kept, Rows(q, s)
+        del dcat, dm, do
+        dn = ahead.backward(
+            dwide, lambda: self.ops.modulate(x, shift, scale), saved.get("low in"), grads,
+            need_dx=need[0] or need[1], quantised=rows,
+        )  # fmt: skip
         if dn is None:
             return [None, None]
         dx, dshift, dscale = self.ops.modulate_backward(dn, x, scale, dx, sums=need[1])
@@ -203,8 +238,10 @@ class Double(_Block):
         qkv = saved["qkv"] = image.new_empty(len(image), tokens, 3 * image.shape[-1])
         for name, part, x, mod in _streams(inputs):
             shift, scale = mod.chunk(6, dim=-1)[:2]
-            n = self.ops.modulate(x, shift, scale)
-            saved[f"low {name} qkv"] = self.groups[f"{name} qkv"].forward(n, qkv[:, part])[1]
+            group = self.groups[f"{name} qkv"]
+            n, rows = self._modulated(group, x, shift, scale)
+            saved[f"low {name} qkv"] = group.forward(n, qkv[:, part], rows)[1]
+            del n, rows
         o = self._attend(qkv, rope, saved, length, last=last)
         return tuple(
             made for stream in _streams(inputs) for made in self._after_attention(*stream, o, saved, last=last)
@@ -215,19 +252,31 @@ class Double(_Block):
     ) -> tuple[Tensor, ...]:
         """The rest of one stream; nothing without `last`."""
         _, _, gate_a, shift, scale, gate_m = mod.chunk(6, dim=-1)
-        y, saved[f"low {name} out"] = self.groups[f"{name} out"].forward(o[:, part])
-        x, n = self.ops.add_modulate(x, y, gate_a, shift, scale)
-        h, saved[f"low {name} up"] = self.groups[f"{name} up"].forward(n)
+        out, up, down = (self.groups[f"{name} {which}"] for which in ("out", "up", "down"))
+        y, saved[f"low {name} out"] = out.forward(o[:, part], torch.empty_like(x))
+        rows: Rows | None = None
+        if up.held is None:
+            x, n = self.ops.add_modulate(x, y, gate_a, shift, scale)
+        else:
+            x, q, s, n = fp8.add_modulate_fp8(x, y, gate_a, shift, scale, keep=up.adapters is not None)
+            rows = Rows(q, s)
+        h = x.new_empty(*x.shape[:-1], up.width)
+        saved[f"low {name} up"] = up.forward(n, h, rows)[1]
         saved |= {f"{name} x": x, f"{name} h": h}
-        del n
-        down, trained = self.groups[f"{name} down"], mod.requires_grad
+        del n, rows
+        trained = mod.requires_grad
         if trained:
             saved[f"{name} y"] = y
         if not last and not trained:
-            if down.adapters:
+            if down.adapters is not None:
                 saved[f"low {name} down"] = down.narrow(self.ops.gelu(h, torch.empty_like(h)))
             return ()
-        z, saved[f"low {name} down"] = down.forward(self.ops.gelu(h, torch.empty_like(h)))
+        z = torch.empty_like(x)
+        if down.held is None:
+            saved[f"low {name} down"] = down.forward(self.ops.gelu(h, torch.empty_like(h)), z)[1]
+        else:
+            q, s, m = fp8.gelu_fp8(None, h, keep=down.adapters is not None)
+            saved[f"low {name} down"] = down.forward(m, z, Rows(q, s))[1]
         if trained:
             saved[f"{name} z"] = z
         return (_clip(self.ops.add_gated(x, z, gate_m)),) if last else ()
@@ -276,16 +325,24 @@ class Double(_Block):
         residual, and with `sums` those of the last four of the modulation's six parts."""
         _, _, gate_a, shift, scale, gate_m = mod.chunk(6, dim=-1)
         h, middle = saved.pop(f"{name} h"), saved.pop(f"{name} x")
-        dz, dgate_m = self.ops.gated(dx, gate_m, saved.get(f"{name} z"))
         down, up, out = (self.groups[f"{name} {which}"] for which in ("down", "up", "out"))
-        dh = down.backward(dz, lambda: self.ops.gelu(h, torch.empty_like(h)), saved.get(f"low {name} down"), grads)
+        dz, rows, dgate_m = self._gated(down, dx, gate_m, saved.get(f"{name} z"))
+        low = saved.get(f"low {name} down")
+        dh = down.backward(dz, lambda: self.ops.gelu(h, torch.empty_like(h)), low, grads, quantised=rows)
         assert dh is not None
-        self.ops.gelu_backward(dh, h, dh)
-        dn = up.backward(dh, lambda: self.ops.modulate(middle, shift, scale), saved.get(f"low {name} up"), grads)
-        del dh, dz
+        del dz
+        if up.held is None:
+            self.ops.gelu_backward(dh, h, dh)
+            rows = None
+        else:
+            q, s, kept = fp8.gelu_backward_fp8(None, dh, h, up.held.columns, keep=up.adapters is not None)
+            dh, rows = dh if kept is None else kept, Rows(q, s)
+        low = saved.get(f"low {name} up")
+        dn = up.backward(dh, lambda: self.ops.modulate(middle, shift, scale), low, grads, quantised=rows)
+        del dh
         dx, dshift, dscale = self.ops.modulate_backward(dn, middle, scale, dx, sums=sums)
-        dy, dgate_a = self.ops.gated(dx, gate_a, saved.get(f"{name} y"))
-        out.backward(dy, lambda: o[:, part], saved.get(f"low {name} out"), grads, do[:, part])
+        dy, rows, dgate_a = self._gated(out, dx, gate_a, saved.get(f"{name} y"))
+        out.backward(dy, lambda: o[:, part], saved.get(f"low {name} out"), grads, do[:, part], quantised=rows)
         return dx, [dgate_a, dshift, dscale, dgate_m]
 
 

@@ -12,6 +12,7 @@ Functions named `…_fp8` are those of `pointwise` that end in fp8: activations 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -24,6 +25,21 @@ TINY = 1e-30
 """The least that a row's largest value counts as: a row of zeros has a scale all the same."""
 PROBE_ERROR = 0.01
 """Relative error beyond the reference's at which this device's product is broken; bf16's rounding makes 0.002."""
+
+
+def hold(weight: Tensor) -> tuple[dict[str, Tensor], Callable[[dict[str, Tensor]], Callable[[], Tensor]]]:
+    """A `frozen.Format`: weight (N, K) as data (N, K) e4m3 and the scale (N, 1) fp32 of each output channel."""
+    largest = weight.float().abs().amax(1, keepdim=True).clamp_min(TINY)
+    # In bf16 as well: the backward product reads it in that.
+    scale = (largest / LARGEST).bfloat16().float()
+    data = (weight.float() / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+    return {"data": data, "scale": scale}, open_held
+
+
+def open_held(parts: dict[str, Tensor]) -> Callable[[], Tensor]:
+    """The dense weight again, for products in another format."""
+    data, scale = parts["data"], parts["scale"].bfloat16()
+    return lambda: data.to(torch.bfloat16).mul_(scale)
 
 
 def product(

@@ -62,7 +62,8 @@ class FrozenLinear(nn.Linear):
         self.bias = linear.bias
         self.dtype = linear.weight.dtype
         with torch.no_grad():
-            parts, self._opener = form(linear.weight.detach())
+            parts, self.opener = form(linear.weight.detach())
+            """From stored tensors to what makes the weight of them: who knows it knows the format."""
         self._places, self.size = _lay_out(parts)
         store = torch.zeros(self.size, dtype=torch.uint8, device=linear.weight.device)
         for name, view in self.views(store).items():
@@ -76,7 +77,11 @@ class FrozenLinear(nn.Linear):
     def keep(self, store: Tensor) -> None:
         """Hold these bytes (size,) from now on."""
         self.store: Tensor | None = store
-        self._open = self._opener(self.views(store))
+        self._open = self.opener(self.views(store))
+
+    def lie(self, parts: Parts) -> None:
+        """Hold these stored tensors from now on, which lie among those of other layers."""
+        self.store, self._open = None, self.opener(parts)
 
     def stream(self, source: Callable[[], tuple[int, Tensor]]) -> None:
         """Hold no bytes from now on: `source` gives the number of a slot and the bytes that lie there.
@@ -103,13 +108,13 @@ class FrozenLinear(nn.Linear):
             return self._open().to(dtype)
         slot, store = self.streamed()
         if slot not in self._slots:  # the slots stay where they are, so the views of each are made once
-            self._slots[slot] = self._opener(self.views(store))
+            self._slots[slot] = self.opener(self.views(store))
         return self._slots[slot]().to(dtype)
 
     @property
     def as_stored(self) -> bool:
         """Whether `dense` gives the bytes as they lie there, side by side with the next layer's in their unit."""
-        return self._opener is _open_plain
+        return self.opener is _open_plain
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]

@@ -11,10 +11,11 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from xflux_trainer import fp8
 from xflux_trainer.frozen import FrozenLinear
 from xflux_trainer.lora import AdapterLinear, FusedAdapterLinear
 
@@ -57,6 +58,11 @@ class Adapters:
     def height(self) -> int:
         """N', the rows of B."""
         return sum(width for _, width, _, _ in self.parts)
+
+    @property
+    def reaches(self) -> int:
+        """The last of the group's columns that has an adapter, plus 1."""
+        return max(start + width for start, width, _, _ in self.parts)
 
     @property
     def depth(self) -> int:
@@ -102,38 +108,54 @@ class Group:
         self.trained_bases = bool(trained)
         own = [*self.adapters.downs, *self.adapters.ups] if self.adapters else []
         self.parameters: list[nn.Parameter] = trained + own
+        self.held = _hold(self.bases)
 
-    def forward(self, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor | None, out: Tensor, rows: Rows | None = None) -> tuple[Tensor, Tensor | None]:
         """x (B, L, K), to `out` (B, L, N), a view of rows or columns of a wider buffer too; and the narrow products
-        (B L, R) of the adapters."""
-        if out is None:
-            out = x.new_empty(*x.shape[:-1], self.width)
+        (B L, R) of the adapters. With weights that are `held` in fp8, x may come as `rows`, for the adapters too."""
         low = self.narrow(x)
+        if self.held is not None and rows is None:
+            assert x is not None
+            rows = Rows(*fp8.quantize_rows(x))
+        values = None if x is None else x.flatten(0, -2)
         start = 0
-        for rows, to in _rows(x, out):
-            self._multiply(rows, to)
-            end = start + len(rows)
+        for to in _matrices_of(out):
+            part = slice(start, start + len(to))
+            if rows is not None:
+                self._multiply_rows(rows.q[part], rows.s[part], to)
+            else:
+                assert values is not None
+                self._multiply(values[part], to)
             if self.adapters is not None and low is not None:
-                self.ops.lora_add(to, low[start:end], self.adapters.up, self.adapters.parts, self.adapters.scale)
-            start = end
+                self.ops.lora_add(to, low[part], self.adapters.up, self.adapters.parts, self.adapters.scale)
+            start = part.stop
         return out, low
 
-    def narrow(self, x: Tensor) -> Tensor | None:
+    def _multiply_rows(self, q: Tensor, s: Tensor, out: Tensor) -> None:
+        assert self.held is not None
+        bias = _joined([base.bias for base in self.bases], out.dtype)
+        if out.is_contiguous():
+            fp8.product(q, s, self.held.data, self.held.scale, bias, out)
+        else:
+            out.copy_(fp8.product(q, s, self.held.data, self.held.scale, bias))
+
+    def narrow(self, x: Tensor | None) -> Tensor | None:
         """The adapters' narrow products of x (B, L, K) alone, (B L, R): of a result that nobody needs again."""
         if self.adapters is None:
             return None
-        assert self.adapters.down is not None, "cast comes before the first product"
+        assert x is not None and self.adapters.down is not None, "cast comes before the first product"
         return x.flatten(0, -2) @ self.adapters.down.t()
 
     def backward(
         self, dy: Tensor, x: Callable[[], Tensor], low: Tensor | None, grads: Grads, dx: Tensor | None = None,
-        *, need_dx: bool = True,
+        *, need_dx: bool = True, quantised: Rows | None = None,
     ) -> Tensor | None:  # fmt: skip
         """The gradient of the input, into `dx` (B, L, K) where that is given, from dy (B, L, N). `x` makes the input
-        again, where something is trained here."""
-        rows = dy.reshape(-1, self.width)
+        again, where something is trained here. With weights that are `held` in fp8, dy times their scales may come
+        `quantised`; dy itself is then read for its columns that have adapters, and may have no others."""
+        rows = dy.reshape(-1, dy.shape[-1])
         into = dx.flatten(0, -2) if dx is not None and dx.is_contiguous() else None
-        found = self._multiply_back(rows, into) if need_dx else None
+        found = self._multiply_back(rows, into, quantised) if need_dx else None
         if self.adapters is not None:
             own = self.adapters
             assert low is not None and own.up is not None and own.down is not None
@@ -170,7 +192,10 @@ class Group:
             else:
                 torch.addmm(bias, x, weight.t(), out=into)
 
-    def _multiply_back(self, dy: Tensor, out: Tensor | None) -> Tensor:
+    def _multiply_back(self, dy: Tensor, out: Tensor | None, rows: Rows | None) -> Tensor:
+        if self.held is not None:
+            rows = rows or Rows(*fp8.quantize_rows(dy, self.held.columns))
+            return fp8.backward(rows.q, rows.s, self.held.data, out)
         found = out
         for number, (weight, _, columns) in enumerate(self._matrices(dy.dtype, backward=True)):
             if number:
@@ -199,6 +224,35 @@ class Group:
         for base, columns in reversed(list(order)) if backward else order:
             weight = base.dense(dtype) if isinstance(base, FrozenLinear) else base.weight.detach().to(dtype)
             yield weight, None if base.bias is None else base.bias.detach().to(dtype), columns
+
+
+class Rows(NamedTuple):
+    """A matrix in fp8: q (M, K) e4m3 and its rows' scales s (M, 1) fp32."""
+
+    q: Tensor
+    s: Tensor
+
+
+class Held(NamedTuple):
+    """A group's weights in fp8: data (N, K) e4m3, the scales of its rows (N, 1) fp32."""
+
+    data: Tensor
+    scale: Tensor
+    columns: Tensor
+    """The scales again, for the columns of dy, in the format that is read fastest."""
+
+
+def _hold(bases: list[Any]) -> Held | None:
+    """Lay weights in `fp8`'s own format next to each other. None for weights in any other, and for streamed ones."""
+    frozen = [base for base in bases if isinstance(base, FrozenLinear) and base.store is not None]
+    if len(frozen) < len(bases) or any(base.opener is not fp8.open_held for base in frozen):
+        return None
+    parts = [base.views(base.store) for base in bases]
+    data, scale = (torch.cat([part[name] for part in parts]) for name in ("data", "scale"))
+    sizes = [base.out_features for base in bases]
+    for base, own, scales in zip(bases, data.split(sizes), scale.split(sizes)):  # noqa: B905 (of one length)
+        base.lie({"data": own, "scale": scales})
+    return Held(data, scale, scale.bfloat16())
 
 
 def pack(layers: list[nn.Module]) -> None:
@@ -264,11 +318,11 @@ def _adapters(layers: list[nn.Module], columns: list[slice]) -> Adapters | None:
     return Adapters(downs, ups, parts, scales.pop())
 
 
-def _rows(x: Tensor, out: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """(M, K) and (M, N) views of both: one where the rows of `out` are evenly spaced, else one for each image."""
-    if len(x) == 1 or out.stride(0) == out.shape[1] * out.stride(1):
-        return [(x.flatten(0, -2), out.flatten(0, -2) if len(x) > 1 else out[0])]
-    return list(zip(x, out))  # noqa: B905
+def _matrices_of(out: Tensor) -> list[Tensor]:
+    """(M, N) views of (B, L, N): one where its rows are evenly spaced, else one for each image."""
+    if len(out) == 1:
+        return [out[0]]
+    return [out.flatten(0, -2)] if out.stride(0) == out.shape[1] * out.stride(1) else list(out)
 
 
 def _as(grad: Tensor, parameter: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from xflux_trainer import fp8
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.errors import Unsupported
 from xflux_trainer.frozen import Format, FrozenLinear, Opener, Parts, plain
@@ -27,6 +28,7 @@ PACKAGES = {
     "torchao-int8": ("torchao.quantization", "torchao"),
     "torchao-fp8": ("torchao.quantization", "torchao"),
     "nf4": ("bitsandbytes.functional", "bitsandbytes"),
+    "fp8-dynamic": ("torch", "torch"),
 }
 """What each format imports, and the name to install it by."""
 PROBE_ERROR = 0.2
@@ -269,4 +271,5 @@ _FORMATS: dict[str, Format] = {
     "torchao-int8": _torchao("int8"),
     "torchao-fp8": _torchao("float8"),
     "nf4": _nf4,
+    "fp8-dynamic": fp8.hold,
 }

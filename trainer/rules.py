@@ -74,6 +74,9 @@ def _modes(config: TrainConfig) -> list[Problem]:
     if config.quantization != "none" and config.mode == "finetune":
         seen = f"is {config.quantization} in mode {config.mode}"
         problems.append(Problem("quantization", seen, "Only a frozen base can be quantised: write none."))
+    if config.quantization == "fp8-dynamic" and config.mixed_precision != "bf16":
+        seen = f"is fp8-dynamic with mixed_precision {config.mixed_precision}"
+        problems.append(Problem("quantization", seen, "Its products come out in bf16: set mixed_precision to bf16."))
     if config.stream_blocks and config.mode == "finetune":
         problems.append(Problem("stream_blocks", "is set in mode finetune", "Only frozen blocks can be streamed."))
     if config.modulation == "quantize" and config.quantization == "none":

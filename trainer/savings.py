@@ -138,7 +138,7 @@ def stored(linear: Linear, quantization: str, width: int = 2) -> int:
         return count // 2 + 2 * width * count // group_size(linear.inputs)
     if quantization == "nf4":
         return count // 2 + count // 64 + count // (64 * 256) * 4
-    return count + linear.outputs * 4
+    return count + linear.outputs * 4  # a scale for each output channel
 
 
 def _block(linear: Linear) -> str:

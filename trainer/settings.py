@@ -27,8 +27,8 @@ class TrainConfig:
 
     mode: Literal["lora", "finetune", "controlnet"] = "lora"
     """What is trained: adapters, the model's own weights, or a ControlNet beside it."""
-    quantization: Literal["none", "int8", "int4", "fp8", "torchao-int8", "torchao-fp8", "nf4"] = "none"
-    """Number format that the frozen base is held in: int8, int4, fp8 by optimum-quanto, nf4 by bitsandbytes."""
+    quantization: Literal["none", "int8", "int4", "fp8", "torchao-int8", "torchao-fp8", "nf4", "fp8-dynamic"] = "none"
+    """Format of the frozen base: int8, int4, fp8 by quanto, nf4 by bitsandbytes; fp8-dynamic multiplies in fp8 too."""
     modulation: Literal["keep", "quantize", "stream"] = "keep"
     """The modulation layers, 27 % of the base's weights: kept as they are, quantised too, or kept in host memory."""
     stream_blocks: int = 0
