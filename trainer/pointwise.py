@@ -7,6 +7,8 @@ view whose last dimension lies together. Gradients come out in the format of the
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -125,3 +127,75 @@ def _turn(x: Tensor) -> Tensor:
     """Each pair of channels a quarter turn on: (a, b) to (-b, a)."""
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([-b, a], dim=-1).flatten(-2)
+
+
+def gelu_both(dy: Tensor, h: Tensor, out: Tensor) -> Tensor:
+    """dy GELU'(h) into `out`, which may be dy; and GELU(h), new (B, L, M)."""
+    gelu_backward(dy, h, out)
+    return gelu(h, torch.empty_like(h, memory_format=torch.contiguous_format))
+
+
+def join(o: Tensor, h: Tensor) -> Tensor:
+    """[o | GELU(h)], (B, L, D + M) of o (B, L, D) and h (B, L, M)."""
+    width = o.shape[-1]
+    cat = o.new_empty(*o.shape[:-1], width + h.shape[-1])
+    cat[..., :width].copy_(o)
+    gelu(h, cat[..., width:])
+    return cat
+
+
+class Part(NamedTuple):
+    """One adapter of a group of layers with one input: where its outputs and its narrow columns begin."""
+
+    column: int
+    width: int
+    narrow: int
+    rank: int
+    scale: float = 1.0
+
+
+Parts = tuple[Part, ...]
+"""A group's adapters, in the order in which their factors lie in memory; their ranks sum up to R."""
+
+
+def factors(whole: Tensor, parts: Parts) -> list[Tensor]:
+    """(width, rank) for each part, views: of (their widths, rank), or of a vector where the ranks differ."""
+    if whole.dim() == 2:
+        return list(whole.split([part.width for part in parts]))
+    own = whole.split([part.width * part.rank for part in parts])
+    return [each.view(part.width, part.rank) for part, each in zip(parts, own)]  # noqa: B905 (of one length)
+
+
+def lora_add(y: Tensor, low: Tensor, up: Tensor, parts: Parts) -> Tensor:
+    """y (M, N) plus scale low up^T in each part's columns, in place; low (M, R), up as `factors` takes it."""
+    for part, factor in zip(parts, factors(up, parts)):  # noqa: B905 (of one length)
+        _outputs(y, part).addmm_(_narrow(low, part), factor.t(), alpha=part.scale)
+    return y
+
+
+def lora_narrow_backward(dy: Tensor, up: Tensor, parts: Parts) -> Tensor:
+    """The gradient of low, (M, R): scale dy up, each part's in its narrow columns."""
+    dlow = dy.new_empty(len(dy), sum(part.rank for part in parts))
+    for part, factor in zip(parts, factors(up, parts)):  # noqa: B905 (of one length)
+        _narrow(dlow, part).addmm_(_outputs(dy, part), factor, beta=0, alpha=part.scale)
+    return dlow
+
+
+def lora_up_grad(dy: Tensor, low: Tensor, parts: Parts, out: Tensor) -> Tensor:
+    """The gradients of the parts' wide factors, scale dy^T low, into `out` in fp32, laid out as `factors` says."""
+    for part, factor in zip(parts, factors(out, parts)):  # noqa: B905 (of one length)
+        factor.addmm_(_outputs(dy, part).float().t(), _narrow(low, part).float(), beta=0, alpha=part.scale)
+    return out
+
+
+def lora_down_grad(dlow: Tensor, x: Tensor, out: Tensor) -> Tensor:
+    """The gradient of all narrow factors, dlow^T x of dlow (M, R) and x (M, K), into `out` (R, K) in fp32."""
+    return torch.mm(dlow.float().t(), x.float(), out=out)
+
+
+def _outputs(y: Tensor, part: Part) -> Tensor:
+    return y[:, part.column : part.column + part.width]
+
+
+def _narrow(low: Tensor, part: Part) -> Tensor:
+    return low[:, part.narrow : part.narrow + part.rank]
