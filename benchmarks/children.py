@@ -1,0 +1,92 @@
+"""Measurements in processes of their own, each with a deadline, and the files that they are written to."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).resolve().parent.parent
+RESULTS = REPO / "benchmarks" / "results"
+GIB = 1 << 30
+Outcome = dict[str, Any]
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """The numbers of `512,1024`."""
+    return tuple(int(part) for part in text.split(","))
+
+
+def run(argv: list[str], deadline: float, **environment: str) -> Outcome:
+    """What `argv --result FILE` wrote to its file, or `{"outcome": …, "why": …}` where it wrote none.
+
+    What it wrote before it was stopped at the deadline, or before it died, is kept: `outcome` then says so. The whole
+    process group is ended, so that no rank of a launcher stays behind.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        found = _run([*argv, "--result", str(result)], deadline, environment)
+        return {**(json.loads(result.read_text("utf-8")) if result.exists() else {}), **found}
+
+
+def _run(argv: list[str], deadline: float, environment: dict[str, str]) -> Outcome:
+    base = {"HF_HUB_OFFLINE": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    process = subprocess.Popen(
+        argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**base, **os.environ, **environment},
+        cwd=REPO, start_new_session=True,
+    )  # fmt: skip
+    try:
+        said, _ = process.communicate(timeout=deadline)
+    except subprocess.TimeoutExpired:
+        return {"outcome": "too slow", "why": f"not done after {deadline:g} s"}
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    if process.returncode == 0:
+        return {}
+    last = [line for line in said.splitlines() if line.strip()][-1:] or ["it said nothing"]
+    return {"outcome": "failed", "why": f"exit code {process.returncode}: {last[0][:300]}"}
+
+
+def write(path: Path, value: Any) -> None:
+    """A JSON file, there whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+    partial.replace(path)
+
+
+def save(folder: Path, kind: str, script: str, body: dict[str, Any]) -> Path:
+    """Write a result with the machine, the versions and the command; a later run of the same day takes its place."""
+    from full_size_lora import gpu
+    from xflux_trainer import meter
+
+    machine = gpu()
+    name = machine["name"] if machine["name"] != "unknown" else f"{os.cpu_count()}-cores"
+    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    head = {"benchmark": kind, "date": date, "command": command(script), "machine": machine}
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{kind}-{slug}-{date}.json"
+    write(file, {**head, "versions": meter.versions(), **body})
+    return file
+
+
+def command(script: str) -> str:
+    """The command line as it was given, without folders, which are nobody else's."""
+    words, shown = iter(sys.argv[1:]), []
+    for word in words:
+        if word in ("--results", "--xflux"):
+            next(words, "")
+            if word == "--xflux":
+                shown += [word, "CHECKOUT"]
+        elif not word.startswith(("--results=", "--xflux=")):
+            shown.append(word)
+    return " ".join(["python", f"benchmarks/{script}", *shown])

@@ -1,0 +1,151 @@
+"""The trainer's own loop, measured: made-up weights and made-up cache entries, and everything else as in a run.
+
+Batches are read from files by the loop's reader, with their checksums; noise, loss, optimizer, the exchange among
+ranks and the bookkeeping of a step are the loop's. What is left out is what a step does not contain: encoders,
+held-out losses, samples, checkpoints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from children import GIB
+from random_flux import batch, build
+from xflux_trainer import entries, model, modes, quantize, train
+from xflux_trainer.checkpoint import Progress
+from xflux_trainer.config import TrainConfig
+from xflux_trainer.digests import ID
+from xflux_trainer.entries import KEY, Entries
+from xflux_trainer.meter import WARM_UP, Meter
+from xflux_trainer.optim import PlainStepper
+from xflux_trainer.order import Order
+from xflux_trainer.ranks import Ranks
+from xflux_trainer.run import Run
+from xflux_trainer.signals import Stop
+from xflux_trainer.spec import FluxSpec
+
+SAMPLES = 8
+"""Entries that are made up; the loop goes round them."""
+
+
+class Enough(Exception):
+    """The steps that were asked for are taken."""
+
+
+class Clock:
+    """Stands where the loop reports its steps: takes the time from one step to the next, and ends the loop.
+
+    On a GPU by events in its stream: right as well for a loop that runs ahead of the device.
+    """
+
+    def __init__(self, steps: int, device: torch.device) -> None:
+        self._steps, self._cuda = steps, device.type == "cuda"
+        self._marks: list[Any] = [self._mark()]
+        self.losses: list[float] = []
+        self.waits: list[float] = []
+
+    def _mark(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        self._marks.append(self._mark())
+        self.losses.append(values["loss"])
+        self.waits.append(values["data_wait"])
+        if len(self.losses) == self._steps:
+            raise Enough
+
+    def seconds(self) -> list[float]:
+        """Of every step."""
+        if not self._cuda:
+            return [end - start for start, end in pairwise(self._marks)]
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) / 1000 for start, end in pairwise(self._marks)]
+
+
+def config_of(keys: Mapping[str, Any], pixels: int, size: int, output: Path) -> TrainConfig:
+    """The run's config: these keys, and no work that is not a step's."""
+    precision = "bf16" if torch.cuda.is_available() else "no"
+    # Far more steps than are taken: the last one would be followed by a checkpoint.
+    base = {"max_train_steps": 10**6, "checkpointing_steps": 10**6, "sample_every": 0, "heldout_samples": 0}
+    fixed = {"img_size": pixels, "train_batch_size": size, "output_dir": str(output), "disable_sampling": True}
+    return TrainConfig("none", **{**base, "report_to": "none", "mixed_precision": precision, **keys, **fixed})
+
+
+def assemble(config: TrainConfig, spec: FluxSpec, ranks: Ranks) -> Run:
+    """A run that can take its first step, of a model without files."""
+    model.quiet_libraries()
+    model.steady_attention(ranks.device)
+    gauge = Meter(ranks.device)
+    gauge.start()
+    with gauge.phase("load"):
+        prepare = quantize.preparer(config, ranks.device, (spec.double_blocks, spec.single_blocks))
+        dtype = model.DTYPES[config.mixed_precision]
+        transformer = build(spec, dtype, ranks.device, prepare)
+        nowhere: Any = None  # the base model's files, which nothing asks for before the end of a run
+        trainee = modes.build(config, nowhere, spec, transformer, dtype, ranks)
+    with gauge.phase("train"):
+        stepper = PlainStepper(trainee.module, trainee.trained, config, ranks, config.gradient_accumulation_steps)
+    trained = sum(math.prod(shape) for shape in stepper.shapes().values())
+    return resized(
+        Run(
+            config, ranks, gauge, nowhere, spec, trainee, stepper, make_entries(config, spec), heldout=[], prompts=[],
+            captions=[], shared_caption=[], order=Order([], 1, 0), accumulation=config.gradient_accumulation_steps,
+            total=10**6, progress=Progress(), trained=trained, notes=[], digests={},
+        ),
+        config,
+    )  # fmt: skip
+
+
+def resized(run: Run, config: TrainConfig) -> Run:
+    """The same model and stepper with images and batches of another size."""
+    made = make_entries(config, run.spec)
+    return dataclasses.replace(
+        run, config=config, entries=made, order=Order.of(made.buckets, config), progress=Progress()
+    )
+
+
+def make_entries(config: TrainConfig, spec: FluxSpec) -> Entries:
+    """Cache entries of made-up numbers in the run's folder, each image with a caption of its own."""
+    folder = config.cache_path
+    folder.mkdir(parents=True, exist_ok=True)
+    keys = [f"{config.img_size}:{k}".encode().ljust(ID, b"\0") for k in range(SAMPLES)]
+    for k, key in enumerate(keys):
+        one = batch(spec, config.img_size, 1, k)
+        entries.write(entries.place(folder, "image", key), {"latents": one.latents[0]})
+        entries.write(entries.place(folder, "text", key), {"text": one.text[0], "pooled": one.pooled[0]})
+    latents = np.frombuffer(b"".join(keys), KEY).reshape(-1, 1)
+    count = np.arange(SAMPLES, dtype=np.int32)
+    return Entries(folder, latents, keys, count, [tuple(one.latents[0].shape)], np.zeros_like(count))
+
+
+def take_steps(run: Run, steps: int) -> dict[str, Any]:
+    """Take the warm-up's steps and as many more in the trainer's loop; seconds are those after the warm-up."""
+    clock: Any = Clock(WARM_UP + steps, run.ranks.device)
+    run.meter.device_peaks.clear()
+    if run.ranks.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(run.ranks.device)
+    with contextlib.suppress(Enough):
+        train._loop(run, clock, Stop())
+    seconds = clock.seconds()[WARM_UP:]
+    peak = run.meter.peaks()["device"].get("overall", {"allocated": 0, "reserved": 0})
+    return {
+        "seconds": seconds,
+        "allocated_gib": peak["allocated"] / GIB,
+        "reserved_gib": peak["reserved"] / GIB,
+        "loss_first": clock.losses[0],
+        "loss_last": clock.losses[-1],
+        "data_wait": sum(clock.waits[WARM_UP:]) / steps,
+    }
