@@ -17,6 +17,7 @@ REPO = Path(__file__).resolve().parent.parent
 RESULTS = REPO / "benchmarks" / "results"
 GIB = 1 << 30
 Outcome = dict[str, Any]
+_RAISED = re.compile(r"[\w.]*(Error|Exception)\b")
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -52,8 +53,11 @@ def _run(argv: list[str], deadline: float, environment: dict[str, str]) -> Outco
             process.communicate()
     if process.returncode == 0:
         return {}
-    last = [line for line in said.splitlines() if line.strip()][-1:] or ["it said nothing"]
-    return {"outcome": "failed", "why": f"exit code {process.returncode}: {last[0][:300]}"}
+    lines = [line for line in said.splitlines() if line.strip()] or ["it said nothing"]
+    print("\n".join(lines[-20:]), file=sys.stderr, flush=True)
+    # Libraries say good-bye after the traceback.
+    line = next((line for line in reversed(lines) if _RAISED.match(line)), lines[-1])
+    return {"outcome": "failed", "why": f"exit code {process.returncode}: {line[:300]}"}
 
 
 def write(path: Path, value: Any) -> None:

@@ -62,7 +62,7 @@ def ranks_together(count: int, options: argparse.Namespace) -> Outcome:
     """So many ranks: a step of theirs with the exchange, and one without."""
     import torch
 
-    gpus = count <= torch.cuda.device_count()
+    gpus = max(options.ranks) <= torch.cuda.device_count()  # all on one kind of device, to be compared
     argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     argv += [str(Path(__file__).resolve()), "--child", "--steps", str(options.rank_steps)]
     argv += ["--rounds", str(options.rounds), "--sizes", str(options.rank_pixels)]

@@ -20,16 +20,15 @@ import numpy as np
 import torch
 from children import GIB
 from random_flux import batch, build
-from xflux_trainer import entries, model, modes, quantize, train
+from xflux_trainer import entries, fast, model, modes, train
+from xflux_trainer import run as trainer
 from xflux_trainer.checkpoint import Progress
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.digests import ID
 from xflux_trainer.entries import KEY, Entries
 from xflux_trainer.meter import WARM_UP, Meter
-from xflux_trainer.optim import PlainStepper
 from xflux_trainer.order import Order
 from xflux_trainer.ranks import Ranks
-from xflux_trainer.run import Run
 from xflux_trainer.signals import Stop
 from xflux_trainer.spec import FluxSpec
 
@@ -84,32 +83,32 @@ def config_of(keys: Mapping[str, Any], pixels: int, size: int, output: Path) -> 
     return TrainConfig("none", **{**base, "report_to": "none", "mixed_precision": precision, **keys, **fixed})
 
 
-def assemble(config: TrainConfig, spec: FluxSpec, ranks: Ranks) -> Run:
+def assemble(config: TrainConfig, spec: FluxSpec, ranks: Ranks) -> trainer.Run:
     """A run that can take its first step, of a model without files."""
     model.quiet_libraries()
     model.steady_attention(ranks.device)
     gauge = Meter(ranks.device)
     gauge.start()
+    accumulation = config.gradient_accumulation_steps
     with gauge.phase("load"):
-        prepare = quantize.preparer(config, ranks.device, (spec.double_blocks, spec.single_blocks))
+        prepare = trainer._block_preparer(config, spec, ranks)
         dtype = model.DTYPES[config.mixed_precision]
         transformer = build(spec, dtype, ranks.device, prepare)
         nowhere: Any = None  # the base model's files, which nothing asks for before the end of a run
-        trainee = modes.build(config, nowhere, spec, transformer, dtype, ranks)
+        cut = not isinstance(prepare, fast.Packed)
+        trainee, notes = modes.build(config, nowhere, spec, transformer, dtype, ranks, cut=cut)
     with gauge.phase("train"):
-        stepper = PlainStepper(trainee.module, trainee.trained, config, ranks, config.gradient_accumulation_steps)
+        stepper = trainer._stepper(trainee.module, trainee.trained, config, ranks, accumulation)
     trained = sum(math.prod(shape) for shape in stepper.shapes().values())
-    return resized(
-        Run(
-            config, ranks, gauge, nowhere, spec, trainee, stepper, make_entries(config, spec), heldout=[], prompts=[],
-            captions=[], shared_caption=[], order=Order([], 1, 0), accumulation=config.gradient_accumulation_steps,
-            total=10**6, progress=Progress(), trained=trained, notes=[], digests={},
-        ),
-        config,
+    made = make_entries(config, spec)
+    return trainer.Run(
+        config, ranks, gauge, nowhere, spec, trainee, stepper, made, heldout=[], prompts=[], captions=[],
+        shared_caption=[], order=Order.of(made.buckets, config), accumulation=accumulation, total=10**6,
+        progress=Progress(), trained=trained, notes=notes, digests={},
     )  # fmt: skip
 
 
-def resized(run: Run, config: TrainConfig) -> Run:
+def resized(run: trainer.Run, config: TrainConfig) -> trainer.Run:
     """The same model and stepper with images and batches of another size."""
     made = make_entries(config, run.spec)
     return dataclasses.replace(
@@ -131,7 +130,7 @@ def make_entries(config: TrainConfig, spec: FluxSpec) -> Entries:
     return Entries(folder, latents, keys, count, [tuple(one.latents[0].shape)], np.zeros_like(count))
 
 
-def take_steps(run: Run, steps: int) -> dict[str, Any]:
+def take_steps(run: trainer.Run, steps: int) -> dict[str, Any]:
     """Take the warm-up's steps and as many more in the trainer's loop; seconds are those after the warm-up."""
     clock: Any = Clock(WARM_UP + steps, run.ranks.device)
     run.meter.device_peaks.clear()
@@ -143,6 +142,7 @@ def take_steps(run: Run, steps: int) -> dict[str, Any]:
     peak = run.meter.peaks()["device"].get("overall", {"allocated": 0, "reserved": 0})
     return {
         "seconds": seconds,
+        "notes": run.notes,
         "allocated_gib": peak["allocated"] / GIB,
         "reserved_gib": peak["reserved"] / GIB,
         "loss_first": clock.losses[0],
