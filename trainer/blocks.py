@@ -154,11 +154,11 @@ class Single(_Block):
         if not last and not mod.requires_grad and out.adapters is None:
             return ()
         h, y = wide[..., 3 * width :], torch.empty_like(x)
-        if out.held is not None and last:
+        if out.held is not None and last and not mod.requires_grad:
             q, s, cat = fp8.gelu_fp8(o, h, keep=out.adapters is not None)
             saved["low out"] = out.forward(cat, y, Rows(q, s))[1]
             return (_clip(self.ops.add_gated(x, y, gate)),)
-        cat = self._joined(o, h)
+        cat = self.ops.join(o, h)
         if not last and not mod.requires_grad:
             saved["low out"] = out.narrow(cat)
             return ()
@@ -166,13 +166,6 @@ class Single(_Block):
         if mod.requires_grad:
             saved["y"] = y
         return (_clip(self.ops.add_gated(x, y, gate)),) if last else ()
-
-    def _joined(self, o: Tensor, h: Tensor) -> Tensor:
-        """[o | GELU(h)], what the last product reads."""
-        cat = o.new_empty(*o.shape[:-1], o.shape[-1] + h.shape[-1])
-        cat[..., : o.shape[-1]].copy_(o)
-        self.ops.gelu(h, cat[..., o.shape[-1] :])
-        return cat
 
     def backward(
         self, grads_out: list[Tensor], inputs: list[Tensor], rope: Rope, saved: Saved, grads: Grads, need: list[bool],
@@ -186,7 +179,7 @@ class Single(_Block):
         dx = grads_out[0]
         ahead, out = self.groups["in"], self.groups["out"]
         dy, rows, dgate = self._gated(out, dx, gate, saved.get("y"))
-        dcat = out.backward(dy, lambda: self._joined(o, h), saved.get("low out"), grads, quantised=rows)
+        dcat = out.backward(dy, lambda: self.ops.join(o, h), saved.get("low out"), grads, quantised=rows)
         assert dcat is not None
         del dy, rows
         qkv, dm, do = wide[..., : 3 * width], dcat[..., width:], dcat[..., :width]

@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from xflux_trainer import fp8
 from xflux_trainer.frozen import FrozenLinear
 from xflux_trainer.lora import AdapterLinear, FusedAdapterLinear
+from xflux_trainer.pointwise import Part
 
 Grads = dict[nn.Parameter, Tensor]
 """What a backward pass found, by parameter."""
-Part = tuple[int, int, int, int]
-"""An adapter among a group's columns: its first output and their number, its first narrow column and their number."""
 
 
 @dataclass
@@ -35,7 +34,6 @@ class Adapters:
     downs: list[nn.Parameter]
     ups: list[nn.Parameter]
     parts: tuple[Part, ...]
-    scale: float
     down: Tensor | None = None
     up: Tensor | None = None
     """Both in the format of the activations, see `cast`."""
@@ -44,7 +42,7 @@ class Adapters:
 
     @property
     def rank(self) -> int:
-        return self.parts[0][3]
+        return self.parts[0].rank
 
     def cast(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         """Pairs (copy in `dtype`, parameter) that are to be filled before each forward pass."""
@@ -57,12 +55,12 @@ class Adapters:
     @property
     def height(self) -> int:
         """N', the rows of B."""
-        return sum(width for _, width, _, _ in self.parts)
+        return sum(part.width for part in self.parts)
 
     @property
     def reaches(self) -> int:
         """The last of the group's columns that has an adapter, plus 1."""
-        return max(start + width for start, width, _, _ in self.parts)
+        return max(part.column + part.width for part in self.parts)
 
     @property
     def depth(self) -> int:
@@ -88,8 +86,8 @@ class Adapters:
 
     def split(self, down: Tensor, up: Tensor) -> dict[nn.Parameter, Tensor]:
         """Each parameter's part of the stacked matrices."""
-        downs = [down[start : start + len(own)] for own, (_, _, start, _) in zip(self.downs, self.parts)]  # noqa: B905
-        tall = up.split([width for _, width, _, _ in self.parts])
+        downs = [down[part.narrow : part.narrow + len(own)] for own, part in zip(self.downs, self.parts)]  # noqa: B905
+        tall = up.split([part.width for part in self.parts])
         ups = [rows[:, : own.shape[1]] for own, rows in zip(self.ups, tall)]  # noqa: B905
         return dict(zip([*self.downs, *self.ups], [*downs, *ups]))  # noqa: B905 (of one length)
 
@@ -127,7 +125,7 @@ class Group:
                 assert values is not None
                 self._multiply(values[part], to)
             if self.adapters is not None and low is not None:
-                self.ops.lora_add(to, low[part], self.adapters.up, self.adapters.parts, self.adapters.scale)
+                self.ops.lora_add(to, low[part], self.adapters.up, self.adapters.parts)
             start = part.stop
         return out, low
 
@@ -160,8 +158,8 @@ class Group:
             own = self.adapters
             assert low is not None and own.up is not None and own.down is not None
             down, up = own.room()
-            dlow = self.ops.lora_narrow_backward(rows, own.up, own.parts, own.scale)
-            self.ops.lora_up_grad(rows, low, own.parts, own.scale, up)
+            dlow = self.ops.lora_narrow_backward(rows, own.up, own.parts)
+            self.ops.lora_up_grad(rows, low, own.parts, up)
             self.ops.lora_down_grad(dlow, x().flatten(0, -2), down)
             own.share(down, up, grads)
             if found is not None:
@@ -311,11 +309,10 @@ def _adapters(layers: list[nn.Module], columns: list[slice]) -> Adapters | None:
     ups = [own.lora_B.weight for own in found.values()]
     rank = max(len(down) for down in downs)
     parts = tuple(
-        (place.start, place.stop - place.start, number * rank, rank) for number, place in enumerate(places.values())
+        Part(place.start, place.stop - place.start, number * rank, rank, own.scale)
+        for number, (place, own) in enumerate(zip(places.values(), found.values()))  # noqa: B905 (of one length)
     )
-    scales = {own.scale for own in found.values()}
-    assert len(scales) == 1, "the adapters of a run have one scale"
-    return Adapters(downs, ups, parts, scales.pop())
+    return Adapters(downs, ups, parts)
 
 
 def _matrices_of(out: Tensor) -> list[Tensor]:
