@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from xflux_trainer import fp8
 from xflux_trainer.attention import Attention
 from xflux_trainer.products import Grads, Group, Rows
+from xflux_trainer.side import Side
 
 FP16_MAX = 65504.0
 Saved = dict[str, Tensor]
@@ -132,12 +133,12 @@ class Single(_Block):
 
     inputs = 2
 
-    def __init__(self, block: Any, attention: Attention, ops: Any) -> None:
+    def __init__(self, block: Any, attention: Attention, ops: Any, side: Side) -> None:
         super().__init__(attention, ops)
         own = block.attn
         self.groups = {
-            "in": Group([own.to_q, own.to_k, own.to_v, block.proj_mlp], ops),
-            "out": Group([block.proj_out], ops),
+            "in": Group([own.to_q, own.to_k, own.to_v, block.proj_mlp], ops, side),
+            "out": Group([block.proj_out], ops, side),
         }
         self.norms = (own.norm_q.weight, own.norm_k.weight) * 2
 
@@ -209,18 +210,18 @@ class Double(_Block):
 
     inputs = 4
 
-    def __init__(self, block: Any, attention: Attention, ops: Any) -> None:
+    def __init__(self, block: Any, attention: Attention, ops: Any, side: Side) -> None:
         super().__init__(attention, ops)
         own = block.attn
         self.groups = {
-            "text qkv": Group([own.add_q_proj, own.add_k_proj, own.add_v_proj], ops),
-            "image qkv": Group([own.to_q, own.to_k, own.to_v], ops),
-            "text out": Group([own.to_add_out], ops),
-            "image out": Group([own.to_out[0]], ops),
-            "text up": Group([block.ff_context.net[0].proj], ops),
-            "image up": Group([block.ff.net[0].proj], ops),
-            "text down": Group([block.ff_context.net[2]], ops),
-            "image down": Group([block.ff.net[2]], ops),
+            "text qkv": Group([own.add_q_proj, own.add_k_proj, own.add_v_proj], ops, side),
+            "image qkv": Group([own.to_q, own.to_k, own.to_v], ops, side),
+            "text out": Group([own.to_add_out], ops, side),
+            "image out": Group([own.to_out[0]], ops, side),
+            "text up": Group([block.ff_context.net[0].proj], ops, side),
+            "image up": Group([block.ff.net[0].proj], ops, side),
+            "text down": Group([block.ff_context.net[2]], ops, side),
+            "image down": Group([block.ff.net[2]], ops, side),
         }
         self.norms = (own.norm_added_q.weight, own.norm_added_k.weight, own.norm_q.weight, own.norm_k.weight)
 

@@ -20,6 +20,7 @@ from xflux_trainer.config import TrainConfig
 from xflux_trainer.errors import Unsupported
 from xflux_trainer.model import DTYPES, Prepare
 from xflux_trainer.products import Adapters, pack
+from xflux_trainer.side import Side
 
 ROPES = 64
 """Sizes of images whose rotations are kept: 5 MB each at 1024 px."""
@@ -38,8 +39,10 @@ class Fast:
 
     def __post_init__(self) -> None:
         net = self.transformer
-        self.doubles = [Double(block, self.attention, self.ops) for block in net.transformer_blocks]
-        self.singles = [Single(block, self.attention, self.ops) for block in net.single_transformer_blocks]
+        self.side, self._ahead = (Side(net.x_embedder.weight.device) for _ in range(2))
+        made = self.attention, self.ops, self.side
+        self.doubles = [Double(block, *made) for block in net.transformer_blocks]
+        self.singles = [Single(block, *made) for block in net.single_transformer_blocks]
         self._blocks = [*self.doubles, *self.singles]
         for block in self._blocks[: self.checkpointed]:
             block.checkpointed = True
@@ -63,21 +66,37 @@ class Fast:
         # As diffusers: both are rounded before they are embedded; the trainer's hook puts the exact t back.
         times = [t.to(x.dtype) * 1000] + ([] if guidance is None else [guidance.to(x.dtype) * 1000])
         emb = net.time_text_embed(*times, pooled)
-        silu = nn.functional.silu(emb)
+        mods = self._modulations(nn.functional.silu(emb))
         rope = self._rotation(ids, text_ids)
         for number, double in enumerate(self.doubles):
-            own = net.transformer_blocks[number]
-            mods = [norm.linear(silu) for norm in (own.norm1_context, own.norm1)]
-            text, x = double([text, x, *mods], rope)
+            text, x = double([text, x, *next(mods)], rope)
             if residuals:
                 x = x + residuals[number % len(residuals)]
         length = text.shape[1]
         x = torch.cat([text, x], dim=1)
-        for number, single in enumerate(self.singles):
-            (x,) = single([x, net.single_transformer_blocks[number].norm.linear(silu)], rope)
+        for single in self.singles:
+            (x,) = single([x, *next(mods)], rope)
         x = net.norm_out(x[:, length:], emb)
         v: Tensor = net.proj_out(x)
         return v
+
+    def _modulations(self, silu: Tensor) -> Iterator[list[Tensor]]:
+        """Of each block, as it is asked for. Where nothing of them is trained all but the first are computed beside."""
+        net = self.transformer
+        layers = [[block.norm1_context.linear, block.norm1.linear] for block in net.transformer_blocks]
+        layers += [[block.norm.linear] for block in net.single_transformer_blocks]
+        trained = any(each.requires_grad for own in layers for layer in own for each in layer.parameters())
+        if trained or silu.requires_grad or not self.side.active:
+            yield from ([layer(silu) for layer in own] for own in layers)
+            return
+        made = []
+        with self._ahead.fork():
+            for own in layers[1:]:
+                made.append(([layer(silu) for layer in own], self._ahead.mark()))
+        yield [layer(silu) for layer in layers[0]]
+        for mods, mark in made:
+            self._ahead.wait(mark)
+            yield mods
 
     def adapters(self) -> Iterator[Adapters]:
         """Of every group of every block, in the order in which they compute."""

@@ -19,6 +19,7 @@ from xflux_trainer import fp8
 from xflux_trainer.frozen import FrozenLinear
 from xflux_trainer.lora import AdapterLinear, FusedAdapterLinear
 from xflux_trainer.pointwise import Part
+from xflux_trainer.side import Side
 
 Grads = dict[nn.Parameter, Tensor]
 """What a backward pass found, by parameter."""
@@ -95,8 +96,8 @@ class Adapters:
 class Group:
     """Layers of one input (M, K) whose outputs lie side by side, (M, N of all together)."""
 
-    def __init__(self, layers: list[nn.Module], ops: Any) -> None:
-        self.ops = ops
+    def __init__(self, layers: list[nn.Module], ops: Any, side: Side) -> None:
+        self.ops, self.side = ops, side
         self.bases: list[Any] = [_base(layer) for layer in layers]
         ends = list(accumulate((base.out_features for base in self.bases), initial=0))
         self.columns = [slice(start, end) for start, end in pairwise(ends)]
@@ -111,7 +112,10 @@ class Group:
     def forward(self, x: Tensor | None, out: Tensor, rows: Rows | None = None) -> tuple[Tensor, Tensor | None]:
         """x (B, L, K), to `out` (B, L, N), a view of rows or columns of a wider buffer too; and the narrow products
         (B L, R) of the adapters. With weights that are `held` in fp8, x may come as `rows`, for the adapters too."""
-        low = self.narrow(x)
+        low = None
+        if self.adapters is not None:
+            with self.side.fork():
+                low = self.narrow(x)
         if self.held is not None and rows is None:
             assert x is not None
             rows = Rows(*fp8.quantize_rows(x))
@@ -125,6 +129,7 @@ class Group:
                 assert values is not None
                 self._multiply(values[part], to)
             if self.adapters is not None and low is not None:
+                self.side.join()
                 self.ops.lora_add(to, low[part], self.adapters.up, self.adapters.parts)
             start = part.stop
         return out, low
@@ -153,17 +158,22 @@ class Group:
         `quantised`; dy itself is then read for its columns that have adapters, and may have no others."""
         rows = dy.reshape(-1, dy.shape[-1])
         into = dx.flatten(0, -2) if dx is not None and dx.is_contiguous() else None
-        found = self._multiply_back(rows, into, quantised) if need_dx else None
-        if self.adapters is not None:
-            own = self.adapters
-            assert low is not None and own.up is not None and own.down is not None
+        own = self.adapters
+        dlow = None
+        if own is not None:
+            assert low is not None and own.up is not None
             down, up = own.room()
             dlow = self.ops.lora_narrow_backward(rows, own.up, own.parts)
-            self.ops.lora_up_grad(rows, low, own.parts, up)
-            self.ops.lora_down_grad(dlow, x().flatten(0, -2), down)
+            with self.side.fork():
+                self.ops.lora_up_grad(rows, low, own.parts, up)
+                self.ops.lora_down_grad(dlow, x().flatten(0, -2), down)
             own.share(down, up, grads)
-            if found is not None:
-                found.addmm_(dlow, own.down)
+        found = self._multiply_back(rows, into, quantised) if need_dx else None
+        if own is not None and found is not None:
+            assert own.down is not None and dlow is not None
+            found.addmm_(dlow, own.down)
+        if own is not None:
+            self.side.join()
         if self.trained_bases:
             self._weights_grads(rows, x().flatten(0, -2), grads)
         if found is None:
