@@ -22,10 +22,20 @@ from torch import Tensor, nn
 
 Take = Callable[[nn.Parameter, Tensor, "float | Tensor"], None]
 """(parameter, its gradient, what that is to be multiplied with)"""
+Measure = Callable[[nn.Parameter, Tensor], Tensor]
+"""(parameter, its gradient) to the gradient's 2-norm, () in fp32, on its device"""
+
+
+def norm_of(_: nn.Parameter, grad: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(grad, dtype=torch.float32)
 
 
 class BackwardSteps:
-    """Hooks on the parameters; `run` is a backward pass and a step in one."""
+    """Hooks on the parameters; `run` is a backward pass and a step in one.
+
+    `measure` is asked for the norm of each gradient that `take` is given right after it, so that both can share a pass
+    over the gradient. No hook waits for the device: `run` reads the loss before the pass and the norm after it.
+    """
 
     def __init__(
         self,
@@ -33,8 +43,9 @@ class BackwardSteps:
         clip: Literal["exact", "previous", "tensor"],
         max_norm: float,
         take: Take,
+        measure: Measure = norm_of,
     ) -> None:
-        self._clip, self._max_norm, self._take = clip, max_norm, take
+        self._clip, self._max_norm, self._take, self._measure = clip, max_norm, take, measure
         self._stepping = False
         self._coefficient: float | None = 1.0
         self._squares: list[Tensor] = []
@@ -71,7 +82,7 @@ class BackwardSteps:
         grad = parameter.grad
         if grad is None:
             return
-        norm = torch.linalg.vector_norm(grad, dtype=torch.float32)
+        norm = (self._measure if self._stepping else norm_of)(parameter, grad)
         self._squares.append(norm.square())
         parameter.grad = None
         if self._stepping:

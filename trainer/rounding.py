@@ -16,10 +16,15 @@ LOW_BITS = {torch.bfloat16: 16}
 """Bits of an fp32 value that a format cuts off."""
 
 
+def seed(*key: object) -> int:
+    """A number below 2^63 that depends on the key and on nothing else."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
 def generator(device: torch.device, *key: object) -> torch.Generator:
     """A generator on `device` that depends on the key and on nothing else."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.Generator(device).manual_seed(seed(*key))
 
 
 def stochastic(value: Tensor, dice: torch.Generator) -> Tensor:

@@ -1,7 +1,8 @@
 """One trained parameter with what its steps need: a master or a compensation, and its optimizer's state.
 
 Optimizers are given fp32. Where the weight is held in 16 bits, the step of one parameter after the other is computed on
-an fp32 copy that lives as long as the step, so that the memory this takes is that of the largest parameter.
+an fp32 copy that lives as long as the step, so that the memory this takes is that of the largest parameter. On a GPU
+the kernels of `fusedsteps` do without the copy, for the optimizers that they know.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from xflux_trainer import optimizers, rounding
+from xflux_trainer import fusedsteps, optimizers, rounding
 from xflux_trainer.config import TrainConfig
 
 
@@ -39,6 +40,8 @@ class Slot:
         self.update = weight_update(config, weight.dtype)
         self._compensation: Tensor | None = None
         self._optimizer: torch.optim.Optimizer
+        self._fused = False
+        self._measured: tuple[Tensor, fusedsteps.Squares] | None = None
         if self.update == "fp32":
             self._held = weight
             return
@@ -50,6 +53,7 @@ class Slot:
     def use(self, optimizer: torch.optim.Optimizer) -> None:
         """The optimizer that has `_held` among its parameters."""
         self._optimizer = optimizer
+        self._fused = fusedsteps.usable(optimizer, self.weight)
 
     @property
     def held(self) -> nn.Parameter:
@@ -63,9 +67,23 @@ class Slot:
             return rounding.join(self.weight.detach(), self._compensation)
         return self.weight.detach().float()
 
+    def measure(self, grad: Tensor) -> Tensor:
+        """The gradient's 2-norm, () in fp32, on its device. What the pass finds besides is kept for the step after it."""
+        if self._fused and fusedsteps.factored(self._optimizer, grad):
+            squares = fusedsteps.measure(grad)
+            self._measured = (grad, squares)
+            return squares.norm()
+        return torch.linalg.vector_norm(grad, dtype=torch.float32)
+
     @torch.no_grad()
     def step(self, grad: Tensor, coefficient: float | Tensor, steps: int) -> None:
         """The `steps`-th step, with `grad` times `coefficient`. Only where no other slot shares the optimizer."""
+        if self._fused:
+            known, self._measured = self._measured, None
+            squares = known[1] if known and known[0] is grad else None
+            seed = rounding.seed(*self._key, steps)
+            fusedsteps.step(self._optimizer, self._held, self._place(), grad, coefficient, seed, squares)
+            return
         held = self._held
         passing = self.update not in ("fp32", "master")
         if passing:
@@ -77,6 +95,10 @@ class Slot:
         self._write(held.detach(), steps)
         if passing:
             held.data = torch.empty(0, dtype=torch.float32, device=held.device)
+
+    def _place(self) -> fusedsteps.Place:
+        other = self._held.detach() if self.update == "master" else self._compensation
+        return fusedsteps.Place(self.update, self.weight.detach(), other)
 
     def _write(self, value: Tensor, steps: int) -> None:
         """Round the fp32 value into the weight."""
