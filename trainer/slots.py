@@ -68,7 +68,7 @@ class Slot:
         return self.weight.detach().float()
 
     def measure(self, grad: Tensor) -> Tensor:
-        """The gradient's 2-norm, () in fp32, on its device. What the pass finds besides is kept for the step after it."""
+        """The gradient's 2-norm, () in fp32, on its device. What else the pass finds is kept for the step after it."""
         if self._fused and fusedsteps.factored(self._optimizer, grad):
             squares = fusedsteps.measure(grad)
             self._measured = (grad, squares)

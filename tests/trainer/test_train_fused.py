@@ -163,26 +163,28 @@ def test_every_way_to_hold_the_value(name: str, shape: tuple[int, ...]) -> None:
 @here
 @torchao
 @pytest.mark.parametrize("shape", [(40, 768), (16384,), (5, 64), (700,)])
-def test_adamw_in_8_bits_is_the_librarys(shape: tuple[int, ...]) -> None:
-    """Codes may differ by one where a moment lies within rounding of the middle of two values."""
-    weight = draw(*shape)
-    (one, theirs), (two, ours) = optimizer_of(weight, "adamw8bit"), optimizer_of(weight, "adamw8bit")
-    for step in range(4):
-        grad = draw(*shape, key=step, spread=1.5)
-        own_step(one, theirs, grad.float() * 0.3)
-        fusedsteps.step(ours, two, fusedsteps.Place("fp32", two.data, None), grad, 0.3, 1)
-        far = (one - two).abs() > 1e-6 + 1e-5 * one.abs()
-        assert far.float().mean() <= 1e-3 * step
-        assert torch.allclose(one, two, atol=2e-2)
+@pytest.mark.parametrize("before", [0, 2])
+def test_adamw_in_8_bits_is_the_librarys(shape: tuple[int, ...], before: int) -> None:
+    """From the library's own state, one step of each. A code may differ by one where a moment lies, up to rounding, in
+    the middle of two values."""
+    one, theirs = optimizer_of(draw(*shape), "adamw8bit")
+    for step in range(before):
+        own_step(one, theirs, draw(*shape, key=step, spread=0.3))
+    two, ours = optimizer_of(one, "adamw8bit")
+    optimizers.restore(ours, two, moments(theirs, one), before)
+    grad = draw(*shape, key="last", spread=0.3)
+    own_step(one, theirs, grad.float() * 0.3)
+    fusedsteps.step(ours, two, fusedsteps.Place("fp32", two.data, None), grad, 0.3, 1)
+    assert torch.allclose(one, two, rtol=1e-5, atol=1e-5)
     expected, found = moments(theirs, one), moments(ours, two)
     assert expected.keys() == found.keys()
     for key, value in expected.items():
         if key.endswith("_codes"):
             assert (value.int() - found[key].int()).abs().max() <= 1
-            assert (value != found[key]).float().mean() < 1e-3
+            assert (value != found[key]).float().mean() < 3e-3
         else:
-            assert torch.allclose(value, found[key], rtol=1e-5, atol=1e-12), key
-    assert int(ours.state[two]["step"]) == 4
+            assert torch.allclose(value, found[key], rtol=1e-5, atol=1e-6 * float(value.abs().max())), key
+    assert int(ours.state[two]["step"]) == before + 1
 
 
 @here
