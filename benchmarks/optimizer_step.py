@@ -130,9 +130,8 @@ def main() -> None:
     width = asked.width or (3072 if device.type == "cuda" else 128)
     speed = copy_speed(device)
     parameters = sum(count * sum(torch.Size(s).numel() for s in make(width).values()) for count, make in BLOCKS)
-    print(
-        f"{meter.device_name(device)}, width {width}, {parameters / 1e9:.2f} B parameters, copy {speed / 1e9:.0f} GB/s"
-    )
+    card = meter.device_name(device)
+    print(f"{card}, width {width}, {parameters / 1e9:.2f} B parameters, copy {speed / 1e9:.0f} GB/s")
     rows: list[dict[str, Any]] = []
     for name in asked.optimizers.split(","):
         for fused in (False, True):
@@ -151,7 +150,8 @@ def main() -> None:
             rows.append(row)
             print(f"{name:10} {'fused' if fused else 'library':8} {row['seconds']:7.3f} s/step, launches "
                   f"{row['launches']:6.3f} s, first of two blocks {row['first']:6.1f} s, {moved / 1e9:6.0f} GB/s "
-                  f"({row['share_of_copy']:4.0%} of a copy), {row['besides'] / 2**20:7.1f} MiB besides", flush=True)  # fmt: skip
+                  f"({row['share_of_copy']:4.0%} of a copy), {row['besides'] / 2**20:7.1f} MiB besides",
+                  flush=True)  # fmt: skip
     path = RESULTS / f"optimizer_step-{card.replace(' ', '-')}-{datetime.date.today():%Y-%m-%d}.json"
     result = {"device": card, "versions": meter.versions(), "width": width, "parameters": parameters,
               "copy_bytes_per_s": speed, "rows": rows}  # fmt: skip

@@ -8,13 +8,12 @@ not those of the CPU's generator.
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from xflux_trainer import fastops
 
 ROWS, COLS, PROGRAMS = 32, 512, 512
 """Rows of a strip, or a multiple of them; columns of a tile; programs that a large matrix is cut up for."""
@@ -42,12 +41,12 @@ class Squares(NamedTuple):
 
 
 def usable(optimizer: torch.optim.Optimizer, weight: Tensor) -> bool:
-    """Whether `step` can take this parameter's steps. Where Triton interprets its kernels it can do so on the CPU."""
-    where = weight.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-    if not where or not weight.is_contiguous() or importlib.util.find_spec("triton") is None:
+    """Whether `step` can take this parameter's steps: where Triton's kernels work, for the optimizers that it knows."""
+    if type(optimizer).__name__ not in ("Adafactor", "AdamW8bit") or not weight.is_contiguous():
         return False
-    name = type(optimizer).__name__
-    return name == "AdamW8bit" or (name == "Adafactor" and weight.dim() in (1, 2))
+    if type(optimizer).__name__ == "Adafactor" and weight.dim() not in (1, 2):
+        return False
+    return not fastops.why_not(weight.device)
 
 
 def factored(optimizer: torch.optim.Optimizer, grad: Tensor) -> bool:

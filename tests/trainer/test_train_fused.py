@@ -38,7 +38,7 @@ SHAPES = [(40, 700), (130, 64), (33, 1030), (700,), (5000,)]
 def test_these_in_the_interpreter() -> None:
     """On a machine without a GPU."""
     argv = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    environment = os.environ | {"TRITON_INTERPRET": "1", "XFLUX_POINTWISE": "triton"}
     done = subprocess.run(argv, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
