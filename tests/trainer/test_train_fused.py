@@ -49,18 +49,18 @@ def draw(*shape: int, key: object = 0, spread: float = 0.0) -> Tensor:
     return value.bfloat16().to(DEVICE)
 
 
-def optimizer_of(weight: Tensor, name: str = "adafactor") -> tuple[nn.Parameter, torch.optim.Optimizer]:
+def optimizer_of(weight: Tensor, name: Any = "adafactor") -> tuple[nn.Parameter, Any]:
     held = nn.Parameter(weight.float().clone(), requires_grad=False)
     return held, optimizers.make([held], replace(CONFIG, optimizer=name), DEVICE)
 
 
-def own_step(held: nn.Parameter, optimizer: torch.optim.Optimizer, grad: Tensor) -> None:
+def own_step(held: nn.Parameter, optimizer: Any, grad: Tensor) -> None:
     held.grad = grad.float()
     with optimizers.quietly(optimizer, DEVICE):
         optimizer.step()
 
 
-def moments(optimizer: torch.optim.Optimizer, held: nn.Parameter) -> dict[str, Tensor]:
+def moments(optimizer: Any, held: nn.Parameter) -> dict[str, Tensor]:
     return optimizers.tensors(optimizer, held)
 
 
@@ -119,6 +119,19 @@ def test_the_rounding_is_fair(shape: tuple[int, ...]) -> None:
     for shift in (1, 2, 4):
         both = (flat[:-shift] * flat[shift:]).mean() / bias.square().mean()
         assert abs(float(both)) < 6 / math.sqrt(flat.numel())
+
+
+@here
+def test_what_was_measured_is_what_the_step_begins_with() -> None:
+    weight, grad = draw(40, 700), draw(40, 700, key="grad", spread=1.0)
+    squares = fusedsteps.measure(grad)
+    assert float(squares.norm()) == pytest.approx(float(grad.double().norm()), rel=1e-6)
+    found = []
+    for known in (squares, None):
+        held, ours = optimizer_of(weight)
+        fusedsteps.step(ours, held, fusedsteps.Place("fp32", held.data, None), grad, 0.5, 1, known)
+        found.append(held)
+    assert torch.equal(*found)
 
 
 @here
@@ -206,7 +219,11 @@ def test_states_pass_from_the_library_to_the_kernels() -> None:
 @pytest.mark.parametrize("clip", [None, "exact", "previous", "tensor"])
 def test_the_trainers_steps_take_this_way(clip: Any) -> None:
     """After the backward pass and inside it they arrive where fp32 does, up to the rounding; norms are the same."""
-    changes = {"step_in_backward": clip is not None, "backward_clip": clip or "exact", "optimizer": "adafactor"}
+    changes: dict[str, Any] = {
+        "step_in_backward": clip is not None,
+        "backward_clip": clip or "exact",
+        "optimizer": "adafactor",
+    }
     (fused, _), (plain, _) = make(**changes), make(dtype=torch.float32, **changes)
     assert all(slot._fused for slot in fused._slots)
     for step in range(3):
@@ -218,7 +235,7 @@ def test_the_trainers_steps_take_this_way(clip: Any) -> None:
 
 @pytest.mark.skipif(not INTERPRETED, reason="the kit's layers are on the CPU")
 def test_a_resumed_run_throws_the_same_dice() -> None:
-    case = {"optimizer": "adafactor", "step_in_backward": True, "backward_clip": "previous"}
+    case: dict[str, Any] = {"optimizer": "adafactor", "step_in_backward": True, "backward_clip": "previous"}
     whole, first = make(**case)
     take(whole, 0)
     pieces, scalars = state(whole)
