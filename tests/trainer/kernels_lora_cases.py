@@ -1,6 +1,8 @@
-"""The adapters' Triton kernels beside their meaning in plain torch: one line of JSON a case, as `kernels_cases`.
+"""The adapters' Triton kernels beside their meaning in plain torch: one line of JSON a case.
 
     python kernels_lora_cases.py cpu|cuda     (cpu: with TRITON_INTERPRET=1 from the start)
+
+Lines and layouts are those of `kernels_cases`.
 """
 
 from __future__ import annotations
