@@ -1,7 +1,7 @@
 """The narrow products of a group's adapters as Triton kernels: all adapters of a group in one launch, at memory speed.
 
-Of what is as wide as the activations, each kernel reads every element once. Adapters of one rank, width and scale
-whose columns follow each other evenly are a run, and one launch; others take one each. Sums over tokens are split over
+Of what is as wide as the activations, each kernel reads every element once. Adapters of one width and scale whose
+columns follow each other evenly are a run, and one launch; others take one each. Sums over tokens are split over
 programs, and their parts are added in a fixed order: the same bits every time, on every card.
 """
 
@@ -21,38 +21,38 @@ _DEEP = 64
 
 
 class _Run(NamedTuple):
-    """`count` adapters like `first`, `step` columns apart; the first one's factor begins at this row and element."""
+    """`count` adapters like `first`, `step` columns apart; the first one's factor begins at `row`."""
 
     first: Part
     count: int
     step: int
     row: int
-    element: int
 
 
 @functools.cache
 def _runs(parts: Parts) -> tuple[_Run, ...]:
     found: list[_Run] = []
-    row = element = 0
+    row = 0
     for part in parts:
-        if found:
-            first, count, step, *_ = found[-1]
-            gap = part.column - first.column if count == 1 else step
-            place = (first.column + count * gap, first.width, first.narrow + count * first.rank, *first[3:])
-            if part == place:
-                found[-1] = found[-1]._replace(count=count + 1, step=gap)
-                row, element = row + part.width, element + part.width * part.rank
-                continue
-        found.append(_Run(part, 1, 0, row, element))
-        row, element = row + part.width, element + part.width * part.rank
+        if found and part == _next(found[-1], part.column):
+            first, count, step, start = found[-1]
+            found[-1] = _Run(first, count + 1, step or part.column - first.column, start)
+        else:
+            found.append(_Run(part, 1, 0, row))
+        row += part.width
     return tuple(found)
 
 
+def _next(run: _Run, column: int) -> Part:
+    """The adapter that would go on with a run; the second of it, at `column`, sets the step."""
+    first, count, step, _ = run
+    place = first.column + count * step if step else column
+    return first._replace(column=place, narrow=first.narrow + count * first.rank)
+
+
 def _own(whole: Tensor, run: _Run) -> tuple[Tensor, int, int]:
-    """A run's stacked factors in `whole`, as `pointwise.factors` has it, and their strides by width and rank."""
-    if whole.dim() == 2:
-        return whole[run.row :] if run.row else whole, whole.stride(0), whole.stride(1)
-    return whole[run.element :] if run.element else whole, run.first.rank, 1
+    """A run's factors, which `whole` (N', r) has from here on, and their strides by width and rank."""
+    return whole[run.row :] if run.row else whole, whole.stride(0), whole.stride(1)
 
 
 def _laid(x: Tensor) -> Tensor:
@@ -199,13 +199,11 @@ def _sum(dy: Tensor, low: Tensor, run: _Run, out: Tensor, out_n: int, out_r: int
 def lora_up_grad(dy: Tensor, low: Tensor, parts: Parts, out: Tensor) -> Tensor:
     dy = _laid(dy)
     for run in _runs(parts):
-        own, out_n, out_r = _own(out, run)
-        wide = run.first.width * run.count
-        _sum(dy, low, run, own[:wide] if own.dim() == 2 else own[: wide * run.first.rank], out_n, out_r)
+        _sum(dy, low, run, out[run.row : run.row + run.first.width * run.count], *out.stride())
     return out
 
 
 def lora_down_grad(dlow: Tensor, x: Tensor, out: Tensor) -> Tensor:
     rank, width = out.shape
-    _sum(_laid(x), dlow, _Run(Part(0, width, 0, rank), 1, 0, 0, 0), out, 1, width)
+    _sum(_laid(x), dlow, _Run(Part(0, width, 0, rank), 1, 0, 0), out, 1, width)
     return out

@@ -155,19 +155,16 @@ class Part(NamedTuple):
 
 
 Parts = tuple[Part, ...]
-"""A group's adapters, in the order in which their factors lie in memory; their ranks sum up to R."""
+"""A group's adapters, all of one rank r, R in sum; their wide factors lie one below the other, (N', r), in order."""
 
 
-def factors(whole: Tensor, parts: Parts) -> list[Tensor]:
-    """(width, rank) for each part, views: of (their widths, rank), or of a vector where the ranks differ."""
-    if whole.dim() == 2:
-        return list(whole.split([part.width for part in parts]))
-    own = whole.split([part.width * part.rank for part in parts])
-    return [each.view(part.width, part.rank) for part, each in zip(parts, own)]  # noqa: B905 (of one length)
+def factors(whole: Tensor, parts: Parts) -> tuple[Tensor, ...]:
+    """Each part's own rows of (N', r), views."""
+    return whole.split([part.width for part in parts])
 
 
 def lora_add(y: Tensor, low: Tensor, up: Tensor, parts: Parts) -> Tensor:
-    """y (M, N) plus scale low up^T in each part's columns, in place; low (M, R), up as `factors` takes it."""
+    """y (M, N) plus scale low up^T in each part's columns, in place; low (M, R), up (N', r)."""
     for part, factor in zip(parts, factors(up, parts)):  # noqa: B905 (of one length)
         _outputs(y, part).addmm_(_narrow(low, part), factor.t(), alpha=part.scale)
     return y
@@ -182,7 +179,7 @@ def lora_narrow_backward(dy: Tensor, up: Tensor, parts: Parts) -> Tensor:
 
 
 def lora_up_grad(dy: Tensor, low: Tensor, parts: Parts, out: Tensor) -> Tensor:
-    """The gradients of the parts' wide factors, scale dy^T low, into `out` in fp32, laid out as `factors` says."""
+    """The gradients of the parts' wide factors, scale dy^T low, into `out` (N', r) in fp32."""
     for part, factor in zip(parts, factors(out, parts)):  # noqa: B905 (of one length)
         factor.addmm_(_outputs(dy, part).float().t(), _narrow(low, part).float(), beta=0, alpha=part.scale)
     return out

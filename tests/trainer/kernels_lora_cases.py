@@ -27,7 +27,7 @@ GROUPS: dict[str, tuple[int, int, int, Parts]] = {
     "wide": (65, 144, 264, (Part(0, 144, 0, 64),)),
     "deep": (17, 136, 32, (Part(0, 136, 0, 150, 0.25),)),
     "gap": (33, 160, 48, (Part(16, 32, 0, 8), Part(64, 32, 8, 8), Part(112, 32, 16, 8))),
-    "mixed": (300, 180, 56, (Part(0, 32, 0, 4), Part(32, 32, 4, 4), Part(64, 80, 8, 20, 0.5), Part(144, 36, 28, 4))),
+    "mixed": (300, 180, 56, (Part(0, 32, 0, 4), Part(32, 32, 4, 4), Part(64, 80, 8, 4), Part(144, 36, 12, 4, 0.5))),
     "scales": (19, 128, 48, (Part(0, 64, 0, 16, 0.5), Part(64, 64, 16, 16, 2.0))),
 }
 MLP = ((2, 7, 96, 384), (1, 3, 32, 72), (1, 2, 512, 2048), (3, 2, 40, 200))
@@ -40,10 +40,7 @@ def adapters(device: str, dtype: torch.dtype, name: str) -> Iterator[Case]:
     rank, root = sum(part.rank for part in parts), rows**0.5  # a sum over rows, and its error, grows with the root
     y, x = lay.wide(1, rows, width)[0], lay.wide(1, rows, inputs)[0]
     low = lay.parts(rows, rank, 1)[0]
-    sizes = [part.width * part.rank for part in parts]
-    up = lay.parts(1, sum(sizes), 1)[0][0]
-    if len({part.rank for part in parts}) == 1:
-        up = up.view(-1, parts[0].rank)
+    up = lay.parts(sum(part.width for part in parts), parts[0].rank, 1)[0]
 
     def lora_add() -> list[str]:
         made, meant = lay.empty(1, rows, width).copy_(y[None]), y.clone()
