@@ -64,6 +64,8 @@ ROWS = [
     Row("lora-int8-stream-28", "int8, 28 of 57 blocks streamed", {"quantization": "int8", "stream_blocks": 28}),
     Row("finetune-adafactor", "all 11.9 B parameters, Adafactor stepped in the backward pass",
         {**IN_BACKWARD, "optimizer": "adafactor"}),
+    Row("finetune-adafactor-kept", "the same, nothing recomputed",
+        {**IN_BACKWARD, "optimizer": "adafactor", "gradient_checkpointing": False}),
     Row("finetune-adamw8bit", "all 11.9 B parameters, 8-bit AdamW", {**FULL, "optimizer": "adamw8bit"}),
     Row("finetune-adamw8bit-backward", "the same, stepped in the backward pass",
         {**IN_BACKWARD, "optimizer": "adamw8bit"}),
