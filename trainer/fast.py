@@ -20,7 +20,7 @@ from xflux_trainer.config import TrainConfig
 from xflux_trainer.errors import Unsupported
 from xflux_trainer.model import DTYPES, Prepare
 from xflux_trainer.products import Adapters, pack
-from xflux_trainer.side import Side
+from xflux_trainer.side import Sides
 
 ROPES = 64
 """Sizes of images whose rotations are kept: 5 MB each at 1024 px."""
@@ -39,8 +39,9 @@ class Fast:
 
     def __post_init__(self) -> None:
         net = self.transformer
-        self.side, self._ahead = (Side(net.x_embedder.weight.device) for _ in range(2))
-        made = self.attention, self.ops, self.side
+        sides = Sides.on(net.x_embedder.weight.device)
+        made = self.attention, self.ops, sides
+        self._ahead = sides.ahead
         self.doubles = [Double(block, *made) for block in net.transformer_blocks]
         self.singles = [Single(block, *made) for block in net.single_transformer_blocks]
         self._blocks = [*self.doubles, *self.singles]
@@ -86,7 +87,7 @@ class Fast:
         layers = [[block.norm1_context.linear, block.norm1.linear] for block in net.transformer_blocks]
         layers += [[block.norm.linear] for block in net.single_transformer_blocks]
         trained = any(each.requires_grad for own in layers for layer in own for each in layer.parameters())
-        if trained or silu.requires_grad or not self.side.active:
+        if trained or silu.requires_grad or not self._ahead.active:
             yield from ([layer(silu) for layer in own] for own in layers)
             return
         made = []

@@ -99,6 +99,7 @@ class PlainStepper:
                 config.backward_clip,
                 config.max_grad_norm,
                 lambda weight, grad, factor: self._take(by_weight[weight], grad, factor),
+                lambda weight, grad: by_weight[weight].measure(grad),
             )
         self._model = _distribute(module, trained, ranks) if ranks.world_size > 1 else module
         self.recorder = None
@@ -184,7 +185,8 @@ class PlainStepper:
 
     def _take(self, slot: slots.Slot, grad: Tensor, factor: float | Tensor) -> None:
         slot.step(grad, factor, self._steps)
-        self._averages.update(slot.name, slot.value(), self._steps)
+        if self._averages.get(slot.name) is not None:  # else the value, an fp32 copy, is not made
+            self._averages.update(slot.name, slot.value(), self._steps)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(parameter.shape) for name, parameter in self._trained.items()}
