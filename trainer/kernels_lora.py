@@ -16,8 +16,6 @@ from xflux_trainer.pointwise import Part, Parts
 
 _FILL = 264
 """Programs that keep a large card busy: two for each multiprocessor of an H100 or H200."""
-_DEEP = 64
-"""Of a rank, what one product of tiles takes."""
 
 
 class _Run(NamedTuple):
@@ -65,9 +63,11 @@ def _from(x: Tensor, column: int) -> Tensor:
 
 
 @functools.cache
-def _deep(rank: int) -> int:
-    """A block of a rank: what a product of tiles takes at least, and at most `_DEEP`."""
-    return min(max(triton.next_power_of_2(rank), 16), _DEEP)
+def _tile(rank: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Rows, columns and narrow columns that a program takes at once: fp32 has no tensor cores here, and less room."""
+    if dtype == torch.float32:
+        return 32, 64, 16
+    return 64, 128, min(max(triton.next_power_of_2(rank), 16), 64)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -98,10 +98,10 @@ def lora_add(y: Tensor, low: Tensor, up: Tensor, parts: Parts) -> Tensor:
     for run in _runs(parts):
         first = run.first
         factor, up_n, up_r = _own(up, run)
-        bm, bn = 64, 128
+        bm, bn, br = _tile(first.rank, y.dtype)
         _add[(triton.cdiv(first.width, bn) * run.count, triton.cdiv(rows, bm))](
             _from(y, first.column), _from(low, first.narrow), factor, rows, first.width, run.step, y.stride(0),
-            low.stride(0), up_n, up_r, first.scale, first.rank, bm, bn, _deep(first.rank),
+            low.stride(0), up_n, up_r, first.scale, first.rank, bm, bn, br,
         )  # fmt: skip
     return y
 
@@ -136,22 +136,21 @@ def lora_narrow_backward(dy: Tensor, up: Tensor, parts: Parts) -> Tensor:
     for run in _runs(parts):
         first = run.first
         factor, up_n, up_r = _own(up, run)
-        deep = _deep(first.rank)
-        across = triton.cdiv(first.rank, deep) * run.count
-        bm = _rows_at_once(rows, across)
+        most, bn, br = _tile(first.rank, dy.dtype)
+        across = triton.cdiv(first.rank, br) * run.count
+        bm = _rows_at_once(rows, across, most)
         _narrow[(across, triton.cdiv(rows, bm))](
             _from(dy, first.column), factor, _from(out, first.narrow), rows, first.width, run.step, dy.stride(0),
-            out.stride(0), up_n, up_r, first.scale, first.rank, bm, 128, deep, num_stages=4,
+            out.stride(0), up_n, up_r, first.scale, first.rank, bm, bn, br, num_stages=4,
         )  # fmt: skip
     return out
 
 
-def _rows_at_once(rows: int, across: int) -> int:
+def _rows_at_once(rows: int, across: int, most: int) -> int:
     """As many as leave a program for most multiprocessors: each tile of rows reads all of the factor again."""
-    for count in (64, 32):
-        if triton.cdiv(rows, count) * across >= _FILL * 3 // 8:
-            return count
-    return 16
+    while most > 16 and triton.cdiv(rows, most) * across < _FILL * 3 // 8:
+        most //= 2
+    return most
 
 
 @triton.jit(do_not_specialize=["rows", "span"])
@@ -159,7 +158,7 @@ def _sums(
     dy, low, out, rows, span, width, step, dy_m, low_m, out_s, out_n, out_r, scale, R: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """scale dy^T low over `span` rows."""
+    """scale dy^T low over `span` rows. The narrow side comes first: dy is multiplied as it lies in memory."""
     deeps: tl.constexpr = (R + BR - 1) // BR
     pieces = tl.cdiv(width, BN)
     deep = (tl.program_id(0) % deeps) * BR + tl.arange(0, BR)
@@ -168,29 +167,28 @@ def _sums(
     split = tl.program_id(1).to(tl.int64)
     dy += part * step
     low += part * R
-    total = tl.zeros((BN, BR), tl.float32)
+    total = tl.zeros((BR, BN), tl.float32)
     for start in range(split * span, tl.minimum((split + 1) * span, rows), BM):
         row = start + tl.arange(0, BM)
         inside = (row < rows)[:, None]
         a = tl.load(dy + row[:, None] * dy_m + cols[None], mask=inside & (cols < width)[None], other=0.0)
         b = tl.load(low + row[:, None] * low_m + deep[None], mask=inside & (deep < R)[None], other=0.0)
-        total = tl.dot(tl.trans(a), b, total, input_precision="ieee")
-    to = out + split * out_s + (part * width + cols)[:, None] * out_n + deep[None] * out_r
-    tl.store(to, scale * total, mask=(cols < width)[:, None] & (deep < R)[None])
+        total = tl.dot(tl.trans(b), a, total, input_precision="ieee")
+    to = out + split * out_s + (part * width + cols)[None] * out_n + deep[:, None] * out_r
+    tl.store(to, scale * total, mask=(cols < width)[None] & (deep < R)[:, None])
 
 
 def _sum(dy: Tensor, low: Tensor, run: _Run, out: Tensor, out_n: int, out_r: int) -> None:
     """Into `out`, which the run's sums fill, with these strides by width and rank."""
     rows, first = len(dy), run.first
-    deep = _deep(first.rank)
-    bm, bn = 64, 128
-    across = triton.cdiv(first.width, bn) * triton.cdiv(first.rank, deep) * run.count
+    bm, bn, br = _tile(first.rank, dy.dtype)
+    across = triton.cdiv(first.width, bn) * triton.cdiv(first.rank, br) * run.count
     span = bm * max(triton.cdiv(rows * across, bm * _FILL), 4)
     splits = max(triton.cdiv(rows, span), 1)
     made = out if splits == 1 else torch.empty((splits, *out.shape), dtype=torch.float32, device=out.device)
     _sums[(across, splits)](
         _from(dy, first.column), _from(low, first.narrow), made, rows, span, first.width, run.step, dy.stride(0),
-        low.stride(0), out.numel(), out_n, out_r, first.scale, first.rank, bm, bn, deep, num_stages=4,
+        low.stride(0), out.numel(), out_n, out_r, first.scale, first.rank, bm, bn, br, num_stages=4,
     )  # fmt: skip
     if splits > 1:
         torch.sum(made, 0, out=out)
