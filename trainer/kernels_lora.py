@@ -1,8 +1,8 @@
 """The narrow products of a group's adapters as Triton kernels: all adapters of a group in one launch, at memory speed.
 
-Of what is as wide as the activations, each kernel reads every element once. Adapters of one width and scale whose
-columns follow each other evenly are a run, and one launch; others take one each. Sums over tokens are split over
-programs, and their parts are added in a fixed order: the same bits every time, on every card.
+Of what is as wide as the activations, each kernel reads every element once, or once for each 64 of a rank. Adapters of
+one width and scale whose columns follow each other evenly are a run, and one launch; others take one each. Sums over
+tokens are split over programs, and their parts are added in a fixed order: the same bits every time.
 """
 
 import functools  # no annotations of the future: the interpreter of Triton 3.0 reads them as they stand
