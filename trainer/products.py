@@ -171,7 +171,8 @@ class Group:
         found = self._multiply_back(rows, into, quantised) if need_dx else None
         if own is not None and found is not None:
             assert own.down is not None and dlow is not None
-            found.addmm_(dlow, own.down)
+            # The narrow product the other way round: one adapter of all of K's columns.
+            self.ops.lora_add(found, dlow, own.down.t(), (Part(0, own.width, 0, own.depth),))
         if own is not None:
             self.side.join()
         if self.trained_bases:
