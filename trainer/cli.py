@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import click
+from xflux_trainer import kernelcache
 from xflux_trainer.config import load_with_notes
 from xflux_trainer.errors import CheckpointError, Interrupted, UserError, tell
 from xflux_trainer.signals import Stop, ignore
@@ -37,6 +38,7 @@ def train(path: Path) -> None:
     stop = Stop()
     stop.install()
     config, notes = load_with_notes(path)
+    kernelcache.persist(os.environ)
     from xflux_trainer.train import train as run
 
     run(config, notes, stop)
@@ -140,6 +142,7 @@ def sample(path: Path, lora: Path | None, no_lora: bool, prompt: str | None, out
         raise CheckpointError(f"The {what} {trained} does not exist.", "Train first, or name one with --lora.")
     if config.mode == "controlnet" and trained is None:
         config = dataclasses.replace(config, mode="lora")  # the base model alone
+    kernelcache.persist(os.environ)
     from xflux_trainer.commands import draw_samples
 
     draw_samples(config, trained, output, prompt)
