@@ -10,6 +10,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from xflux_trainer.errors import ModelError
 from xflux_trainer.find import locate, resolve
 from xflux_trainer.layout import Base
 from xflux_trainer.spec import FluxSpec, read_folder
-from xflux_trainer.weights import Weights, open_weights
+from xflux_trainer.weights import open_weights
 
 __all__ = [
     "DTYPES", "Inputs", "Velocity", "blocks", "empty_transformer", "fill", "fingerprint", "load_transformer", "locate",
@@ -82,10 +83,12 @@ def load_transformer(base: Base, dtype: torch.dtype, device: torch.device, prepa
     transformer = empty_transformer(base)
     with open_weights(base.transformer, device) as weights:
         weights.refuse({name: tuple(parameter.shape) for name, parameter in transformer.named_parameters()})
-        for name, module in blocks(transformer):
-            fill(module, name, weights, dtype)
-            if prepare is not None:
-                prepare(name, module)
+        wanted = [f"{name}.{leaf}" for name, module in blocks(transformer) for leaf, _ in module.named_parameters()]
+        with closing(weights.stream(wanted)) as tensors:
+            for name, module in blocks(transformer):
+                fill(module, tensors, dtype)
+                if prepare is not None:
+                    prepare(name, module)
     # The blocks hold no dropout; some diffusers releases checkpoint only a module that is in training mode.
     return transformer.train()
 
@@ -99,10 +102,10 @@ def blocks(transformer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, child
 
 
-def fill(module: nn.Module, prefix: str, weights: Weights, dtype: torch.dtype) -> None:
-    """Give a module without weights its own, frozen; `prefix` is what it is called in the whole."""
+def fill(module: nn.Module, tensors: Iterator[Tensor], dtype: torch.dtype) -> None:
+    """Give a module without weights its own, frozen: the next ones, in the order of its parameters."""
     for name, _ in list(module.named_parameters()):
-        put_tensor(module, name, weights.read(f"{prefix}.{name}").to(dtype))
+        put_tensor(module, name, next(tensors).to(dtype))
 
 
 def put_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
