@@ -50,6 +50,18 @@ class Batch:
     mask: Tensor | None = None
     condition: Tensor | None = None
 
+    def pinned(self) -> Batch:
+        """In memory that a GPU copies from by itself, while this process goes on."""
+        return self._each(Tensor.pin_memory)
+
+    def to(self, device: torch.device) -> Batch:
+        """On the device; out of pinned memory nothing is waited for."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        tensors = (self.latents, self.text, self.pooled, self.mask, self.condition)
+        return Batch(*(tensor if tensor is None else change(tensor) for tensor in tensors))  # type: ignore[arg-type]
+
 
 def fill(
     config: TrainConfig, base: Base, ranks: Ranks, sets: dict[str, list[Sample]], prompts: list[str]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import threading
 import time
@@ -21,6 +22,7 @@ WARM_UP = 3
 WINDOW = 1000
 """The newest steps, of which the median is taken: sorting all of them at each step would cost more and more."""
 STATUS = Path("/proc/self/status")
+STAT = Path("/proc/self/stat")
 
 
 class HostWatch(threading.Thread):
@@ -33,7 +35,7 @@ class HostWatch(threading.Thread):
         super().__init__(name="host-memory", daemon=True)
         self.peaks: dict[str, int] = {}
         self.phase = "between"
-        """What is being done: `cache`, `load`, `train`, `sample`; `between` is all that has no phase of its own."""
+        """What is being done: `list`, `cache`, `load`, `train`, `sample`; `between` is all that has none of its own."""
         self._done = threading.Event()
 
     def run(self) -> None:
@@ -56,6 +58,16 @@ def own_memory() -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
 
 
+def process_age() -> float:
+    """Seconds since this process was started; 0 where the kernel does not say."""
+    try:
+        # The name comes second, in brackets, and may hold blanks; the start is field 22, in ticks since the boot.
+        ticks = int(STAT.read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError, AttributeError):
+        return 0.0
+
+
 class Meter:
     """Phases, step times and peaks of this rank."""
 
@@ -68,6 +80,10 @@ class Meter:
         self.peak_tflops: float | None = None
         """What the card can do at the most, where that is known: see `speed.peak`."""
         self.started = time.monotonic()
+        self.start_seconds: dict[str, float] = {"launch": process_age()}
+        """From the process's launch to the end of its first step, by phase: together they are the whole of that time.
+        `launch` is all before the meter was made: the interpreter, the imports and the config."""
+        self._since = self.started
 
     def start(self) -> None:
         self.host.start()
@@ -77,14 +93,32 @@ class Meter:
         """Everything in the block counts for this phase; a phase can come more than once, and inside another."""
         outer = self.host.phase
         self._read_device(outer)
+        self._book_start()
         self.host.look()
         self.host.phase = name
         try:
             yield
         finally:
             self._read_device(name)
+            self._book_start()
             self.host.look()
             self.host.phase = outer
+
+    def _book_start(self) -> None:
+        """Book the time since the last booking to the phase that ends, or is interrupted, now."""
+        if self.step_seconds:
+            return
+        now, phase = time.monotonic(), self.host.phase
+        self.start_seconds[phase] = self.start_seconds.get(phase, 0.0) + now - self._since
+        self._since = now
+
+    def start_line(self) -> dict[str, float] | None:
+        """For metrics.json: seconds from the launch to the end of the first step, that step's own, and all by phase;
+        None before it."""
+        if not self.step_seconds:
+            return None
+        whole = sum(self.start_seconds.values())
+        return {"seconds": whole, "first_step": self.step_seconds[0], **self.start_seconds}
 
     def _read_device(self, name: str) -> None:
         """Book the device's peak since the last reading to a phase."""
@@ -104,6 +138,7 @@ class Meter:
         """A step that is done: see `speed.Window.add`. Returns its line for metrics.jsonl."""
         if len(self.step_seconds) == WARM_UP:
             self.window.clear()
+        self._book_start()
         self.step_seconds.append(seconds)
         return self.window.add(seconds, images, flops, waited)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -70,7 +71,9 @@ class Order:
         self.images = 1 + max((int(bucket.max()) for bucket in self._buckets), default=-1)
         self.per_epoch = sum(-(-len(bucket) // batch) for bucket in self._buckets)
         """Batches in one pass over the images, of all ranks together."""
-        self._current: tuple[int, Numbers] = (-1, np.zeros((0, batch), np.int32))
+        self._epochs: dict[int, Numbers] = {}
+        """The newest two that were asked for: around an epoch's end threads that read ahead ask for either."""
+        self._lock = threading.Lock()
 
     @classmethod
     def of(cls, buckets: Sequence[Numbers], config: TrainConfig) -> Order:
@@ -81,11 +84,11 @@ class Order:
 
     def __getitem__(self, number: int) -> list[int]:
         epoch, place = divmod(number, self.per_epoch)
-        known, batches = self._current
-        if epoch != known:
-            batches = epoch_batches(self._buckets, self._batch, self._seed, epoch)
-            self._current = (epoch, batches)
-        picked: list[int] = batches[place].tolist()
+        with self._lock:
+            if epoch not in self._epochs:
+                kept = list(self._epochs.items())[-1:]
+                self._epochs = dict([*kept, (epoch, epoch_batches(self._buckets, self._batch, self._seed, epoch))])
+            picked: list[int] = self._epochs[epoch][place].tolist()
         if not self._flip and not self._dropout:
             return picked
         return [self._view(number, k, image) * self.images + image for k, image in enumerate(picked)]

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from xflux_trainer.ahead import settle
 
 
 class Window(NamedTuple):
@@ -79,7 +80,7 @@ class _Reader:
         # piece that is waited for has always got one.
         self._ahead: deque[Future[_Buffer]] = deque()
         threads = max(1, min(window.threads, window.buffers, len(os.sched_getaffinity(0))))
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="weights")
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="weights", initializer=lambda: settle(device))
         self._local = threading.local()
         self._opened: list[int] = []
 

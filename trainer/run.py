@@ -68,7 +68,8 @@ def prepare(config: TrainConfig, notes: tuple[str, ...], ranks: Ranks, gauge: Me
     try:  # what only one rank may find is told to all: the others must not wait for it
         if (output / report.METRICS).exists():
             report.take_over(output, ranks)
-        sets, heldout_dir, ignored = find_sets(config)
+        with gauge.phase("list"):
+            sets, heldout_dir, ignored = find_sets(config)
         said += ignored
         files.make_folder(output)
         if ranks.main:

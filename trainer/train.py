@@ -6,7 +6,6 @@ import math
 import os
 import time
 import traceback
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +23,7 @@ from xflux_trainer import (
     report,
     speed,
 )
+from xflux_trainer.ahead import Ahead
 from xflux_trainer.checkpoint import Progress
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.encoders import free
@@ -114,10 +114,11 @@ def _loop(run: Run, watch: Watch | None, stop: Stop) -> int:
         progress.heldout_before = measure(run, watch)
     written = time.monotonic()
     trouble: UserError | None = None
-    reader = ThreadPoolExecutor(1)  # one batch is read, and its noise drawn, while the one before it is trained on
     draws = flow.Draws(config, run.spec, ranks.world_size * run.accumulation, progress.step, progress.batches)
-    number = progress.batches + ranks.rank
-    ahead = reader.submit(_read, run, draws, number)
+    left = (run.total - progress.step) * run.accumulation * ranks.world_size
+    numbers = range(progress.batches + ranks.rank, progress.batches + left, ranks.world_size)
+    # Batches are read, and their noise drawn, while those before them are trained on.
+    ahead = Ahead(lambda number: _read(run, draws, number), iter(numbers), ranks.device)
     try:
         while progress.step < run.total:
             rate = optim.learning_rate(config, progress.step, run.total)
@@ -128,10 +129,8 @@ def _loop(run: Run, watch: Watch | None, stop: Stop) -> int:
                 losses = []
                 for k in range(run.accumulation):
                     asked = time.perf_counter()
-                    batch, drawn = ahead.result()
+                    batch, drawn = ahead.take()
                     waited += time.perf_counter() - asked
-                    number += ranks.world_size
-                    ahead = reader.submit(_read, run, draws, number)
                     with run.stepper.micro(last=k == run.accumulation - 1):
                         losses.append(_micro_step(run, batch, drawn))
                     size, tokens, _ = drawn.eps.shape
@@ -177,7 +176,7 @@ def _loop(run: Run, watch: Watch | None, stop: Stop) -> int:
                 draw(run, f"step-{progress.step:06d}", watch)
         ranks.agree(trouble)
     finally:
-        reader.shutdown(cancel_futures=True)
+        ahead.close()
     return 0
 
 
@@ -187,15 +186,20 @@ class _Drawn(NamedTuple):
 
 
 def _read(run: Run, draws: flow.Draws, number: int) -> tuple[cache.Batch, _Drawn]:
-    """The batch of that number, and its noise and times: in the reader's thread, while another is trained on."""
+    """The batch of that number, and its noise and times: in a reader's thread, while others are trained on."""
     batch = cache.read_batch([run.entries[image] for image in run.order[number]])
     b, c, h, w = batch.latents.shape
-    return batch, _Drawn(*draws.draw(number, (b, h // 2 * (w // 2), 4 * c)))
+    eps, t = draws.draw(number, (b, h // 2 * (w // 2), 4 * c))
+    if run.ranks.device.type == "cuda":
+        return batch.pinned(), _Drawn(eps.pin_memory(), t.pin_memory())
+    return batch, _Drawn(eps, t)
 
 
 def _micro_step(run: Run, batch: cache.Batch, drawn: _Drawn) -> Tensor:
     """Forward and backward of one batch."""
-    inputs = evaluate.inputs(batch, drawn.eps, drawn.t, run.ranks.device)
+    device = run.ranks.device
+    eps, t = (value.to(device, non_blocking=True) for value in drawn)
+    inputs = evaluate.inputs(batch.to(device), eps, t, device)
     return optim.learn(run.stepper, lambda *given: evaluate.losses(run.stepper, run.config, *given).mean(), inputs)
 
 

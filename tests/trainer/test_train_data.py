@@ -200,7 +200,7 @@ def test_a_million_images_are_a_few_arrays_and_start_at_once(tmp_path: Path) -> 
     names = [f"image-{keys[k, 0].tobytes().hex()}.safetensors" for k in images[0]]
     assert [entry.latents.name for entry in first] == names
     assert images.per_epoch == sum(-(-int(n) // 4) for n in np.bincount(numbers % 12))
-    held = [made.latents, made.text_of, made.shape_of, *buckets, images._current[1]]
+    held = [made.latents, made.text_of, made.shape_of, *buckets, *images._epochs.values()]
     assert sum(array.nbytes for array in held) <= 36.1 * count
     last = made[count - 1]
     assert last.shape == shapes[(count - 1) % 12]

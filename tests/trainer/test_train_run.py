@@ -71,6 +71,11 @@ def test_what_a_run_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert [line["step"] for line in held] == [0, 4]
     assert held[1]["by_time"] == told["heldout_loss"]["after_by_time"]
     assert "samples/final-1.png" in (out / "README.md").read_text()
+    start = told["start"]
+    phases = {"launch", "between", "list", "cache", "load", "train"}
+    assert set(start) >= {"seconds", "first_step", *phases} and start["first_step"] <= start["train"]
+    assert start["seconds"] == pytest.approx(sum(start[name] for name in set(start) - {"seconds", "first_step"}))
+    assert 0.2 < start["launch"] < start["seconds"]
     assert set(told["peak_host_bytes"]) >= {"cache", "load", "train", "sample", "overall"}
     assert told["peak_host_bytes"]["overall"] == max(told["peak_host_bytes"].values()) > 50e6
     assert told["versions"]["torch"] == torch.__version__
