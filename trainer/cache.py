@@ -6,17 +6,17 @@ an entry can be missing, but it cannot be wrong, and a caption cannot meet anoth
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from xflux_trainer import conditions, digests, entries, files, imagework
+from xflux_trainer import conditions, digests, entries, files, imagework, snapshot
 from xflux_trainer.buckets import enlarged
 from xflux_trainer.conditions import ControlFiles
 from xflux_trainer.config import TrainConfig
@@ -31,6 +31,7 @@ from xflux_trainer.layout import Base
 from xflux_trainer.ranks import Ranks
 from xflux_trainer.recall import Recall
 from xflux_trainer.samples import Sample
+from xflux_trainer.sampletable import Samples, digest_of
 
 __all__ = ["Batch", "Entries", "Entry", "fill", "read_batch", "read_text"]
 
@@ -64,33 +65,49 @@ class Batch:
 
 
 def fill(
-    config: TrainConfig, base: Base, ranks: Ranks, sets: dict[str, list[Sample]], prompts: list[str]
+    config: TrainConfig,
+    base: Base,
+    ranks: Ranks,
+    sets: Mapping[str, Sequence[Sample]],
+    prompts: list[str],
+    said: Sequence[str] = (),
 ) -> tuple[dict[str, Entries], list[Path]]:
     """Encode what is missing, the ranks of a host sharing the work.
 
-    `sets` are samples by the folder they were listed from. Returns their entries, and the prompts' files.
+    `sets` are samples by the folder they were listed from, and `said` what was said of them. Returns their entries, and
+    the prompts' files.
     """
     folder = config.cache_path
     problem: UserError | None = None
     text_id = image_id = ""
-    control: ControlFiles | None = None
     try:
         files.make_folder(folder)
         # One rank of a host reads the weights, and only where they are not remembered.
         if ranks.launch.local_rank == 0:
             text_id, image_id = _who(base, folder)
-        signature = conditions.signature(config) if sets else ""
-        control = ControlFiles(config.control_dir or "") if signature == "files" else None
     except UserError as error:
         problem = error
     ranks.agree(problem)
+    signature = conditions.signature(config) if sets else ""
     text_id, image_id = ranks.gather((text_id, image_id))[_first(ranks)]
     _same_sets(ranks, sets)
+    options = text_id, str(config.max_text_tokens), config.text_padding
+    encoding = snapshot.encoding(config, text_id, image_id, signature)
+    known = _known(config, ranks, sets, encoding)
+    if known is not None:
+        texts = {caption: key(*options, caption) for caption in prompts}
+        _fill_texts(config, base, ranks, texts)
+        for note in known.notes:
+            ranks.say(note)
+        return known.sets, [entries.place(folder, "text", texts[prompt]) for prompt in prompts]
 
-    captions = dict.fromkeys([*prompts, *(sample.caption for samples in sets.values() for sample in samples)])
+    found: list[ControlFiles] = []
+    if signature == "files":
+        ranks.together(lambda: found.append(ControlFiles(config.control_dir or "")))
+    control = found[0] if found else None
+    captions = dict.fromkeys([*prompts, *chain.from_iterable(map(_captions, sets.values()))])
     if config.caption_dropout and sets:
         captions[""] = None
-    options = text_id, str(config.max_text_tokens), config.text_padding
     texts = {caption: key(*options, caption) for caption in captions}
     _fill_texts(config, base, ranks, texts)
     recipe = Recipe(config, folder, image_id, control, signature)
@@ -104,7 +121,11 @@ def fill(
         part = slice(start, start + len(samples))
         made[root] = _entries(recipe, items[part], contents[part], controls[part], texts)
         start += len(samples)
-    _notes(recipe, ranks, items, contents)
+    notes = _notes(recipe, items, contents)
+    for note in notes:
+        ranks.say(note)
+    if ranks.launch.local_rank == 0:
+        snapshot.keep(config, encoding, sets, said, made, notes)
     return made, [entries.place(folder, "text", texts[prompt]) for prompt in prompts]
 
 
@@ -170,16 +191,28 @@ def _of_host(ranks: Ranks, value: Work) -> list[Work]:
     return list(ranks.gather(value)[first : first + ranks.launch.local_world_size])
 
 
-def _same_sets(ranks: Ranks, sets: dict[str, list[Sample]]) -> None:
+def _known(
+    config: TrainConfig, ranks: Ranks, sets: Mapping[str, Sequence[Sample]], encoding: str
+) -> snapshot.Known | None:
+    """What an earlier start made of the same samples, where every rank finds it so. One of a host asks for files."""
+    # Samples that were listed anew, although nothing has changed: a part of what is kept was damaged.
+    stamps = {one.stamp if isinstance(one, Samples) and one.digest else None for one in sets.values()}
+    stamp = stamps.pop() if len(stamps) == 1 else None
+    check = ranks.launch.local_rank == 0
+    known = snapshot.find(config, stamp, encoding, check=check) if stamp else None
+    return known if all(ranks.gather(known is not None)) else None
+
+
+def _captions(samples: Sequence[Sample]) -> Iterable[str]:
+    return samples.captions if isinstance(samples, Samples) else (sample.caption for sample in samples)
+
+
+def _same_sets(ranks: Ranks, sets: Mapping[str, Sequence[Sample]]) -> None:
     """Ranks that list different images would train on each other's numbers. They agree before anything is shared."""
-    digest = hashlib.sha256()
-    for root, samples in sets.items():
-        for sample in samples:
-            name = os.fsencode(os.path.relpath(sample.name, root))
-            digest.update(b"%d:%b%d:" % (len(name), name, len(sample.caption)) + sample.caption.encode())
-        digest.update(b"#%d" % len(samples))
-    found = ranks.gather(digest.hexdigest())
-    if len(set(found)) > 1:
+    if ranks.world_size == 1:
+        return
+    found = ranks.gather([digest_of(samples, root) for root, samples in sets.items()])
+    if any(one != found[0] for one in found):
         raise DataError(
             f"Rank {next(k for k, one in enumerate(found) if one != found[0])} lists other images or captions than "
             "rank 0.",
@@ -308,16 +341,17 @@ def _repeats(config: TrainConfig, items: list[Item]) -> np.ndarray:
     return found
 
 
-def _notes(recipe: Recipe, ranks: Ranks, items: list[Item], contents: Rows) -> None:
-    """Say what is made up of too few pixels, and what is there twice."""
-    _say_enlarged(recipe, ranks.say, items, contents)
+def _notes(recipe: Recipe, items: list[Item], contents: Rows) -> list[str]:
+    """What is made up of too few pixels, and what is there twice."""
+    notes = _enlarged(recipe, items, contents)
     training = [k for k, item in enumerate(items) if item.training]
     twins = len(training) - len({bytes(contents[k]["id"]) for k in training})
     if twins:
-        ranks.say(f"note: {twins} images are copies, byte for byte, of others, which so count more often")
+        notes.append(f"note: {twins} images are copies, byte for byte, of others, which so count more often")
+    return notes
 
 
-def _say_enlarged(recipe: Recipe, say: Callable[[str], None], items: list[Item], contents: Rows) -> None:
+def _enlarged(recipe: Recipe, items: list[Item], contents: Rows) -> list[str]:
     smaller, worst = 0, (1.0, 0)
     for k, item in enumerate(items):
         if not item.training:
@@ -326,10 +360,11 @@ def _say_enlarged(recipe: Recipe, say: Callable[[str], None], items: list[Item],
         scale = max(enlarged(one.width, one.height, target) for target in recipe.targets(item, one))
         smaller += scale > 1
         worst = max(worst, (scale, k))
-    if smaller:
-        one = digests.content(contents[worst[1]])
-        name = shown(items[worst[1]].sample.name)
-        say(
-            f"note: {smaller} images have fewer pixels than they are trained at and are enlarged; "
-            f"{name}, {one.width} x {one.height}, {worst[0]:.1f} times"
-        )
+    if not smaller:
+        return []
+    one = digests.content(contents[worst[1]])
+    name = shown(items[worst[1]].sample.name)
+    return [
+        f"note: {smaller} images have fewer pixels than they are trained at and are enlarged; "
+        f"{name}, {one.width} x {one.height}, {worst[0]:.1f} times"
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,13 @@ def fill_cache(config: TrainConfig) -> None:
     ranks = Ranks(Launch.read(os.environ))
     ranks.join()
     try:
-        sets, _, _ = find_sets(config)
+        sets, _, said = find_sets(config)
         base, notes = model.locate(config)
         for note in notes:
             ranks.say(f"note: {note}")
         model.read_spec(base)
         model.quiet_libraries()
-        cache.fill(config, base, ranks, sets, choose_prompts(config, sets))
+        cache.fill(config, base, ranks, sets, choose_prompts(config, sets), said)
         total = sum(len(part) for part in sets.values())
         ranks.say(f"{total} images and their captions are in {config.cache_path}")
     finally:
@@ -56,7 +57,7 @@ def draw_samples(config: TrainConfig, trained: Path | None, image: Path | None, 
             base = replace(base, transformer=trained)
         model.quiet_libraries()
         model.steady_attention(ranks.device)
-        shown: dict[str, list[Sample]] = {}
+        shown: dict[str, Sequence[Sample]] = {}
         if config.mode == "controlnet" and trained:  # it is shown the first images' conditions
             shown = {config.img_dir: find_sets(config)[0][config.img_dir][: len(prompts)]}
             config = replace(config, **NOT_SHOWN)

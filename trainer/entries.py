@@ -107,7 +107,7 @@ class Entries(Sequence[Entry]):
         self,
         folder: Path,
         latents: Keys,
-        texts: list[Key],
+        texts: Sequence[Key] | Keys,
         text_of: Numbers,
         shapes: list[tuple[int, ...]],
         shape_of: Numbers,
@@ -119,7 +119,8 @@ class Entries(Sequence[Entry]):
         self.folder = folder
         self.latents = latents
         """(images, 1), or (images, 2) with the mirror images'."""
-        self.texts, self.text_of = texts, text_of
+        self.texts: Keys = texts if isinstance(texts, np.ndarray) else np.frombuffer(b"".join(texts), KEY)
+        self.text_of = text_of
         self.shapes, self.shape_of = shapes, shape_of
         self.silent, self.conditions = silent, conditions
         self.repeats = repeats
@@ -141,7 +142,7 @@ class Entries(Sequence[Entry]):
         flipped = bool(view & FLIPPED)
         if not 0 <= view <= FLIPPED | SILENT or (flipped and self.latents.shape[1] < 2):
             raise IndexError(number)
-        text = self.texts[self.text_of[k]]
+        text = bytes(self.texts[self.text_of[k]])
         if view & SILENT:
             if self.silent is None:
                 raise IndexError(number)
@@ -168,7 +169,7 @@ class Entries(Sequence[Entry]):
         entries take a fraction of a second.
         """
         found = hashlib.sha256(repr(self.shapes).encode())
-        texts = np.frombuffer(b"".join(self.texts), KEY)[self.text_of]
+        texts = self.texts[self.text_of]
         for part in (self.latents[:, 0], texts, self.shape_of, self.conditions, self.repeats):
             data = b"" if part is None else np.ascontiguousarray(part).tobytes()
             found.update(b"%d:" % len(data) + data)

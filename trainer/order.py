@@ -10,11 +10,13 @@ from __future__ import annotations
 import hashlib
 import random
 import threading
+from array import array
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from xflux_trainer.config import TrainConfig
+from xflux_trainer.shuffle import Shuffler
 
 Numbers = NDArray[np.int32]
 FLIPPED, SILENT = 1, 2
@@ -43,16 +45,16 @@ def epoch_batches(buckets: Sequence[Numbers], batch: int, seed: int, epoch: int)
 
     Incomplete batches are filled up from the start of their shape's list. Every image is in at least one batch.
     """
-    dice = random.Random(f"{seed}:{epoch}")  # noqa: S311 (not for secrets)
+    dice = Shuffler(random.Random(f"{seed}:{epoch}"))  # noqa: S311 (not for secrets)
     rows = []
     for bucket in buckets:
-        numbers = bucket.tolist()
+        numbers = array("i", np.ascontiguousarray(bucket, np.int32).tobytes())
         dice.shuffle(numbers)
         count = -(-len(numbers) // batch) * batch
-        rows.append(np.resize(np.asarray(numbers, np.int32), count).reshape(-1, batch))
-    places = list(range(sum(len(row) for row in rows)))
+        rows.append(np.resize(np.frombuffer(numbers, np.int32), count).reshape(-1, batch))
+    places = array("i", range(sum(len(row) for row in rows)))
     dice.shuffle(places)
-    return np.concatenate(rows)[places]
+    return np.concatenate(rows)[np.frombuffer(places, np.int32)]
 
 
 class Order:

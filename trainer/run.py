@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
-from xflux_trainer import cache, checkpoint, fast, files, hub, model, modes, quantize, report, resume, sharded
+from xflux_trainer import cache, checkpoint, fast, files, hub, model, modes, quantize, report, resume, sharded, snapshot
 from xflux_trainer.cache import Entries, Entry
 from xflux_trainer.checkpoint import Progress
 from xflux_trainer.config import TrainConfig
@@ -20,6 +21,7 @@ from xflux_trainer.optim import PlainStepper, Stepper
 from xflux_trainer.order import Order
 from xflux_trainer.ranks import Ranks
 from xflux_trainer.samples import Sample
+from xflux_trainer.sampletable import Samples
 from xflux_trainer.spec import FluxSpec
 
 
@@ -92,11 +94,11 @@ def prepare(config: TrainConfig, notes: tuple[str, ...], ranks: Ranks, gauge: Me
     model.steady_attention(ranks.device)
 
     captions = choose_prompts(config, sets)
-    said_of_images = {sample.caption for sample in sets[config.img_dir]}
+    said_of_images = sets[config.img_dir].captions
     shared = list(said_of_images) if len(said_of_images) == 1 else []
     prepare_block = _block_preparer(config, spec, ranks)
     with gauge.phase("cache"):
-        sets_entries, prompts = cache.fill(config, base, ranks, sets, captions)
+        sets_entries, prompts = cache.fill(config, base, ranks, sets, captions, ignored)
     entries = sets_entries[config.img_dir]
     heldout = sets_entries[heldout_dir][: config.heldout_samples]
     dtype = model.DTYPES[config.mixed_precision]
@@ -159,8 +161,22 @@ def refuse_slow(spec: FluxSpec, ranks: Ranks) -> None:
         )
 
 
-def find_sets(config: TrainConfig) -> tuple[dict[str, list[Sample]], str, list[str]]:
-    """Samples by their folder, the folder of the held-out ones, and notes."""
+def find_sets(config: TrainConfig) -> tuple[dict[str, Samples], str, list[str]]:
+    """Samples by their folder, the folder of the held-out ones, and notes: as an earlier start found them, where no
+    file has changed since."""
+    stamp = snapshot.stamp(config)
+    known = snapshot.listing(config, stamp) if stamp else None
+    if known is not None:
+        return known
+    sets, heldout_dir, notes = _list_sets(config)
+    return (
+        {folder: Samples.pack(samples, config.caption_type, stamp) for folder, samples in sets.items()},
+        heldout_dir,
+        notes,
+    )
+
+
+def _list_sets(config: TrainConfig) -> tuple[dict[str, list[Sample]], str, list[str]]:
     columns = config.image_column, config.caption_column
     samples, note = list_samples(config.img_dir, config.caption_type, columns)
     sets, notes = {config.img_dir: samples}, [note]
@@ -186,7 +202,7 @@ def _leave_out(samples: list[Sample], img_dir: str, heldout_dir: str) -> tuple[l
     return kept, f"{left} images of img_dir lie in heldout_dir and are not trained on." if left else ""
 
 
-def choose_prompts(config: TrainConfig, sets: dict[str, list[Sample]]) -> list[str]:
+def choose_prompts(config: TrainConfig, sets: Mapping[str, Sequence[Sample]]) -> list[str]:
     if config.disable_sampling:
         return []
     return list(config.sample_prompts) or [sets[config.img_dir][0].caption]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -170,6 +172,7 @@ def test_a_second_start_reads_no_image_again(tmp_path: Path, monkeypatch: pytest
     run = config(tmp_path)
     images = sorted(squares(Path(run.img_dir)).glob("*.png"))
     older(*images[:3])
+    os.utime(images[3], (time.time() + 60, time.time() + 60))  # just now, however long the first start takes
     fill(run)
     read: list[str] = []
     real = imagework._read
