@@ -211,7 +211,7 @@ def _same_sets(ranks: Ranks, sets: Mapping[str, Sequence[Sample]]) -> None:
     """Ranks that list different images would train on each other's numbers. They agree before anything is shared."""
     if ranks.world_size == 1:
         return
-    found = ranks.gather([digest_of(samples, root) for root, samples in sets.items()])
+    found = ranks.gather(" ".join(digest_of(samples, root) for root, samples in sets.items()))
     if any(one != found[0] for one in found):
         raise DataError(
             f"Rank {next(k for k, one in enumerate(found) if one != found[0])} lists other images or captions than "

@@ -332,7 +332,7 @@ def test_ranks_that_list_other_images_are_stopped(tmp_path: Path) -> None:
     run = config(tmp_path)
     squares(Path(run.img_dir))
     samples, _ = list_samples(run.img_dir, "json")
-    ranks = Ranks(Launch())
+    ranks = Ranks(Launch(world_size=2))
     ranks.gather = lambda value: [value, "of another rank"] if isinstance(value, str) else [value]
     with pytest.raises(DataError, match="Rank 1 lists other images"):
         cache._same_sets(ranks, {run.img_dir: samples})
