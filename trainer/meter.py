@@ -113,8 +113,8 @@ class Meter:
         self._since = now
 
     def start_line(self) -> dict[str, float] | None:
-        """For metrics.json: seconds from the launch to the end of the first step, that step's own, and all by phase;
-        None before it."""
+        """For metrics.json: seconds from the launch to the end of the first step, that step's own (nearly all of which
+        are in `train`), and the whole by phase; None before it."""
         if not self.step_seconds:
             return None
         whole = sum(self.start_seconds.values())
