@@ -25,7 +25,7 @@ from xflux_trainer.encoders import TextEncoders, free
 from xflux_trainer.entries import KEY, Entries, Entry, Key
 from xflux_trainer.errors import DataError, UserError
 from xflux_trainer.imagefile import shown
-from xflux_trainer.imagework import Item, Recipe
+from xflux_trainer.imagework import Item, Items, Recipe
 from xflux_trainer.keys import key
 from xflux_trainer.layout import Base
 from xflux_trainer.ranks import Ranks
@@ -111,17 +111,15 @@ def fill(
     texts = {caption: key(*options, caption) for caption in captions}
     _fill_texts(config, base, ranks, texts)
     recipe = Recipe(config, folder, image_id, control, signature)
-    items = [
-        Item(sample, Path(root), root == config.img_dir) for root, samples in sets.items() for sample in samples
-    ]  # fmt: skip
-    contents, controls = _fill_images(recipe, base, ranks, items)
+    contents, controls = _fill_images(recipe, base, ranks, Items(sets, config.img_dir))
     made: dict[str, Entries] = {}
     start = 0
     for root, samples in sets.items():
         part = slice(start, start + len(samples))
-        made[root] = _entries(recipe, items[part], contents[part], controls[part], texts)
+        own = Items({root: samples}, config.img_dir)
+        made[root] = _entries(recipe, own, contents[part], controls[part], texts)
         start += len(samples)
-    notes = _notes(recipe, items, contents)
+    notes = _notes(recipe, Items(sets, config.img_dir), contents)
     for note in notes:
         ranks.say(note)
     if ranks.launch.local_rank == 0:
@@ -259,7 +257,7 @@ def _fill_texts(config: TrainConfig, base: Base, ranks: Ranks, texts: dict[str, 
 # Images --------------------------------------------------------------------------------------------------
 
 
-def _fill_images(recipe: Recipe, base: Base, ranks: Ranks, items: list[Item]) -> tuple[Rows, np.ndarray]:
+def _fill_images(recipe: Recipe, base: Base, ranks: Ranks, items: Sequence[Item]) -> tuple[Rows, np.ndarray]:
     """Every image's content, and the hash of its condition's file, in the order of the items."""
     memory = Recall(recipe, items)
     problem: UserError | None = None
@@ -293,7 +291,9 @@ def _fill_images(recipe: Recipe, base: Base, ranks: Ranks, items: list[Item]) ->
     return memory.contents, memory.controls
 
 
-def _entries(recipe: Recipe, items: list[Item], contents: Rows, controls: np.ndarray, texts: dict[str, Key]) -> Entries:
+def _entries(
+    recipe: Recipe, items: Sequence[Item], contents: Rows, controls: np.ndarray, texts: dict[str, Key]
+) -> Entries:
     """The entries of one set: all images at the first size, then all at the next."""
     count = len(items)
     sizes = len(recipe.sizes(items[0])) if items else 1
@@ -324,7 +324,7 @@ def _entries(recipe: Recipe, items: list[Item], contents: Rows, controls: np.nda
     )  # fmt: skip
 
 
-def _repeats(config: TrainConfig, items: list[Item]) -> np.ndarray:
+def _repeats(config: TrainConfig, items: Sequence[Item]) -> np.ndarray:
     """How often each image counts in one pass: as the nearest folder above it that is named."""
     named = {Path(os.path.normpath(folder)): times for folder, times in config.repeats}
     used = set()
@@ -341,7 +341,7 @@ def _repeats(config: TrainConfig, items: list[Item]) -> np.ndarray:
     return found
 
 
-def _notes(recipe: Recipe, items: list[Item], contents: Rows) -> list[str]:
+def _notes(recipe: Recipe, items: Sequence[Item], contents: Rows) -> list[str]:
     """What is made up of too few pixels, and what is there twice."""
     notes = _enlarged(recipe, items, contents)
     training = [k for k, item in enumerate(items) if item.training]
@@ -351,7 +351,7 @@ def _notes(recipe: Recipe, items: list[Item], contents: Rows) -> list[str]:
     return notes
 
 
-def _enlarged(recipe: Recipe, items: list[Item], contents: Rows) -> list[str]:
+def _enlarged(recipe: Recipe, items: Sequence[Item], contents: Rows) -> list[str]:
     smaller, worst = 0, (1.0, 0)
     for k, item in enumerate(items):
         if not item.training:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from PIL import Image
@@ -48,6 +48,33 @@ class Item:
     training: bool
 
 
+class Items(Sequence[Item]):
+    """The images of all sets behind each other. Each is made when it is asked for: a million take no memory."""
+
+    def __init__(self, sets: Mapping[str, Sequence[Sample]], img_dir: str) -> None:
+        self._sets = [(Path(root), root == img_dir, samples) for root, samples in sets.items()]
+
+    def __len__(self) -> int:
+        return sum(len(samples) for _, _, samples in self._sets)
+
+    def __iter__(self) -> Iterator[Item]:
+        return (Item(sample, root, training) for root, training, samples in self._sets for sample in samples)
+
+    @overload
+    def __getitem__(self, number: int) -> Item: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Item]: ...
+    def __getitem__(self, number: int | slice) -> Item | list[Item]:
+        if isinstance(number, slice):
+            return [self[k] for k in range(*number.indices(len(self)))]
+        place = range(len(self))[number]
+        for root, training, samples in self._sets:
+            if place < len(samples):
+                return Item(samples[place], root, training)
+            place -= len(samples)
+        raise IndexError(number)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How this run makes entries of images; everything that an entry depends on besides the image."""
@@ -65,7 +92,10 @@ class Recipe:
     def targets(self, item: Item, content: Content) -> list[tuple[int, int]]:
         """Width and height of the image at every size that it is trained at."""
         config = self.config
-        ratio = choose_ratio(item.sample.name, item.root, config.seed, config.random_ratio)
+        # The name is a path to be made: not for each of a million images that need none.
+        ratio = (
+            choose_ratio(item.sample.name, item.root, config.seed, random_ratio=True) if config.random_ratio else None
+        )
         return [
             target_size(content.width, content.height, size, ratio, config.bucket_by) for size in self.sizes(item)
         ]  # fmt: skip

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from xflux_trainer import digests
 from xflux_trainer.digests import ID, ROW, Content, Digests, Rows
 from xflux_trainer.entries import KEY, Keys
-from xflux_trainer.imagework import Item, Recipe
+from xflux_trainer.imagework import Item, Recipe, View
 
 
 class Recall:
     """Every image's content and its condition's, in the order of the items."""
 
-    def __init__(self, recipe: Recipe, items: list[Item]) -> None:
+    def __init__(self, recipe: Recipe, items: Sequence[Item]) -> None:
         self.recipe, self.items = recipe, items
         self.contents: Rows = np.zeros(len(items), ROW)
         """Of an image that nothing is known of, the width is 0."""
@@ -26,6 +27,7 @@ class Recall:
         """Fill in what is remembered; the items that must be read, because they are not known or lack an entry."""
         wanted = []
         tables: dict[Path, Rows | None] = {}
+        there: set[View] = set()  # copies of an image share their entries
         for index, item in enumerate(self.items):
             known = self._of(item.root)
             path, row = item.sample.image, item.sample.row or 0
@@ -40,8 +42,14 @@ class Recall:
             self.contents[index] = rows[row]
             self.controls[index] = np.void(control.ljust(ID, b"\0"))
             views = self.recipe.views(item, digests.content(rows[row]), control)
-            if any(flips or lacks for flips, lacks in map(self.recipe.missing, views)):
-                wanted.append(index)
+            for view in views:
+                if view in there:
+                    continue
+                flips, lacks = self.recipe.missing(view)
+                if flips or lacks:
+                    wanted.append(index)
+                    break
+                there.add(view)
         return wanted
 
     def keep(self, wanted: list[int]) -> None:
