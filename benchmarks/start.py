@@ -47,7 +47,8 @@ def make(work: Path, options: argparse.Namespace) -> None:
     if not options.tiny:
         import write_flux_weights as writer
 
-        writer.write_part(model, writer.full_size()[0], options.device)
+        layers = tuple(map(int, options.layers.split(","))) if options.layers else None
+        writer.write_part(model, writer.full_size(layers)[0], options.device)
     write_images(work / "images", 64 if options.tiny else 1024)
     fill(work)
 
@@ -214,6 +215,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--work", type=Path, required=True, help="a folder on a local disk")
     parser.add_argument("--tiny", action="store_true", help="the demo's transformer")
+    parser.add_argument("--layers", metavar="D,S", help="that many double and single blocks instead of 19,38")
     parser.add_argument("--device", default="cuda", help="where the random weights are drawn")
     parser.add_argument("--no-warm", action="store_true", help="leave out the start from the page cache")
     parser.add_argument("--out", type=Path, help="a JSON file for the numbers")

@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from xflux_trainer.ahead import settle
+
+MEMORY = Path("/proc/meminfo")
 
 
 class Window(NamedTuple):
@@ -40,6 +43,28 @@ class Range(NamedTuple):
 
 class Cut(Exception):
     """A file ended before its time."""
+
+
+def prefetch(files: Sequence[Path]) -> threading.Thread:
+    """Let the system bring files into its page cache while this process does other things, such as importing.
+
+    Nothing waits for it and nothing is raised; where they would fill most of the free memory nothing is done.
+    """
+    thread = threading.Thread(target=_prefetch, args=(files,), name="prefetch", daemon=True)
+    thread.start()
+    return thread
+
+
+def _prefetch(files: Sequence[Path]) -> None:
+    piece = Window().size
+    with suppress(OSError, ValueError, StopIteration):
+        sizes = [file.stat().st_size for file in files]
+        lines = MEMORY.read_text(encoding="ascii").splitlines()
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        for file, size in zip(files, sizes) if 1.5 * sum(sizes) < available else ():  # noqa: B905 (of one length)
+            with file.open("rb") as stream:
+                for start in range(0, size, piece):
+                    os.posix_fadvise(stream.fileno(), start, piece, os.POSIX_FADV_WILLNEED)
 
 
 @dataclass

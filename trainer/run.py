@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
-from xflux_trainer import cache, checkpoint, fast, files, hub, model, modes, quantize, report, resume, sharded, snapshot
+from xflux_trainer import (
+    cache, checkpoint, fast, files, hub, model, modes, quantize, report, resume, sharded, snapshot, weights,
+)  # fmt: skip
 from xflux_trainer.cache import Entries, Entry
 from xflux_trainer.checkpoint import Progress
 from xflux_trainer.config import TrainConfig
@@ -84,6 +86,9 @@ def prepare(config: TrainConfig, notes: tuple[str, ...], ranks: Ranks, gauge: Me
         modes.refuse(config, base, spec)
         found = checkpoint.find(config)
         refuse_slow(spec, ranks)
+        # A second start, in which nothing is encoded: the disk is idle while libraries are imported.
+        if ranks.device.type == "cuda" and not ranks.launch.local_rank and all(one.digest for one in sets.values()):
+            weights.prefetch(base.transformer)
     except UserError as error:
         problem = error
     ranks.agree(problem)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +140,12 @@ def open_weights(source: Path, device: torch.device, locate: Locate | None = Non
     with ExitStack() as stack:
         opened = {file: stack.enter_context(_open(file, device)) for file in files}
         yield Weights(source, opened, device, locate or default)
+
+
+def prefetch(source: Path) -> None:
+    """Have a model's files read by the system until they are asked for: see `readahead.prefetch`."""
+    with suppress(ModelError):  # said when they are opened
+        readahead.prefetch([source] if source.is_file() else shards(source))
 
 
 def _open(file: Path, device: torch.device) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from safetensors.torch import save_file
 from trainer_kit import tiny_flux
 from xflux_trainer import bfl
 from xflux_trainer.errors import ModelError
-from xflux_trainer.readahead import Cut, Range, Window, read
+from xflux_trainer.readahead import Cut, Range, Window, prefetch, read
 from xflux_trainer.weights import open_weights
 
 CPU = torch.device("cpu")
@@ -71,3 +73,35 @@ def test_a_file_that_is_cut_while_it_is_read(tmp_path: Path) -> None:
             stream.truncate(file.stat().st_size - 1000)
         with pytest.raises(ModelError, match="broken or cut short"):
             list(tensors)
+
+
+def cached(file: Path, start: int) -> bool:
+    """Whether a byte of the file is in the page cache."""
+    handle = os.open(file, os.O_RDONLY)
+    try:
+        return os.preadv(handle, [bytearray(1)], start, os.RWF_NOWAIT) == 1
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(handle)
+
+
+def test_files_are_brought_into_the_page_cache(tmp_path: Path) -> None:
+    file = tmp_path / "a"
+    with file.open("wb") as stream:
+        stream.write(bytes(40 << 20))
+        os.fsync(stream.fileno())
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    places = range(0, 40 << 20, 10 << 20)
+    try:
+        dropped = not any(cached(file, start) for start in places)
+    except OSError:
+        dropped = False
+    if not dropped:
+        pytest.skip("this file system keeps its pages, or does not say")
+    prefetch([tmp_path / "absent"]).join()
+    prefetch([file]).join()
+    until = time.monotonic() + 20
+    while not all(cached(file, start) for start in places) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert all(cached(file, start) for start in places)
