@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
-from xflux_trainer import (
-    cache, checkpoint, fast, files, hub, model, modes, quantize, report, resume, sharded, snapshot, weights,
-)  # fmt: skip
+from xflux_trainer import cache, checkpoint, fast, files, hub, model, modes, quantize, report, resume, sharded, snapshot
 from xflux_trainer.cache import Entries, Entry
 from xflux_trainer.checkpoint import Progress
 from xflux_trainer.config import TrainConfig
@@ -25,6 +23,7 @@ from xflux_trainer.ranks import Ranks
 from xflux_trainer.samples import Sample
 from xflux_trainer.sampletable import Samples
 from xflux_trainer.spec import FluxSpec
+from xflux_trainer.weights import prefetch
 
 
 @dataclass
@@ -88,7 +87,7 @@ def prepare(config: TrainConfig, notes: tuple[str, ...], ranks: Ranks, gauge: Me
         refuse_slow(spec, ranks)
         # A second start, in which nothing is encoded: the disk is idle while libraries are imported.
         if ranks.device.type == "cuda" and not ranks.launch.local_rank and all(one.digest for one in sets.values()):
-            weights.prefetch(base.transformer)
+            prefetch(base.transformer)
     except UserError as error:
         problem = error
     ranks.agree(problem)
