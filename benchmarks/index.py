@@ -214,7 +214,10 @@ def main() -> int:
             print(table(rows[-1:]), flush=True)
     print("\n" + table(rows))
     if options.out:
-        options.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        from xflux_trainer.meter import versions
+
+        told = {"cores": len(os.sched_getaffinity(0)), "versions": versions(), "limit_seconds": LIMIT, "rows": rows}
+        options.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     slow = [row["count"] for row in rows if row["second"]["seconds"]["all"] > LIMIT]
     if slow:
         print(f"over {LIMIT:g} s to the first batch of a second start: {', '.join(map(str, slow))} images")

@@ -56,7 +56,8 @@ def test_the_bars_of_a_second_start() -> None:
 def test_an_index_of_a_few_images(tmp_path: Path, kind: str) -> None:
     if kind == "tables":
         pytest.importorskip("pyarrow")
-    shown, rows = run("index.py", "--kind", kind, "--counts", "10,1500", "--out", tmp_path / "out.json")
+    shown, told = run("index.py", "--kind", kind, "--counts", "10,1500", "--out", tmp_path / "out.json")
+    rows = told["rows"]
     assert [(row["count"], row["payload"]) for row in rows] == [(10, 20), (1500, 900)]
     for row in rows:
         assert row["first"]["entries"] == row["second"]["entries"] == row["count"]
