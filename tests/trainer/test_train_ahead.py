@@ -38,7 +38,7 @@ def test_in_order_and_never_more_than_the_depth() -> None:
 
 def test_a_slow_disk_is_waited_for_once() -> None:
     """Each batch takes three steps' time, and four are on their way."""
-    ahead = Ahead(lambda number: time.sleep(0.06) or number, iter(range(20)), CPU)
+    ahead = Ahead(lambda _: time.sleep(0.06), iter(range(20)), CPU)
     waits = []
     for _ in range(20):
         asked = time.perf_counter()
