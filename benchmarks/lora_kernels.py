@@ -135,11 +135,6 @@ def mlp(rows: int, ceiling: float) -> list[Line]:
         sets.append((dy, wide[..., 9216:], o, torch.empty((1, rows, 15360), dtype=dy.dtype, device="cuda")))
     dy, h, o, cat = sets[0]
     calls: dict[str, tuple[float, Callable[..., Any], Callable[..., Any]]] = {
-        "gelu both": (
-            4 * dy.nbytes,
-            lambda dy, h, o, cat: fast.gelu_both(dy, h, dy),
-            lambda dy, h, o, cat: (fast.gelu(h, torch.empty_like(dy)), fast.gelu_backward(dy, h, dy)),
-        ),
         "join": (
             2 * cat.nbytes,
             lambda dy, h, o, cat: fast.join(o, h),
@@ -147,7 +142,6 @@ def mlp(rows: int, ceiling: float) -> list[Line]:
         ),
     }
     meant = {
-        "gelu both": pointwise.gelu_both(dy, h, torch.empty_like(dy)),
         "join": pointwise.join(o, h),
     }
     for name, (size, call, plain) in calls.items():

@@ -8,7 +8,6 @@ computes these again, but not its last products, whose results no gradient needs
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from xflux_trainer import fp8
 from xflux_trainer.attention import Attention
 from xflux_trainer.products import Grads, Group, Rows
 from xflux_trainer.shelf import Shelf
-from xflux_trainer.side import Side, Sides
+from xflux_trainer.side import Side
 
 FP16_MAX = 65504.0
 Saved = dict[str, Tensor]
@@ -36,8 +35,8 @@ class _Block:
     inputs: int
     """Tensors that come before the parameters: streams of tokens, and the modulation of each."""
 
-    def __init__(self, attention: Attention, ops: Any, sides: Sides) -> None:
-        self.attention, self.ops, self.sides = attention, ops, sides
+    def __init__(self, attention: Attention, ops: Any) -> None:
+        self.attention, self.ops = attention, ops
         self.groups: dict[str, Group] = {}
         self.norms: tuple[nn.Parameter, ...] = ()
         self.checkpointed = False
@@ -141,12 +140,12 @@ class Single(_Block):
 
     inputs = 2
 
-    def __init__(self, block: Any, attention: Attention, ops: Any, sides: Sides) -> None:
-        super().__init__(attention, ops, sides)
+    def __init__(self, block: Any, attention: Attention, ops: Any, side: Side) -> None:
+        super().__init__(attention, ops)
         own = block.attn
         self.groups = {
-            "in": Group([own.to_q, own.to_k, own.to_v, block.proj_mlp], ops, sides.narrow),
-            "out": Group([block.proj_out], ops, sides.narrow),
+            "in": Group([own.to_q, own.to_k, own.to_v, block.proj_mlp], ops, side),
+            "out": Group([block.proj_out], ops, side),
         }
         self.norms = (own.norm_q.weight, own.norm_k.weight) * 2
 
@@ -194,10 +193,8 @@ class Single(_Block):
         qkv, dm, do = wide[..., : 3 * width], dcat[..., width:], dcat[..., :width]
         if ahead.held is None:
             dwide, rows = wide if own else torch.empty_like(wide), None
-            with self.sides.text.fork():
-                self.ops.gelu_backward(dm, h, dwide[..., 3 * width :])
+            self.ops.gelu_backward(dm, h, dwide[..., 3 * width :])
             self._attend_backward(do, qkv, rope, saved, 0, dwide[..., : 3 * width], grads)
-            self.sides.text.join()
         else:
             dqkv = qkv if own else qkv.new_empty(qkv.shape)
             self._attend_backward(do, qkv, rope, saved, 0, dqkv, grads)
@@ -220,18 +217,18 @@ class Double(_Block):
 
     inputs = 4
 
-    def __init__(self, block: Any, attention: Attention, ops: Any, sides: Sides) -> None:
-        super().__init__(attention, ops, sides)
+    def __init__(self, block: Any, attention: Attention, ops: Any, side: Side) -> None:
+        super().__init__(attention, ops)
         own = block.attn
         self.groups = {
-            "text qkv": Group([own.add_q_proj, own.add_k_proj, own.add_v_proj], ops, sides.narrow_text),
-            "image qkv": Group([own.to_q, own.to_k, own.to_v], ops, sides.narrow),
-            "text out": Group([own.to_add_out], ops, sides.narrow_text),
-            "image out": Group([own.to_out[0]], ops, sides.narrow),
-            "text up": Group([block.ff_context.net[0].proj], ops, sides.narrow_text),
-            "image up": Group([block.ff.net[0].proj], ops, sides.narrow),
-            "text down": Group([block.ff_context.net[2]], ops, sides.narrow_text),
-            "image down": Group([block.ff.net[2]], ops, sides.narrow),
+            "text qkv": Group([own.add_q_proj, own.add_k_proj, own.add_v_proj], ops, side),
+            "image qkv": Group([own.to_q, own.to_k, own.to_v], ops, side),
+            "text out": Group([own.to_add_out], ops, side),
+            "image out": Group([own.to_out[0]], ops, side),
+            "text up": Group([block.ff_context.net[0].proj], ops, side),
+            "image up": Group([block.ff.net[0].proj], ops, side),
+            "text down": Group([block.ff_context.net[2]], ops, side),
+            "image down": Group([block.ff.net[2]], ops, side),
         }
         self.norms = (own.norm_added_q.weight, own.norm_added_k.weight, own.norm_q.weight, own.norm_k.weight)
 
@@ -243,18 +240,13 @@ class Double(_Block):
         for name, part, x, mod in _streams(inputs):
             shift, scale = mod.chunk(6, dim=-1)[:2]
             group = self.groups[f"{name} qkv"]
-            with _beside(self.sides.text, name):
-                n, rows = self._modulated(group, x, shift, scale)
-                saved[f"low {name} qkv"] = group.forward(n, qkv[:, part], rows)[1]
-                del n, rows
-        self.sides.text.join()
+            n, rows = self._modulated(group, x, shift, scale)
+            saved[f"low {name} qkv"] = group.forward(n, qkv[:, part], rows)[1]
+            del n, rows
         o = self._attend(qkv, rope, saved, length, last=last)
-        made: list[Tensor] = []
-        for stream in _streams(inputs):
-            with _beside(self.sides.text, stream[0]):
-                made += self._after_attention(*stream, o, saved, last=last)
-        self.sides.text.join()
-        return tuple(made)
+        return tuple(
+            made for stream in _streams(inputs) for made in self._after_attention(*stream, o, saved, last=last)
+        )
 
     def _after_attention(
         self, name: str, part: slice, x: Tensor, mod: Tensor, o: Tensor, saved: Saved, *, last: bool
@@ -299,11 +291,9 @@ class Double(_Block):
         do = torch.empty_like(o)
         dxs, dmods = [], []
         for number, (stream, dx) in enumerate(zip(_streams(inputs), grads_out)):  # noqa: B905 (of one length)
-            with _beside(self.sides.text, stream[0]):
-                dx, dmod = self._before_attention(*stream, dx, do, o, saved, grads, sums=need[2 + number])
+            dx, dmod = self._before_attention(*stream, dx, do, o, saved, grads, sums=need[2 + number])
             dxs.append(dx)
             dmods.append(dmod)
-        self.sides.text.join()
         dqkv = qkv if own else torch.empty_like(qkv)
         self._attend_backward(do, qkv, rope, saved, text.shape[1], dqkv, grads)
         del do
@@ -316,14 +306,12 @@ class Double(_Block):
                 return made
 
             low = saved.get(f"low {name} qkv")
-            with _beside(self.sides.text, name):
-                dn = self.groups[f"{name} qkv"].backward(dqkv[:, part], again, low, grads, need_dx=wanted)
-                if dn is None:
-                    dxs[number] = None
-                    continue
-                dxs[number], *sums = self.ops.modulate_backward(dn, x, scale, dxs[number], sums=need[2 + number])
-                dmods[number] = [*sums, *dmods[number]]
-        self.sides.text.join()
+            dn = self.groups[f"{name} qkv"].backward(dqkv[:, part], again, low, grads, need_dx=wanted)
+            if dn is None:
+                dxs[number] = None
+                continue
+            dxs[number], *sums = self.ops.modulate_backward(dn, x, scale, dxs[number], sums=need[2 + number])
+            dmods[number] = [*sums, *dmods[number]]
         whole = [
             torch.cat(dmod, dim=-1).to(inputs[2].dtype) if wanted else None
             for dmod, wanted in zip(dmods, need[2:4])  # noqa: B905
@@ -367,11 +355,6 @@ def _streams(inputs: list[Tensor]) -> list[tuple[str, slice, Tensor, Tensor]]:
         ("text", slice(0, length), text, text_mod),
         ("image", slice(length, length + image.shape[1]), image, image_mod),
     ]
-
-
-def _beside(side: Side, name: str) -> AbstractContextManager[None]:
-    """The text's stream of kernels, or the image's."""
-    return side.fork() if name == "text" else nullcontext()
 
 
 class _Run(torch.autograd.Function):

@@ -44,7 +44,7 @@ class Fast:
     def __post_init__(self) -> None:
         net = self.transformer
         sides = Sides.on(net.x_embedder.weight.device)
-        made = self.attention, self.ops, sides
+        made = self.attention, self.ops, sides.narrow
         self._ahead = sides.ahead
         self.doubles = [Double(block, *made) for block in net.transformer_blocks]
         self.singles = [Single(block, *made) for block in net.single_transformer_blocks]

@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from xflux_trainer import pointwise
-from xflux_trainer.kernels_gelu import gelu_both, join
+from xflux_trainer.kernels_gelu import join
 from xflux_trainer.kernels_lora import lora_add, lora_down_grad, lora_narrow_backward, lora_up_grad
 from xflux_trainer.kernels_rope import qk_rope, qk_rope_backward
 
 __all__ = [
-    "add_gated", "add_modulate", "gated", "gelu", "gelu_backward", "gelu_both", "join", "lora_add", "lora_down_grad",
+    "add_gated", "add_modulate", "gated", "gelu", "gelu_backward", "join", "lora_add", "lora_down_grad",
     "lora_narrow_backward", "lora_up_grad", "modulate", "modulate_backward", "qk_rope", "qk_rope_backward",
 ]  # fmt: skip
 

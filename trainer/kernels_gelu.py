@@ -1,4 +1,4 @@
-"""GELU together with what comes before or after it: each value of the MLP's input is read once for both."""
+"""GELU together with what comes beside it, in one pass."""
 
 import functools  # no annotations of the future: the interpreter of Triton 3.0 reads them as they stand
 
@@ -20,34 +20,6 @@ def _pieces(width: int) -> tuple[int, int]:
 def _gate(x):
     """What tanh-GELU multiplies x by: (1 + tanh u) / 2 is the logistic function of 2 u, for one exponential."""
     return 1.0 / (1.0 + tl.exp(x * (-1.5957691216057308 - 0.07135481627260025 * x * x)))
-
-
-@triton.jit
-def _gelu_both(
-    dy, h, out, made, dy_b, dy_l, h_b, h_l, out_b, out_l, D: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr
-):
-    token, batch = (tl.program_id(0) // PIECES).to(tl.int64), tl.program_id(1).to(tl.int64)
-    cols = (tl.program_id(0) % PIECES) * BLOCK + tl.arange(0, BLOCK)
-    mask = cols < D
-    x = tl.load(h + batch * h_b + token * h_l + cols, mask=mask).to(tl.float32)
-    up = tl.load(dy + batch * dy_b + token * dy_l + cols, mask=mask).to(tl.float32)
-    gate = _gate(x)
-    slope = gate + x * gate * (1.0 - gate) * (1.5957691216057308 + 0.21406444881780076 * x * x)
-    row = (batch * (tl.num_programs(0) // PIECES) + token) * D
-    tl.store(made + row + cols, (x * gate).to(made.dtype.element_ty), mask=mask)
-    tl.store(out + batch * out_b + token * out_l + cols, (up * slope).to(out.dtype.element_ty), mask=mask)
-
-
-def gelu_both(dy: Tensor, h: Tensor, out: Tensor) -> Tensor:
-    batch, tokens, width = h.shape
-    dy = dy if dy.stride(-1) == 1 else dy.contiguous()
-    made = torch.empty((batch, tokens, width), dtype=h.dtype, device=h.device)
-    block, pieces = _pieces(width)
-    _gelu_both[(tokens * pieces, batch)](
-        dy, h, out, made, dy.stride(0), dy.stride(1), h.stride(0), h.stride(1), out.stride(0), out.stride(1), width,
-        block, pieces,
-    )  # fmt: skip
-    return made
 
 
 @triton.jit

@@ -129,12 +129,6 @@ def _turn(x: Tensor) -> Tensor:
     return torch.stack([-b, a], dim=-1).flatten(-2)
 
 
-def gelu_both(dy: Tensor, h: Tensor, out: Tensor) -> Tensor:
-    """dy GELU'(h) into `out`, which may be dy; and GELU(h), new (B, L, M)."""
-    gelu_backward(dy, h, out)
-    return gelu(h, torch.empty_like(h, memory_format=torch.contiguous_format))
-
-
 def join(o: Tensor, h: Tensor) -> Tensor:
     """[o | GELU(h)], (B, L, D + M) of o (B, L, D) and h (B, L, M)."""
     width = o.shape[-1]

@@ -20,17 +20,13 @@ class Sides:
     """What runs beside what in a model."""
 
     narrow: Side
-    """Beside a product its adapters' narrow ones; beside a single block's attention its MLP's GELU."""
-    text: Side
-    """Beside a double block's image its text, whose products are too small to fill the card."""
-    narrow_text: Side
-    """Beside these the text's adapters."""
+    """Beside a product its adapters' narrow ones."""
     ahead: Side
     """Beside the first blocks the modulation of all others."""
 
     @classmethod
     def on(cls, device: torch.device) -> Sides:
-        return cls(*(Side(device) for _ in range(4)))
+        return cls(*(Side(device) for _ in range(2)))
 
 
 class Side:
