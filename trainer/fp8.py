@@ -21,6 +21,12 @@ from xflux_trainer import pointwise
 
 LARGEST = 448.0
 """The largest number of e4m3; beyond it lies NaN."""
+FEW = 16
+"""Rows up to which a product is bound by reading the weight, and the tensor cores' smallest tile."""
+DIP = 0.1700408
+"""The largest size of tanh-GELU below zero, rounded up."""
+STEEPEST = 1.1291
+"""The largest slope of tanh-GELU, rounded up."""
 TINY = 1e-30
 """The least that a row's largest value counts as: a row of zeros has a scale all the same."""
 PROBE_ERROR = 0.01
@@ -38,8 +44,32 @@ def hold(weight: Tensor) -> tuple[dict[str, Tensor], Callable[[dict[str, Tensor]
 
 def open_held(parts: dict[str, Tensor]) -> Callable[[], Tensor]:
     """The dense weight again, for products in another format."""
-    data, scale = parts["data"], parts["scale"].bfloat16()
-    return lambda: data.to(torch.bfloat16).mul_(scale)
+    return _Opened(parts["data"], parts["scale"])
+
+
+class _Opened:
+    """A weight (N, K) with scales (N, 1) fp32, whose dense copy is made when this is called."""
+
+    def __init__(self, data: Tensor, scale: Tensor) -> None:
+        self._data, self._scale = data, scale
+        self._rounded = scale.bfloat16()
+
+    def __call__(self) -> Tensor:
+        return self._data.to(torch.bfloat16).mul_(self._rounded)
+
+    def few(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """x W^T + bias (…, N) of up to `FEW` rows x (…, K), which are not quantised; None where a dense copy serves.
+
+        So few take no longer than reading the weight does, and a dense copy would be written and read as well.
+        """
+        if torch.compiler.is_compiling() or not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16):
+            return None
+        if x.numel() > FEW * x.shape[-1] or supported(x.device) is not None:
+            return None
+        from xflux_trainer import kernels_fp8
+
+        y = kernels_fp8.few(x.reshape(-1, x.shape[-1]), self._data, self._scale, bias)
+        return y.view(*x.shape[:-1], -1)
 
 
 def product(
@@ -124,7 +154,12 @@ def quantize_rows(x: Tensor, colscale: Tensor | None = None) -> tuple[Tensor, Te
         return kernels_fp8.quantize_rows(x, colscale)
     y = x.float().flatten(0, -2)
     y = y if colscale is None else y * colscale.reshape(1, -1).float()
-    scale = y.abs().amax(1, keepdim=True).clamp_min(TINY) / LARGEST
+    return _scaled(y, y.abs().amax(1, keepdim=True))
+
+
+def _scaled(y: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+    """y (M, K) fp32 at the scales that make 448 of `largest` (M, 1)."""
+    scale = largest.clamp_min(TINY) / LARGEST
     return (y * (1 / scale)).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale
 
 
@@ -154,23 +189,34 @@ def add_modulate_fp8(
 
 
 def gelu_fp8(o: Tensor | None, h: Tensor, *, keep: bool = False) -> Made:
-    """[o | GELU(h)] of o (B, L, D) and h (B, L, M), as a single block's last layer wants it; or GELU(h) alone."""
+    """[o | GELU(h)] of o (B, L, D) and h (B, L, M), as a single block's last layer wants it; or GELU(h) alone.
+
+    A row's scale makes 448 of its largest value, or of GELU's dip where that is more.
+    """
     if h.is_cuda:
         from xflux_trainer import kernels_fp8
 
         return kernels_fp8.gelu_fp8(o, h, keep=keep)
     up = h.float()
-    return _made(_beside(o, pointwise.gelu(up, torch.empty_like(up))), h.dtype, None, keep)
+    top = up.amax(-1, keepdim=True).clamp_min(0)
+    most = pointwise.gelu(top, torch.empty_like(top)).clamp_min(DIP)
+    return _beside(o, pointwise.gelu(up, torch.empty_like(up)), most, h.dtype, None, keep)
 
 
 def gelu_backward_fp8(d: Tensor | None, dy: Tensor, h: Tensor, colscale: Tensor | None, *, keep: bool = False) -> Made:
-    """[d | dy GELU'(h)], the gradient of [q k v | h]; the rows' columns are times colscale, what is kept is not."""
+    """[d | dy GELU'(h)], the gradient of [q k v | h]; the rows' columns are times colscale, what is kept is not.
+
+    A row's scale makes 448 of the largest that it could hold, were GELU' as steep as it gets everywhere: a row whose
+    largest is less by some powers of two lies lower in e4m3, which is as fine there.
+    """
     if h.is_cuda:
         from xflux_trainer import kernels_fp8
 
         return kernels_fp8.gelu_backward_fp8(d, dy, h, colscale, keep=keep)
     up = h.float()
-    return _made(_beside(d, pointwise.gelu_backward(dy, up, torch.empty_like(up))), h.dtype, colscale, keep)
+    columns = 1.0 if colscale is None else colscale.flatten()[-h.shape[-1] :].float()
+    most = (dy.float() * columns).abs().amax(-1, keepdim=True) * STEEPEST
+    return _beside(d, pointwise.gelu_backward(dy, up, torch.empty_like(up)), most, h.dtype, colscale, keep)
 
 
 def gated_fp8(dx: Tensor, gate: Tensor, colscale: Tensor | None, *, keep: bool = False) -> Made:
@@ -182,8 +228,16 @@ def gated_fp8(dx: Tensor, gate: Tensor, colscale: Tensor | None, *, keep: bool =
     return _made(pointwise.gated(dx.float(), gate)[0], dx.dtype, colscale, keep)
 
 
-def _beside(left: Tensor | None, right: Tensor) -> Tensor:
-    return right if left is None else torch.cat([left.float(), right], dim=-1)
+def _beside(
+    left: Tensor | None, right: Tensor, most: Tensor, dtype: torch.dtype, colscale: Tensor | None, keep: bool
+) -> Made:
+    """[left | right] in rows; `most` (B, L, 1): what the right's columns are at most, times theirs of colscale."""
+    y = right if left is None else torch.cat([left.float(), right], dim=-1)
+    rows = y.flatten(0, -2) if colscale is None else y.flatten(0, -2) * colscale.reshape(1, -1).float()
+    largest = most.flatten(0, -2)
+    if left is not None:
+        largest = largest.maximum(rows[:, : left.shape[-1]].abs().amax(1, keepdim=True))
+    return *_scaled(rows, largest), y.to(dtype) if keep else None
 
 
 def _made(y: Tensor, dtype: torch.dtype, colscale: Tensor | None, keep: bool) -> Made:

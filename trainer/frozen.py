@@ -21,7 +21,11 @@ ALIGNMENT = 256
 Parts = dict[str, Tensor]
 """A weight as the plain tensors that it is stored in."""
 Opener = Callable[[Parts], Callable[[], Tensor]]
-"""From the stored tensors to a function that makes the dense weight (out, in) of them."""
+"""From the stored tensors to a function that makes the dense weight (out, in) of them.
+
+It may have an attribute `few`, a function of x and the bias: their product without a dense weight, or None where that
+is no gain, because there are too many rows, say.
+"""
 Format = Callable[[Tensor], tuple[Parts, Opener]]
 """From a dense weight (out, in) to what is stored of it, and to how it is opened again."""
 
@@ -104,12 +108,22 @@ class FrozenLinear(nn.Linear):
 
         A streamed layer's is there for what is queued until a layer of another unit is asked for its own.
         """
+        return self._opened()().to(dtype)
+
+    def _opened(self) -> Callable[[], Tensor]:
         if self.streamed is None:
-            return self._open().to(dtype)
+            return self._open
         slot, store = self.streamed()
         if slot not in self._slots:  # the slots stay where they are, so the views of each are made once
             self._slots[slot] = self.opener(self.views(store))
-        return self._slots[slot]().to(dtype)
+        return self._slots[slot]
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + bias, (…, out) of x (…, in), past autograd."""
+        opened = self._opened()
+        few = getattr(opened, "few", None)
+        y: Tensor | None = None if few is None else few(x, bias)
+        return F.linear(x, opened().to(x.dtype), bias) if y is None else y
 
     @property
     def as_stored(self) -> bool:
@@ -158,7 +172,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: FrozenLinear) -> Tensor:
         ctx.layer = layer
-        return F.linear(x, layer.dense(x.dtype), bias)
+        return layer.multiply(x, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]

@@ -1,7 +1,8 @@
-"""What `fp8` does beside its products, in Triton: each row is read once, and written in one byte a value.
+"""What `fp8` does beside its products, in Triton: each row is read from memory once, and written in one byte a value.
 
-A program holds a whole row, up to 32,768 values wide, in registers: its largest value must be known before the first
-can be written. NaN and infinities come out as NaN, so that a broken gradient stays seen.
+A row's scale must be known before its first value can be written. Rows as wide as the model, up to 32,768 values, wait
+in registers meanwhile; the MLP's are looked at twice. NaN and infinities come out as NaN, so that a broken gradient
+stays seen.
 """
 
 from __future__ import annotations
@@ -10,12 +11,21 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from xflux_trainer import fp8
 
 _LARGEST = tl.constexpr(448.0)
 _TINY = tl.constexpr(1e-30)
 _EPS = tl.constexpr(1e-6)
-_TWICE = tl.constexpr(2 * 0.7978845608028654)
-_GELU_CUBE = tl.constexpr(0.044715)
+_EXPONENT = tl.constexpr(-2 * 0.7978845608028654 * 1.4426950408889634)
+_EXPONENT_CUBE = tl.constexpr(-2 * 0.7978845608028654 * 1.4426950408889634 * 0.044715)
+"""exp2's argument in GELU's gate, x (a + b x^2)."""
+_SLOPE = tl.constexpr(2 * 0.7978845608028654)
+_SLOPE_CUBE = tl.constexpr(2 * 0.7978845608028654 * 3 * 0.044715)
+_DIP, _STEEPEST = tl.constexpr(fp8.DIP), tl.constexpr(fp8.STEEPEST)
+_CHUNK = 4096
+"""Values of a row that a program has in hand at once, eight a thread."""
+_FEW = 32, 256, 2, 3
+"""Where few rows are multiplied: outputs of a program, inputs at once, warps, and tiles that are on their way."""
 
 
 def quantize_rows(x: Tensor, colscale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -143,63 +153,130 @@ def _pair(
     q, s, kept = _out(h, first + second, keep)
     left_strides = (0, 0) if left is None else (left.stride(0), left.stride(1))
     dy_strides = (0, 0) if dy is None else (dy.stride(0), dy.stride(1))
-    left_block, block = triton.next_power_of_2(max(first, 1)), triton.next_power_of_2(second)
-    warps = _warps(max(block, left_block))
+    chunk = min(triton.next_power_of_2(second), _CHUNK)
     _pair_kernel[(len(q),)](
-        left, h, dy, colscale, q, s, kept, h.shape[1], first, second, *left_strides, h.stride(0), h.stride(1),
-        *dy_strides, left_block, block, num_warps=warps, maxnreg=64 if warps == 16 else None,
+        left, h, dy, colscale, q, s, kept, h.shape[1], *left_strides, h.stride(0), h.stride(1), *dy_strides,
+        first, second, chunk, num_warps=max(chunk // 256, 4),
     )  # fmt: skip
     return q, s, kept
 
 
 @triton.jit
+def _gate(x, square):
+    """What tanh-GELU multiplies x by, (1 + tanh u) / 2 = 1 / (1 + exp(-2 u)), in the fewest instructions."""
+    root = tl.rsqrt(1 + tl.exp2(x * (square * _EXPONENT_CUBE + _EXPONENT)))
+    return root * root
+
+
+@triton.jit
 def _pair_kernel(
-    left, h, dy, colscale, q, s, kept, tokens, first, second, left_batch, left_token, h_batch, h_token,
-    dy_batch, dy_token, LEFT: tl.constexpr, BLOCK: tl.constexpr,
+    left, h, dy, colscale, q, s, kept, tokens, left_batch, left_token, h_batch, h_token, dy_batch, dy_token,
+    FIRST: tl.constexpr, SECOND: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The row [left | GELU(h)], or with dy [left | dy GELU'(h)], in one scale.
 
-    All is read before the first is needed. What waits for the scale waits in the tensors' own format, and registers
-    are rationed: a row of 21,504 would leave a multiprocessor no room for a second one, to read while it writes.
+    What the values can be at most is known without them, from h or from dy: a first look finds that, a second makes
+    each value and writes it. Nothing waits in registers, and the second look finds in the caches what the first read.
     """
     row = tl.program_id(0).to(tl.int64)
     batch, token = row // tokens, row % tokens
-    start = row * (first + second)
-    cols = tl.arange(0, BLOCK)
-    mask = cols < second
-    x = tl.load(h + batch * h_batch + token * h_token + cols, mask=mask, other=0.0)
-    if dy is not None:
-        up = tl.load(dy + batch * dy_batch + token * dy_token + cols, mask=mask, other=0.0)
-    if left is not None:
-        left_cols = tl.arange(0, LEFT)
-        left_mask = left_cols < first
-        z = tl.load(left + batch * left_batch + token * left_token + left_cols, mask=left_mask, other=0.0)
-        if kept is not None:
-            tl.store(kept + start + left_cols, z, mask=left_mask)
-        if colscale is not None:
-            by = tl.load(colscale + left_cols, mask=left_mask, other=0.0).to(tl.float32)
-            z = (z.to(tl.float32) * by).to(h.dtype.element_ty)
-    y = x.to(tl.float32)
-    square = y * y
-    bell = 1 / (1 + tl.exp(y * (1 + square * _GELU_CUBE) * _TWICE * -1))  # (1 + tanh) / 2
+    h += batch * h_batch + token * h_token
+    q += row * (FIRST + SECOND)
+    cols = tl.arange(0, CHUNK)
+    most = tl.zeros((CHUNK,), tl.float32)
     if dy is None:
-        y *= bell
+        for start in tl.static_range(0, SECOND, CHUNK):
+            x = tl.load(h + start + cols, mask=start + cols < SECOND, other=0.0).to(tl.float32)
+            most = tl.maximum(most, x)
+        top = tl.max(most, 0)
+        largest = tl.maximum(top * _gate(top, top * top), _DIP)
+        most = tl.zeros((CHUNK,), tl.float32)
     else:
-        slope = bell + y * bell * (1 - bell) * (1 + square * _GELU_CUBE * 3) * _TWICE
-        y = slope * up.to(tl.float32)
-    if kept is not None:
-        tl.store(kept + start + first + cols, y.to(kept.dtype.element_ty), mask=mask)
-    if colscale is not None:
-        y *= tl.load(colscale + first + cols, mask=mask, other=0.0).to(tl.float32)
-    y = y.to(h.dtype.element_ty)
-    largest = tl.max(tl.abs(y.to(tl.float32)), 0)
+        dy += batch * dy_batch + token * dy_token
+        for start in tl.static_range(0, SECOND, CHUNK):
+            mask = start + cols < SECOND
+            up = tl.load(dy + start + cols, mask=mask, other=0.0).to(tl.float32)
+            if colscale is not None:
+                up *= tl.load(colscale + FIRST + start + cols, mask=mask, other=0.0).to(tl.float32)
+            most = tl.maximum(most, tl.abs(up))
+        largest = tl.max(most, 0) * _STEEPEST
+        most = tl.zeros((CHUNK,), tl.float32)
     if left is not None:
-        largest = tl.maximum(largest, tl.max(tl.abs(z.to(tl.float32)), 0))
+        left += batch * left_batch + token * left_token
+        for start in tl.static_range(0, FIRST, CHUNK):
+            mask = start + cols < FIRST
+            z = tl.load(left + start + cols, mask=mask, other=0.0).to(tl.float32)
+            if colscale is not None:
+                z *= tl.load(colscale + start + cols, mask=mask, other=0.0).to(tl.float32)
+            most = tl.maximum(most, tl.abs(z))
+        largest = tl.maximum(largest, tl.max(most, 0))
     scale = _scale(largest)
     tl.store(s + row, scale)
-    tl.store(q + start + first + cols, (y.to(tl.float32) * (1 / scale)).to(tl.float8e4nv), mask=mask)
+    unit = 1 / scale
+    if kept is not None:
+        kept += row * (FIRST + SECOND)
+    for start in tl.static_range(0, SECOND, CHUNK):
+        mask = start + cols < SECOND
+        x = tl.load(h + start + cols, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        square = x * x
+        gate = _gate(x, square)
+        if dy is None:
+            y = x * gate
+        else:
+            up = tl.load(dy + start + cols, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+            y = (gate + x * (square * _SLOPE_CUBE + _SLOPE) * (gate - gate * gate)) * up
+        if kept is not None:
+            tl.store(kept + FIRST + start + cols, y.to(kept.dtype.element_ty), mask=mask)
+        if colscale is not None:
+            y *= tl.load(colscale + FIRST + start + cols, mask=mask, other=0.0).to(tl.float32)
+        tl.store(q + FIRST + start + cols, (y * unit).to(tl.float8e4nv), mask=mask)
     if left is not None:
-        tl.store(q + start + left_cols, (z.to(tl.float32) * (1 / scale)).to(tl.float8e4nv), mask=left_mask)
+        for start in tl.static_range(0, FIRST, CHUNK):
+            mask = start + cols < FIRST
+            z = tl.load(left + start + cols, mask=mask, other=0.0, eviction_policy="evict_first")
+            if kept is not None:
+                tl.store(kept + start + cols, z, mask=mask)
+            z = z.to(tl.float32)
+            if colscale is not None:
+                z *= tl.load(colscale + start + cols, mask=mask, other=0.0).to(tl.float32)
+            tl.store(q + start + cols, (z * unit).to(tl.float8e4nv), mask=mask)
+
+
+def few(x: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + bias (M, N) of up to 16 rows x (M, K), in their format; data (N, K) contiguous, scale (N, 1) fp32."""
+    x = _laid(x)
+    rows, width = x.shape
+    y = torch.empty(rows, len(data), dtype=x.dtype, device=x.device)
+    block, chunk, warps, stages = _FEW
+    _few_kernel[(triton.cdiv(len(data), block),)](
+        x, data, scale, bias, y, rows, len(data), x.stride(0), width, block, chunk, num_warps=warps, num_stages=stages
+    )
+    return y
+
+
+@triton.jit
+def _few_kernel(
+    x, data, scale, bias, y, rows, outputs, x_row, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
+    """Each weight is read once, and exact in x's format; the tensor cores take 16 rows in the time of one."""
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m = tl.arange(0, 16)
+    cols = tl.arange(0, CHUNK)
+    inside, present = n < outputs, m < rows
+    weights = data + n.to(tl.int64)[:, None] * WIDTH + cols[None]
+    values = x + m[None] * x_row + cols[:, None]
+    total = tl.zeros((BLOCK, 16), tl.float32)
+    for start in range(0, WIDTH, CHUNK):
+        there = start + cols < WIDTH
+        w = tl.load(weights + start, mask=inside[:, None] & there[None], other=0.0)
+        v = tl.load(values + start, mask=present[None] & there[:, None], other=0.0)
+        # By way of fp32, because e4m3 to bf16 at once becomes the slowest conversion that there is.
+        total = tl.dot(w.to(tl.float32).to(x.dtype.element_ty), v, total)
+    total *= tl.load(scale + n, mask=inside, other=0.0)[:, None]
+    if bias is not None:
+        total += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)[:, None]
+    to = y + m[None].to(tl.int64) * outputs + n[:, None]
+    tl.store(to, total.to(y.dtype.element_ty), mask=inside[:, None] & present[None])
 
 
 def transpose(data: Tensor, out: Tensor) -> None:
