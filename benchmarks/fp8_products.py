@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from xflux_trainer import fp8
+from xflux_trainer.frozen import FrozenLinear
 
 RESULTS = Path(__file__).resolve().parent / "results"
 WIDTH, IMAGE, TEXT = 3072, 4096, 512
@@ -153,7 +154,11 @@ def measure_product(layer: Layer, clock: Clock) -> Row:
 
 
 def errors(o: Operands) -> dict[str, float]:
-    """Relative, the mean of up to 256 rows: of the sums alone, and of everything but the weights' own rounding."""
+    """Relative, the mean of up to 256 rows: of the sums alone, and of everything but the weights' own rounding.
+
+    Fast sums are kept some 14 bits wide and cut off at every step, so that their error grows with the length of the
+    sum. It matters where it comes near that of everything.
+    """
     (xq, xs), (dq, ds) = (tuple(part[:256] for part in pair) for pair in (o.rows, o.grads))
     dense = o.data.double() * o.wscale
     y, dx = o.x[:256].double() @ dense.t(), o.dy[:256].double() @ dense
@@ -163,11 +168,18 @@ def errors(o: Operands) -> dict[str, float]:
         product = fp8.product(xq, xs, o.data, o.wscale, None, fast=fast)
         back = fp8.backward(dq, ds, o.data, transposed=o.turned, fast=fast)
         found |= {f"sums{name}": off(product, y_rows), f"back sums{name}": off(back, dx_rows)}
+        found |= {f"slope{name}": slope(product, y_rows), f"back slope{name}": slope(back, dx_rows)}
         found |= {f"all{name}": off(product, y), f"back all{name}": off(back, dx)}
     wide = o.dy[:256].float() * o.wscale.t()
     e5m2 = 57344 / wide.abs().amax(1, keepdim=True)
     found["back all e5m2"] = off((wide * e5m2).to(torch.float8_e5m2).double() / e5m2 @ o.data.double(), dx)
     return found
+
+
+def slope(found: Tensor, wanted: Tensor) -> float:
+    """How much larger the whole is than wanted: sums that are cut off, not rounded, come out smaller all alike."""
+    unit = wanted.norm(dim=1, keepdim=True)
+    return float(((found.double() / unit) * (wanted / unit)).sum(1).mean() - 1)
 
 
 def off(found: Tensor, wanted: Tensor) -> float:
@@ -189,6 +201,10 @@ def measure_kernels(shrink: int, clock: Clock) -> list[Row]:
     columns = torch.rand(7 * d, 1, device=clock.device)
     half = columns.bfloat16()
     double, hidden = x[:, :image], h[:, :image]
+    embedding = normal(1, d)
+    modulation = [
+        FrozenLinear(torch.nn.Linear(d, widths * d, device=clock.device, dtype=x.dtype), fp8.hold) for widths in (3, 6)
+    ]
     # name, call, bytes a token and width, times in a step; text is an eighth of the image, and counted by its tokens
     text = 1 + TEXT / IMAGE
     plan: list[tuple[str, Callable[[], Any], float, float]] = [
@@ -216,6 +232,8 @@ def measure_kernels(shrink: int, clock: Clock) -> list[Row]:
             20 * image,
             DOUBLES * text,
         ),
+        ("single modulation layer", lambda: modulation[0](embedding), 3 * d, SINGLES),
+        ("double modulation layer", lambda: modulation[1](embedding), 6 * d, 2 * DOUBLES),
         ("double rows of dqkv", lambda: fp8.quantize_rows(qkv[:, :image], half[: 3 * d]), 9 * image, DOUBLES * text),
     ]
     rows = []
