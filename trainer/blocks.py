@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from xflux_trainer import fp8
 from xflux_trainer.attention import Attention
 from xflux_trainer.products import Grads, Group, Rows
-from xflux_trainer.shelf import Shelf
 from xflux_trainer.side import Side
 
 FP16_MAX = 65504.0
@@ -40,12 +39,6 @@ class _Block:
         self.groups: dict[str, Group] = {}
         self.norms: tuple[nn.Parameter, ...] = ()
         self.checkpointed = False
-        self.shelf: Shelf | None = None
-        """Where the tokens of a checkpointed block wait; None: on the device."""
-        self.shelf_before: Shelf | None = None
-        """The same of the block before this one."""
-        self.number = 0
-        """Which of all blocks it is."""
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -368,12 +361,6 @@ class _Run(torch.autograd.Function):
         ctx.block, ctx.rope = block, rope
         kept = {} if block.checkpointed else {key: value for key, value in saved.items() if value is not None}
         ctx.keys = list(kept)
-        streams = block.inputs // 2
-        if block.checkpointed and block.shelf is not None:
-            block.shelf.put(block.number, inputs[:streams])
-            inputs = inputs[streams:]
-        elif block.shelf_before is not None:
-            block.shelf_before.settle()
         ctx.save_for_backward(*inputs, *kept.values())
         return made
 
@@ -381,10 +368,6 @@ class _Run(torch.autograd.Function):
     def backward(ctx: Any, *grads_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         block: _Block = ctx.block
         stored: list[Tensor] = list(ctx.saved_tensors)
-        if block.checkpointed and block.shelf is not None:
-            stored = block.shelf.take(block.number) + stored
-        if block.shelf_before is not None:
-            block.shelf_before.ask(block.number - 1)
         inputs, kept = stored[: block.inputs], stored[block.inputs :]
         saved: Saved = dict(zip(ctx.keys, kept))  # noqa: B905 (of one length)
         if not kept:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from xflux_trainer.config import TrainConfig
 from xflux_trainer.errors import Unsupported
 from xflux_trainer.model import DTYPES, Prepare
 from xflux_trainer.products import Adapters, pack
-from xflux_trainer.shelf import Shelf
 from xflux_trainer.side import Sides
 
 ROPES = 64
@@ -38,8 +36,6 @@ class Fast:
     checkpointed: int
     """The first so many blocks keep their input alone: while the later ones are gone through backward, what they kept
     goes, and makes room for what these compute again."""
-    offloaded: bool = False
-    """Whether these inputs wait in the host's memory."""
 
     def __post_init__(self) -> None:
         net = self.transformer
@@ -49,13 +45,8 @@ class Fast:
         self.doubles = [Double(block, *made) for block in net.transformer_blocks]
         self.singles = [Single(block, *made) for block in net.single_transformer_blocks]
         self._blocks = [*self.doubles, *self.singles]
-        for number, block in enumerate(self._blocks):
-            block.number, block.checkpointed = number, number < self.checkpointed
-        if self.offloaded:
-            # What the last block begins with is wanted again at once.
-            shelf = Shelf(net.x_embedder.weight.device)
-            for block, after in pairwise(self._blocks[: self.checkpointed + 1]):
-                block.shelf = after.shelf_before = shelf
+        for block in self._blocks[: self.checkpointed]:
+            block.checkpointed = True
         self._ropes: deque[tuple[Tensor, Tensor, Rope]] = deque(maxlen=ROPES)
 
     def __call__(
@@ -166,7 +157,7 @@ def build(
     checkpointed = 0
     if config.gradient_checkpointing:
         checkpointed = count if config.checkpointed_blocks is None else min(count, config.checkpointed_blocks)
-    made = Fast(net, attention, fastops.ops(device), checkpointed, config.offload_checkpoints)
+    made = Fast(net, attention, fastops.ops(device), checkpointed)
     return made, [f"{made.describe()}{''.join(f' ({each})' for each in passed)}."] if device.type == "cuda" else []
 
 

@@ -22,7 +22,7 @@ _EXPONENT_CUBE = tl.constexpr(-2 * 0.7978845608028654 * 1.4426950408889634 * 0.0
 _SLOPE = tl.constexpr(2 * 0.7978845608028654)
 _SLOPE_CUBE = tl.constexpr(2 * 0.7978845608028654 * 3 * 0.044715)
 _DIP, _STEEPEST = tl.constexpr(fp8.DIP), tl.constexpr(fp8.STEEPEST)
-_CHUNK = 4096
+_CHUNK = 2048
 """Values of a row that a program has in hand at once, eight a thread."""
 
 

@@ -134,8 +134,6 @@ class TrainConfig:
     """Recompute every block's activations in the backward pass instead of keeping them."""
     checkpointed_blocks: int | None = None
     """With gradient_checkpointing: how many blocks recompute theirs, the first ones; null: all."""
-    offload_checkpoints: bool = False
-    """Keep what checkpointed blocks begin with in pinned host memory: 27 MiB less per block at 1024 px."""
     kernels: Literal["auto", "fused", "diffusers"] = "auto"
     """What computes the blocks: this trainer's fused kernels or diffusers; auto: fused on a GPU with Triton."""
     attention: Literal["auto", "flash-attn-4", "flash", "cudnn", "sdpa"] = "auto"
