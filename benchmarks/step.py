@@ -41,6 +41,17 @@ KEPT = {"gradient_checkpointing": False}
 ROWS = [
     Row("ours-kept", "this trainer, nothing recomputed", KEPT),
     Row("ours-checkpointed", "this trainer, every block recomputed"),
+    Row("ours-checkpointed-stream", "the same, 4 of 57 blocks streamed", {"stream_blocks": 4}),
+    Row(
+        "ours-fp8-kept",
+        "this trainer, base held and multiplied in fp8, nothing recomputed",
+        {"quantization": "fp8-dynamic", "modulation": "quantize", **KEPT},
+    ),
+    Row(
+        "ours-int4",
+        "this trainer, base in int4, every block recomputed",
+        {"quantization": "int4", "modulation": "quantize"},
+    ),
     Row("diffusers-kept", "diffusers' example, nothing recomputed", KEPT, "diffusers"),
     Row("diffusers-checkpointed", "diffusers' example, every block recomputed", {}, "diffusers"),
     Row("xflux", "X-Flux, base in bf16, nothing recomputed", KEPT, "xflux"),
