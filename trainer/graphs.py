@@ -84,6 +84,12 @@ class Recorder:
             parameter.grad = grad
         self._micro = 0
 
+    def release(self) -> None:
+        """Give the recordings' memory back; steps are recorded anew when they come again."""
+        self._recordings.clear()
+        self._pool = None
+        torch.cuda.empty_cache()
+
     def _add(self, rest: dict[nn.Parameter, Tensor]) -> None:
         self._micro += 1
         if self._accumulation == 1:

@@ -40,6 +40,13 @@ def learn(stepper: Stepper, compute: Callable[..., Tensor], inputs: tuple[Tensor
     return loss.detach()
 
 
+def release(stepper: Stepper) -> None:
+    """Give back what is held for steps alone, before something else wants the device's memory."""
+    recorder = getattr(stepper, "recorder", None)
+    if recorder is not None:
+        recorder.release()
+
+
 class Stepper(Protocol):
     """One optimizer step, whoever carries it out. Every rank calls every method."""
 

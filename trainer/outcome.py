@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from xflux_trainer import card, evaluate, report, sample, sheet
+from xflux_trainer import card, evaluate, optim, report, sample, sheet
 from xflux_trainer.errors import UserError
 from xflux_trainer.report import write_metrics
 from xflux_trainer.run import Run
@@ -76,6 +76,7 @@ def draw(run: Run, stem: str, watch: Watch | None) -> None:
         for k, text in enumerate(run.prompts)
     ]  # fmt: skip
     sharded = run.stepper.strategy in evaluate.SHARDED
+    optim.release(run.stepper)  # the VAE wants more than what a step leaves
     with run.meter.phase("sample"), run.stepper.averaged():
         sample.draw(run.trainee.module, run.spec, config, run.base, run.ranks, prompts, sharded=sharded)
     paths, final = [prompt.image for prompt in prompts], stem == "final"
