@@ -119,7 +119,8 @@ class _Block:
     ) -> tuple[Tensor, Rows | None, Tensor | None]:
         """The gradient of the group's output, as rows too where its product is in fp8; and that of the gate."""
         if group.held is None or y is not None:
-            dy, dgate = self.ops.gated(dx, gate, y)
+            dy = group.room(dx)
+            _, dgate = self.ops.gated(dx, gate, y, dy[..., : group.width])
             return dy, None, dgate
         q, s, kept = fp8.gated_fp8(dx, gate, group.held.columns, keep=group.adapters is not None)
         return dx if kept is None else kept, Rows(q, s), None
@@ -185,8 +186,9 @@ class Single(_Block):
         del dy, rows
         qkv, dm, do = wide[..., : 3 * width], dcat[..., width:], dcat[..., :width]
         if ahead.held is None:
-            dwide, rows = wide if own else torch.empty_like(wide), None
-            self.ops.gelu_backward(dm, h, dwide[..., 3 * width :])
+            # In its own place there is no room beside it: a product with a bias is slower where rows lie apart.
+            dwide, rows = wide if own else ahead.room(x), None
+            self.ops.gelu_backward(dm, h, dwide[..., 3 * width : ahead.width])
             self._attend_backward(do, qkv, rope, saved, 0, dwide[..., : 3 * width], grads)
         else:
             dqkv = qkv if own else qkv.new_empty(qkv.shape)
@@ -241,6 +243,11 @@ class Double(_Block):
             made for stream in _streams(inputs) for made in self._after_attention(*stream, o, saved, last=last)
         )
 
+    def _room(self, o: Tensor) -> Tensor:
+        """For the gradient of q, k and v of both streams, with what either needs beside it."""
+        groups = [self.groups[f"{name} qkv"] for name in ("text", "image")]
+        return max(groups, key=lambda group: group.extra).room(o)
+
     def _after_attention(
         self, name: str, part: slice, x: Tensor, mod: Tensor, o: Tensor, saved: Saved, *, last: bool
     ) -> tuple[Tensor, ...]:
@@ -281,14 +288,15 @@ class Double(_Block):
     ) -> list[Tensor | None]:  # fmt: skip
         text = inputs[0]
         qkv, o = saved["qkv"], saved["o"]
+        width = qkv.shape[-1]
         do = torch.empty_like(o)
         dxs, dmods = [], []
         for number, (stream, dx) in enumerate(zip(_streams(inputs), grads_out)):  # noqa: B905 (of one length)
             dx, dmod = self._before_attention(*stream, dx, do, o, saved, grads, sums=need[2 + number])
             dxs.append(dx)
             dmods.append(dmod)
-        dqkv = qkv if own else torch.empty_like(qkv)
-        self._attend_backward(do, qkv, rope, saved, text.shape[1], dqkv, grads)
+        dqkv = qkv if own else self._room(o)
+        self._attend_backward(do, qkv, rope, saved, text.shape[1], dqkv[..., :width], grads)
         del do
         for number, (name, part, x, mod) in enumerate(_streams(inputs)):
             shift, scale = mod.chunk(6, dim=-1)[:2]
@@ -299,7 +307,9 @@ class Double(_Block):
                 return made
 
             low = saved.get(f"low {name} qkv")
-            dn = self.groups[f"{name} qkv"].backward(dqkv[:, part], again, low, grads, need_dx=wanted)
+            group = self.groups[f"{name} qkv"]
+            dy = dqkv[:, part] if own else dqkv[:, part, : width + group.extra]
+            dn = group.backward(dy, again, low, grads, need_dx=wanted)
             if dn is None:
                 dxs[number] = None
                 continue
@@ -322,18 +332,19 @@ class Double(_Block):
         down, up, out = (self.groups[f"{name} {which}"] for which in ("down", "up", "out"))
         dz, rows, dgate_m = self._gated(down, dx, gate_m, saved.get(f"{name} z"))
         low = saved.get(f"low {name} down")
-        dh = down.backward(dz, lambda: self.ops.gelu(h, torch.empty_like(h)), low, grads, quantised=rows)
-        assert dh is not None
+        room = up.room(dx)
+        dh = room[..., : up.width]
+        down.backward(dz, lambda: self.ops.gelu(h, torch.empty_like(h)), low, grads, dh, quantised=rows)
         del dz
         if up.held is None:
             self.ops.gelu_backward(dh, h, dh)
-            rows = None
+            dh, rows = room, None
         else:
             q, s, kept = fp8.gelu_backward_fp8(None, dh, h, up.held.columns, keep=up.adapters is not None)
             dh, rows = dh if kept is None else kept, Rows(q, s)
         low = saved.get(f"low {name} up")
         dn = up.backward(dh, lambda: self.ops.modulate(middle, shift, scale), low, grads, quantised=rows)
-        del dh
+        del dh, room
         dx, dshift, dscale = self.ops.modulate_backward(dn, middle, scale, dx, sums=sums)
         dy, rows, dgate_a = self._gated(out, dx, gate_a, saved.get(f"{name} y"))
         out.backward(dy, lambda: o[:, part], saved.get(f"low {name} out"), grads, do[:, part], quantised=rows)

@@ -42,8 +42,8 @@ class Fast:
         sides = Sides.on(net.x_embedder.weight.device)
         made = self.attention, self.ops, sides.narrow
         self._ahead = sides.ahead
-        self.doubles = [Double(block, *made) for block in net.transformer_blocks]
-        self.singles = [Single(block, *made) for block in net.single_transformer_blocks]
+        self.doubles = [_settled(Double(block, *made)) for block in net.transformer_blocks]
+        self.singles = [_settled(Single(block, *made)) for block in net.single_transformer_blocks]
         self._blocks = [*self.doubles, *self.singles]
         for block in self._blocks[: self.checkpointed]:
             block.checkpointed = True
@@ -129,6 +129,13 @@ class Fast:
     def describe(self) -> str:
         """One line about what computes."""
         return f"fused kernels, attention by {self.attention.name}"
+
+
+def _settled(block: Any) -> Any:
+    """A block whose weights may just have moved: what they left does not fit those of the next one, and goes back."""
+    if any(group.extra for group in block.groups.values()):
+        torch.cuda.empty_cache()
+    return block
 
 
 def build(

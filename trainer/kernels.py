@@ -178,8 +178,8 @@ def modulate_backward(
 
 @triton.jit
 def _scaled(
-    x, y, gate, out, x_b, x_l, y_b, y_l, gate_b, D: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr,
-    ADD: tl.constexpr,
+    x, y, gate, out, x_b, x_l, y_b, y_l, gate_b, out_b, out_l, D: tl.constexpr, BLOCK: tl.constexpr,
+    PIECES: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """gate y, and with ADD x + gate y."""
     token, batch = (tl.program_id(0) // PIECES).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -191,8 +191,7 @@ def _scaled(
         made = tl.load(x + batch * x_b + token * x_l + cols, mask=mask).to(tl.float32) + by * b
     else:
         made = by * b
-    row = (batch * (tl.num_programs(0) // PIECES) + token) * D
-    tl.store(out + row + cols, made.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + batch * out_b + token * out_l + cols, made.to(out.dtype.element_ty), mask=mask)
 
 
 def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
@@ -200,14 +199,15 @@ def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     out = torch.empty((batch, tokens, width), dtype=x.dtype, device=x.device)
     block, pieces = _pieces(width, 1024)
     _scaled[(tokens * pieces, batch)](
-        x, y, gate, out, x.stride(0), x.stride(1), y.stride(0), y.stride(1), gate.stride(0), width, block, pieces, True
-    )
+        x, y, gate, out, x.stride(0), x.stride(1), y.stride(0), y.stride(1), gate.stride(0), out.stride(0),
+        out.stride(1), width, block, pieces, True,
+    )  # fmt: skip
     return out
 
 
 @triton.jit
 def _gated_sums(
-    dx, gate, y, out, sums, dx_b, dx_l, gate_b, y_b, y_l, tokens, D: tl.constexpr, BLOCK: tl.constexpr,
+    dx, gate, y, out, sums, dx_b, dx_l, gate_b, y_b, y_l, out_b, out_l, tokens, D: tl.constexpr, BLOCK: tl.constexpr,
     STEP: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     first, batch = tl.program_id(1) * (STEP * STEPS), tl.program_id(2).to(tl.int64)
@@ -220,28 +220,29 @@ def _gated_sums(
         mask = (rows < tokens) & inside
         up = tl.load(dx + batch * dx_b + rows * dx_l + cols, mask=mask, other=0.0).to(tl.float32)
         total += up * tl.load(y + batch * y_b + rows * y_l + cols, mask=mask, other=0.0).to(tl.float32)
-        tl.store(out + (batch * tokens + rows) * D + cols, (by * up).to(out.dtype.element_ty), mask=mask)
+        tl.store(out + batch * out_b + rows * out_l + cols, (by * up).to(out.dtype.element_ty), mask=mask)
     part = (tl.program_id(1) * tl.num_programs(2) + batch) * D
     tl.store(sums + part + cols, tl.sum(total, 0)[None], mask=inside)
 
 
-def gated(dx: Tensor, gate: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def gated(dx: Tensor, gate: Tensor, y: Tensor | None = None, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     batch, tokens, width = dx.shape
     dx = _laid(dx)
-    out = torch.empty((batch, tokens, width), dtype=dx.dtype, device=dx.device)
-    dx_b, dx_l, _ = dx.stride()
+    if out is None:
+        out = torch.empty((batch, tokens, width), dtype=dx.dtype, device=dx.device)
+    (dx_b, dx_l, _), (out_b, out_l, _) = dx.stride(), out.stride()
     if y is None:
         block, pieces = _pieces(width, 1024)
         _scaled[(tokens * pieces, batch)](
-            dx, dx, gate, out, dx_b, dx_l, dx_b, dx_l, gate.stride(0), width, block, pieces, False
+            dx, dx, gate, out, dx_b, dx_l, dx_b, dx_l, gate.stride(0), out_b, out_l, width, block, pieces, False
         )
         return out, None
     block, pieces = _pieces(width, 256)
     parts = triton.cdiv(tokens, _STEP * _STEPS)
     sums = torch.empty((parts, batch, width), dtype=torch.float32, device=dx.device)
     _gated_sums[(pieces, parts, batch)](
-        dx, gate, y, out, sums, dx_b, dx_l, gate.stride(0), y.stride(0), y.stride(1), tokens, width, block, _STEP,
-        _STEPS,
+        dx, gate, y, out, sums, dx_b, dx_l, gate.stride(0), y.stride(0), y.stride(1), out_b, out_l, tokens, width,
+        block, _STEP, _STEPS,
     )  # fmt: skip
     return out, sums.sum(0)
 

@@ -130,9 +130,10 @@ def _narrow(
     tl.store(to, (scale * total).to(out.dtype.element_ty), mask=inside & (deep < R)[None])
 
 
-def lora_narrow_backward(dy: Tensor, up: Tensor, parts: Parts) -> Tensor:
+def lora_narrow_backward(dy: Tensor, up: Tensor, parts: Parts, out: Tensor | None = None) -> Tensor:
     rows, dy = len(dy), _laid(dy)
-    out = torch.empty((rows, sum(part.rank for part in parts)), dtype=dy.dtype, device=dy.device)
+    if out is None:
+        out = torch.empty((rows, sum(part.rank for part in parts)), dtype=dy.dtype, device=dy.device)
     for run in _runs(parts):
         first = run.first
         factor, up_n, up_r = _own(up, run)

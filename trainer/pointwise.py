@@ -54,10 +54,12 @@ def modulate_backward(
     return (total, up.sum(1), (up * n).sum(1)) if sums else (total, None, None)
 
 
-def gated(dx: Tensor, gate: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """gate dx, the gradient of y in `add_gated`; where y is given that of the gate as well, (B, D) fp32."""
+def gated(dx: Tensor, gate: Tensor, y: Tensor | None = None, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """gate dx, the gradient of y in `add_gated`, into `out` where that is given; where y is that of the gate as well,
+    (B, D) fp32."""
     dgate = None if y is None else (dx.float() * y.float()).sum(1)
-    return (gate.float()[:, None] * dx.float()).to(dx.dtype), dgate
+    made = gate.float()[:, None] * dx.float()
+    return made.to(dx.dtype) if out is None else out.copy_(made), dgate
 
 
 def gelu(h: Tensor, out: Tensor) -> Tensor:
@@ -164,9 +166,9 @@ def lora_add(y: Tensor, low: Tensor, up: Tensor, parts: Parts) -> Tensor:
     return y
 
 
-def lora_narrow_backward(dy: Tensor, up: Tensor, parts: Parts) -> Tensor:
-    """The gradient of low, (M, R): scale dy up, each part's in its narrow columns."""
-    dlow = dy.new_empty(len(dy), sum(part.rank for part in parts))
+def lora_narrow_backward(dy: Tensor, up: Tensor, parts: Parts, out: Tensor | None = None) -> Tensor:
+    """The gradient of low, (M, R), into `out` where that is given: scale dy up, each part's in its narrow columns."""
+    dlow = dy.new_empty(len(dy), sum(part.rank for part in parts)) if out is None else out
     for part, factor in zip(parts, factors(up, parts)):  # noqa: B905 (of one length)
         _narrow(dlow, part).addmm_(_outputs(dy, part), factor, beta=0, alpha=part.scale)
     return dlow

@@ -48,9 +48,15 @@ class Adapters:
     def cast(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         """Pairs (copy in `dtype`, parameter) that are to be filled before each forward pass."""
         first = self.downs[0]
-        if self.down is None or self.up is None or self.down.dtype != dtype or self.down.device != first.device:
+
+        def fits(copy: Tensor | None) -> bool:
+            return copy is not None and copy.dtype == dtype and copy.device == first.device
+
+        if not fits(self.down):
             self.down = torch.zeros(self.depth, self.width, dtype=dtype, device=first.device)
+        if not fits(self.up):
             self.up = torch.zeros(self.height, self.rank, dtype=dtype, device=first.device)
+        assert self.down is not None and self.up is not None
         return [(copy, own) for own, copy in self.split(self.down, self.up).items()]
 
     @property
@@ -108,6 +114,25 @@ class Group:
         own = [*self.adapters.downs, *self.adapters.ups] if self.adapters else []
         self.parameters: list[nn.Parameter] = trained + own
         self.held = _hold(self.bases)
+        self._extended = _extend(self.bases, self.adapters) if self.adapters is not None and not trained else None
+
+    @property
+    def extra(self) -> int:
+        """Columns that a gradient (B, L, N) needs behind its own for one product with the weights and A below them."""
+        whole, own = self._extended, self.adapters
+        if whole is None or own is None or own.down is None:
+            return 0
+        # Whoever moved the weights or asked for adapters in another format left this matrix behind.
+        places = [base.weight.data_ptr() for base in self.bases] + [own.down.data_ptr()]
+        starts = [columns.start for columns in self.columns] + [self.width]
+        size = whole.stride(0) * whole.element_size()
+        there = all(place == whole.data_ptr() + start * size for place, start in zip(places, starts))  # noqa: B905
+        return len(whole) - self.width if there else 0
+
+    def room(self, like: Tensor) -> Tensor:
+        """Not yet filled, for `backward`: (B, L, N + extra), of as many tokens as `like` (B, L, …) has."""
+        extra = self.extra
+        return spread(like, self.width + extra) if extra else like.new_empty(*like.shape[:-1], self.width)
 
     def forward(self, x: Tensor | None, out: Tensor, rows: Rows | None = None) -> tuple[Tensor, Tensor | None]:
         """x (B, L, K), to `out` (B, L, N), a view of rows or columns of a wider buffer too; and the narrow products
@@ -155,21 +180,33 @@ class Group:
     ) -> Tensor | None:  # fmt: skip
         """The gradient of the input, into `dx` (B, L, K) where that is given, from dy (B, L, N). `x` makes the input
         again, where something is trained here. With weights that are `held` in fp8, dy times their scales may come
-        `quantised`; dy itself is then read for its columns that have adapters, and may have no others."""
-        rows = dy.reshape(-1, dy.shape[-1])
-        into = dx.flatten(0, -2) if dx is not None and dx.is_contiguous() else None
+        `quantised`; dy itself is then read for its columns that have adapters, and may have no others. Where there are
+        `extra` columns behind dy's own, one product is enough: they are written here."""
+        whole = dy.reshape(-1, dy.shape[-1])
+        extra = self.extra
+        extended = self._extended if extra and dy.shape[-1] == self.width + extra else None
+        rows = whole if extended is None else whole[:, : self.width]
+        into = None if dx is None else self._place(dx)
         own = self.adapters
         dlow = None
         if own is not None:
             assert low is not None and own.up is not None
             down, up = own.room()
-            dlow = self.ops.lora_narrow_backward(rows, own.up, own.parts)
+            dlow = None if extended is None else whole[:, self.width : self.width + own.depth]
+            dlow = self.ops.lora_narrow_backward(rows, own.up, own.parts, dlow)
             with self.side.fork():
                 self.ops.lora_up_grad(rows, low, own.parts, up)
                 self.ops.lora_down_grad(dlow, x().flatten(0, -2), down)
             own.share(down, up, grads)
-        found = self._multiply_back(rows, into, quantised) if need_dx else None
-        if own is not None and found is not None:
+        if not need_dx:
+            found = None
+        elif extended is None:
+            found = self._multiply_back(rows, into, quantised)
+        else:
+            assert own is not None
+            whole[:, self.width + own.depth :].zero_()
+            found = torch.mm(whole, extended, out=into)
+        if own is not None and found is not None and extended is None:
             assert own.down is not None and dlow is not None
             # The narrow product the other way round: one adapter of all of K's columns.
             self.ops.lora_add(found, dlow, own.down.t(), (Part(0, own.width, 0, own.depth),))
@@ -183,6 +220,11 @@ class Group:
         if dx is None:
             return shaped
         return dx if into is not None else dx.copy_(shaped)
+
+    def _place(self, dx: Tensor) -> Tensor | None:
+        """(M, K) of dx (B, L, K), if a product can write there."""
+        places = _matrices_of(dx)
+        return places[0] if len(places) == 1 and (self.held is None or dx.is_contiguous()) else None
 
     def _weights_grads(self, rows: Tensor, x: Tensor, grads: Grads) -> None:
         for base, columns in zip(self.bases, self.columns):  # noqa: B905
@@ -235,6 +277,17 @@ class Group:
             yield weight, None if base.bias is None else base.bias.detach().to(dtype), columns
 
 
+ALIGNED = 8
+"""Elements at whose multiples rows of 16-bit matrices begin and end for the fastest products."""
+LINE = 64
+"""The same for rows that begin where a line of the cache does."""
+
+
+def spread(like: Tensor, width: int) -> Tensor:
+    """(B, L, width), not yet filled, for as many tokens as `like` (B, L, …) has; each row begins where a line does."""
+    return like.new_empty(*like.shape[:-1], -(-width // LINE) * LINE)[..., :width]
+
+
 class Rows(NamedTuple):
     """A matrix in fp8: q (M, K) e4m3 and its rows' scales s (M, 1) fp32."""
 
@@ -262,6 +315,23 @@ def _hold(bases: list[Any]) -> Held | None:
     for base, own, scales in zip(bases, data.split(sizes), scale.split(sizes)):  # noqa: B905 (of one length)
         base.lie({"data": own, "scale": scales})
     return Held(data, scale, scale.bfloat16())
+
+
+def _extend(bases: list[Any], adapters: Adapters) -> Tensor | None:
+    """Move frozen weights (N, K) and the copies of A (R, K) one below the other; R is filled up with zeros to a
+    multiple of what the tensor cores like. None for weights that are no plain matrices."""
+    weights = [base.weight for base in bases if type(base) is nn.Linear]
+    if len(weights) < len(bases) or any(weight.dtype != weights[0].dtype for weight in weights):
+        return None
+    height = sum(map(len, weights))
+    depth = -(-adapters.depth // ALIGNED) * ALIGNED
+    whole = weights[0].new_zeros(height + depth, adapters.width)
+    parts = whole[:height].split([len(weight) for weight in weights])
+    for base, part in zip(bases, parts):  # noqa: B905 (of one length)
+        part.copy_(base.weight.detach())
+        base.weight.data = part
+    adapters.down = whole[height : height + adapters.depth]
+    return whole
 
 
 def pack(layers: list[nn.Module]) -> None:

@@ -124,6 +124,9 @@ def rows(device: str, dtype: torch.dtype, batch: int, tokens: int, width: int) -
         for value in (None, y):
             made, meant = kernels.gated(dx, gate, value), pointwise.gated(dx, gate, value)
             found += [wrong("out", made[0], meant[0]), wrong("dgate", made[1], meant[1])]
+            place = lay.empty(batch, tokens, width)
+            assert kernels.gated(dx, gate, value, place)[0] is place
+            found += [wrong("place", place, meant[0]), untouched(place)]
         return [*found, twice(lambda: kernels.gated(dx, gate, y))]
 
     def gelu() -> list[str]:

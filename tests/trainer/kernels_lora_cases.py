@@ -55,7 +55,9 @@ def adapters(device: str, dtype: torch.dtype, name: str) -> Iterator[Case]:
 
     def lora_narrow_backward() -> list[str]:
         made, meant = (module.lora_narrow_backward(y, up, parts) for module in (kernels, pointwise))
-        return [wrong("dlow", made, meant)]
+        place = lay.empty(1, rows, rank)
+        assert kernels.lora_narrow_backward(y, up, parts, place[0]).data_ptr() == place.data_ptr()
+        return [wrong("dlow", made, meant), wrong("place", place[0], meant), untouched(place)]
 
     def lora_up_grad() -> list[str]:
         out, meant = (torch.full_like(up, torch.nan, dtype=torch.float32) for _ in range(2))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,15 @@ def same(made: Made, meant: Made, limits: tuple[float, float] = EXACT) -> None:
             assert off(own, grad) < limits[1], name
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_zero_by_chance() -> Iterator[None]:
+    """Memory that nothing was written to is NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
 @pytest.fixture
 def twin(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Twin]:
     def make(dtype: torch.dtype = torch.float32, adapters: Path | None = None, **keys: Any) -> Twin:
@@ -170,6 +179,18 @@ def test_a_file_of_many_ranks(twin: Callable[..., Twin], tmp_path: Path) -> None
     assert len(meant[1]) == 2 * len(ranks)
     both.compute(2)
     same(both.run(2), meant)
+
+
+def extras(made: fast.Fast) -> list[int]:
+    return [group.extra for block in [*made.doubles, *made.singles] for group in block.groups.values()]
+
+
+def test_which_weights_have_adapters_below_them(twin: Callable[..., Twin]) -> None:
+    """Plain frozen ones, and rows filled up to eights: the four of a double block have three adapters or one."""
+    double, single = [16, 16, *[8] * 6], [16, 8]
+    assert extras(twin(lora_targets="all-linear", rank=3).compute(0)) == [*double, *double, *single, *single]
+    assert not any(extras(twin(mode="finetune").compute(0)))
+    assert not any(extras(twin(torch.bfloat16, quantization="fp8-dynamic").compute(0)))
 
 
 def test_a_step_is_seen_by_the_next_pass(twin: Callable[..., Twin]) -> None:
