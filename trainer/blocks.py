@@ -110,7 +110,9 @@ class _Block:
     def _modulated(self, group: Group, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor | None, Rows | None]:
         """The modulated x as the group wants it: for a product in fp8 as rows, and itself only where it is read."""
         if group.held is None:
-            return self.ops.modulate(x, shift, scale), None
+            room = group.input_room(x)
+            self.ops.modulate(x, shift, scale, room[..., : group.inputs])
+            return room, None
         q, s, kept = fp8.modulate_fp8(x, shift, scale, keep=group.adapters is not None)
         return kept, Rows(q, s)
 
@@ -160,10 +162,11 @@ class Single(_Block):
             q, s, cat = fp8.gelu_fp8(o, h, keep=out.adapters is not None)
             saved["low out"] = out.forward(cat, y, Rows(q, s))[1]
             return (_clip(self.ops.add_gated(x, y, gate)),)
-        cat = self.ops.join(o, h)
         if not last and not mod.requires_grad:
-            saved["low out"] = out.narrow(cat)
+            saved["low out"] = out.narrow(self.ops.join(o, h))
             return ()
+        cat = out.input_room(x)
+        self.ops.join(o, h, cat[..., : out.inputs])
         saved["low out"] = out.forward(cat, y)[1]
         if mod.requires_grad:
             saved["y"] = y
@@ -218,8 +221,9 @@ class Double(_Block):
         self.groups = {
             "text qkv": Group([own.add_q_proj, own.add_k_proj, own.add_v_proj], ops, side),
             "image qkv": Group([own.to_q, own.to_k, own.to_v], ops, side),
-            "text out": Group([own.to_add_out], ops, side),
-            "image out": Group([own.to_out[0]], ops, side),
+            # What comes to these lies where attention left it.
+            "text out": Group([own.to_add_out], ops, side, beside=False),
+            "image out": Group([own.to_out[0]], ops, side, beside=False),
             "text up": Group([block.ff_context.net[0].proj], ops, side),
             "image up": Group([block.ff.net[0].proj], ops, side),
             "text down": Group([block.ff_context.net[2]], ops, side),
@@ -245,8 +249,8 @@ class Double(_Block):
 
     def _room(self, o: Tensor) -> Tensor:
         """For the gradient of q, k and v of both streams, with what either needs beside it."""
-        groups = [self.groups[f"{name} qkv"] for name in ("text", "image")]
-        return max(groups, key=lambda group: group.extra).room(o)
+        rooms = [self.groups[f"{name} qkv"].room(o) for name in ("text", "image")]
+        return max(rooms, key=lambda room: room.shape[-1])
 
     def _after_attention(
         self, name: str, part: slice, x: Tensor, mod: Tensor, o: Tensor, saved: Saved, *, last: bool
@@ -257,7 +261,8 @@ class Double(_Block):
         y, saved[f"low {name} out"] = out.forward(o[:, part], torch.empty_like(x))
         rows: Rows | None = None
         if up.held is None:
-            x, n = self.ops.add_modulate(x, y, gate_a, shift, scale)
+            n = up.input_room(x)
+            x, _ = self.ops.add_modulate(x, y, gate_a, shift, scale, n[..., : up.inputs])
         else:
             x, q, s, n = fp8.add_modulate_fp8(x, y, gate_a, shift, scale, keep=up.adapters is not None)
             rows = Rows(q, s)
@@ -274,7 +279,9 @@ class Double(_Block):
             return ()
         z = torch.empty_like(x)
         if down.held is None:
-            saved[f"low {name} down"] = down.forward(self.ops.gelu(h, torch.empty_like(h)), z)[1]
+            m = down.input_room(h)
+            self.ops.gelu(h, m[..., : down.inputs])
+            saved[f"low {name} down"] = down.forward(m, z)[1]
         else:
             q, s, m = fp8.gelu_fp8(None, h, keep=down.adapters is not None)
             saved[f"low {name} down"] = down.forward(m, z, Rows(q, s))[1]
@@ -308,7 +315,8 @@ class Double(_Block):
 
             low = saved.get(f"low {name} qkv")
             group = self.groups[f"{name} qkv"]
-            dy = dqkv[:, part] if own else dqkv[:, part, : width + group.extra]
+            extended = None if own else group.extended()
+            dy = dqkv[:, part, : width + (extended.extra if extended else 0)]
             dn = group.backward(dy, again, low, grads, need_dx=wanted)
             if dn is None:
                 dxs[number] = None

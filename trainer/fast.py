@@ -42,6 +42,7 @@ class Fast:
         sides = Sides.on(net.x_embedder.weight.device)
         made = self.attention, self.ops, sides.narrow
         self._ahead = sides.ahead
+        self._scatter = self.ops.Scatter()
         self.doubles = [_settled(Double(block, *made)) for block in net.transformer_blocks]
         self.singles = [_settled(Single(block, *made)) for block in net.single_transformer_blocks]
         self._blocks = [*self.doubles, *self.singles]
@@ -110,10 +111,15 @@ class Fast:
 
     def _cast(self, dtype: torch.dtype) -> None:
         """The adapters' copies in the format of the products, all in one go."""
-        pairs = [pair for adapters in self.adapters() for pair in adapters.cast(dtype)]
-        if pairs:
-            with torch.no_grad():
-                torch._foreach_copy_([copy for copy, _ in pairs], [own for _, own in pairs])
+        copies = [copy for adapters in self.adapters() for copy in adapters.cast(dtype)]
+        dense = [copy for copy in copies if copy.to.is_contiguous() and copy.scale == 1]
+        apart = [copy for copy in copies if not (copy.to.is_contiguous() and copy.scale == 1)]
+        with torch.no_grad():
+            if dense:
+                torch._foreach_copy_([copy.to for copy in dense], [copy.of for copy in dense])
+            if apart:
+                # One by one is what the above would do with rows that lie apart.
+                self._scatter(apart)
 
     def _rotation(self, ids: Tensor, text_ids: Tensor) -> Rope:
         """Of these positions. Whoever calls with the very tensors of a call before gets what was made then."""
@@ -133,7 +139,7 @@ class Fast:
 
 def _settled(block: Any) -> Any:
     """A block whose weights may just have moved: what they left does not fit those of the next one, and goes back."""
-    if any(group.extra for group in block.groups.values()):
+    if any(group.extended() for group in block.groups.values()):
         torch.cuda.empty_cache()
     return block
 

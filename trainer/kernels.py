@@ -12,12 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from xflux_trainer import pointwise
+from xflux_trainer.kernels_copy import Scatter
 from xflux_trainer.kernels_gelu import join
 from xflux_trainer.kernels_lora import lora_add, lora_down_grad, lora_narrow_backward, lora_up_grad
 from xflux_trainer.kernels_rope import qk_rope, qk_rope_backward
 
 __all__ = [
-    "add_gated", "add_modulate", "gated", "gelu", "gelu_backward", "join", "lora_add", "lora_down_grad",
+    "Scatter", "add_gated", "add_modulate", "gated", "gelu", "gelu_backward", "join", "lora_add", "lora_down_grad",
     "lora_narrow_backward", "lora_up_grad", "modulate", "modulate_backward", "qk_rope", "qk_rope_backward",
 ]  # fmt: skip
 
@@ -57,30 +58,32 @@ def _normed(x, mask, D: tl.constexpr):
 
 
 @triton.jit
-def _modulate(x, shift, scale, out, x_b, x_l, shift_b, scale_b, D: tl.constexpr, BLOCK: tl.constexpr):
+def _modulate(x, shift, scale, out, x_b, x_l, shift_b, scale_b, out_b, out_l, D: tl.constexpr, BLOCK: tl.constexpr):
     token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    row = (batch * tl.num_programs(0) + token) * D
+    out += batch * out_b + token * out_l
     cols = tl.arange(0, BLOCK)
     mask = cols < D
     up = tl.load(scale + batch * scale_b + cols, mask=mask, other=0.0)
     on = tl.load(shift + batch * shift_b + cols, mask=mask, other=0.0)
     n, _ = _normed(tl.load(x + batch * x_b + token * x_l + cols, mask=mask, other=0.0).to(tl.float32), mask, D)
-    tl.store(out + row + cols, (n * (1 + up.to(tl.float32)) + on.to(tl.float32)).to(out.dtype.element_ty), mask=mask)
+    tl.store(out + cols, (n * (1 + up.to(tl.float32)) + on.to(tl.float32)).to(out.dtype.element_ty), mask=mask)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
     batch, tokens, width = x.shape
-    out = torch.empty((batch, tokens, width), dtype=x.dtype, device=x.device)
+    if out is None:
+        out = torch.empty((batch, tokens, width), dtype=x.dtype, device=x.device)
     block, warps = _row(width, 32)
     _modulate[(tokens, batch)](
-        x, shift, scale, out, x.stride(0), x.stride(1), shift.stride(0), scale.stride(0), width, block, num_warps=warps
-    )
+        x, shift, scale, out, x.stride(0), x.stride(1), shift.stride(0), scale.stride(0), out.stride(0), out.stride(1),
+        width, block, num_warps=warps,
+    )  # fmt: skip
     return out
 
 
 @triton.jit
 def _add_modulate(
-    x, y, gate, shift, scale, added, out, x_b, x_l, y_b, y_l, gate_b, shift_b, scale_b, D: tl.constexpr,
+    x, y, gate, shift, scale, added, out, x_b, x_l, y_b, y_l, gate_b, shift_b, scale_b, out_b, out_l, D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -92,20 +95,23 @@ def _add_modulate(
     b = tl.load(y + batch * y_b + token * y_l + cols, mask=mask, other=0.0).to(tl.float32)
     both = (a + by * b).to(added.dtype.element_ty)
     tl.store(added + row + cols, both, mask=mask)
+    out += batch * out_b + token * out_l
     up = tl.load(scale + batch * scale_b + cols, mask=mask, other=0.0)
     on = tl.load(shift + batch * shift_b + cols, mask=mask, other=0.0)
     n, _ = _normed(both.to(tl.float32), mask, D)
-    tl.store(out + row + cols, (n * (1 + up.to(tl.float32)) + on.to(tl.float32)).to(out.dtype.element_ty), mask=mask)
+    tl.store(out + cols, (n * (1 + up.to(tl.float32)) + on.to(tl.float32)).to(out.dtype.element_ty), mask=mask)
 
 
-def add_modulate(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def add_modulate(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     batch, tokens, width = x.shape
     added = torch.empty((batch, tokens, width), dtype=x.dtype, device=x.device)
-    out = torch.empty_like(added)
+    out = torch.empty_like(added) if out is None else out
     block, warps = _row(width, 16)
     _add_modulate[(tokens, batch)](
         x, y, gate, shift, scale, added, out, x.stride(0), x.stride(1), y.stride(0), y.stride(1), gate.stride(0),
-        shift.stride(0), scale.stride(0), width, block, num_warps=warps,
+        shift.stride(0), scale.stride(0), out.stride(0), out.stride(1), width, block, num_warps=warps,
     )  # fmt: skip
     return added, out
 

@@ -23,23 +23,27 @@ def _gate(x):
 
 
 @triton.jit
-def _join(o, h, out, o_b, o_l, h_b, h_l, D: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr):
+def _join(
+    o, h, out, o_b, o_l, h_b, h_l, out_b, out_l, D: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
+    PIECES: tl.constexpr,
+):  # fmt: skip
     token, batch = (tl.program_id(0) // PIECES).to(tl.int64), tl.program_id(1).to(tl.int64)
     cols = (tl.program_id(0) % PIECES) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < D + M
     x = tl.load(h + batch * h_b + token * h_l + cols - D, mask=inside & (cols >= D), other=0.0).to(tl.float32)
     same = tl.load(o + batch * o_b + token * o_l + cols, mask=cols < D, other=0.0)
     made = tl.where(cols < D, same, (x * _gate(x)).to(out.dtype.element_ty))
-    row = (batch * (tl.num_programs(0) // PIECES) + token) * (D + M)
-    tl.store(out + row + cols, made, mask=inside)
+    tl.store(out + batch * out_b + token * out_l + cols, made, mask=inside)
 
 
-def join(o: Tensor, h: Tensor) -> Tensor:
+def join(o: Tensor, h: Tensor, out: Tensor | None = None) -> Tensor:
     batch, tokens, first = o.shape
     second = h.shape[-1]
-    out = torch.empty((batch, tokens, first + second), dtype=o.dtype, device=o.device)
+    if out is None:
+        out = torch.empty((batch, tokens, first + second), dtype=o.dtype, device=o.device)
     block, pieces = _pieces(first + second)
     _join[(tokens * pieces, batch)](
-        o, h, out, o.stride(0), o.stride(1), h.stride(0), h.stride(1), first, second, block, pieces
-    )
+        o, h, out, o.stride(0), o.stride(1), h.stride(0), h.stride(1), out.stride(0), out.stride(1), first, second,
+        block, pieces,
+    )  # fmt: skip
     return out

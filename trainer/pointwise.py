@@ -26,9 +26,10 @@ def _norm(x: Tensor) -> tuple[Tensor, Tensor]:
     return x * rstd, rstd
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm(x) (1 + scale) + shift."""
-    return (_norm(x)[0] * (1 + scale.float())[:, None] + shift.float()[:, None]).to(x.dtype)
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
+    """LayerNorm(x) (1 + scale) + shift, into `out` where that is given."""
+    made = _norm(x)[0] * (1 + scale.float())[:, None] + shift.float()[:, None]
+    return made.to(x.dtype) if out is None else out.copy_(made)
 
 
 def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
@@ -36,10 +37,12 @@ def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return (x.float() + gate.float()[:, None] * y.float()).to(x.dtype)
 
 
-def add_modulate(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """x + gate y, and that modulated."""
+def add_modulate(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x + gate y, and that modulated, into `out` where that is given."""
     added = add_gated(x, y, gate)
-    return added, modulate(added, shift, scale)
+    return added, modulate(added, shift, scale, out)
 
 
 def modulate_backward(
@@ -131,10 +134,10 @@ def _turn(x: Tensor) -> Tensor:
     return torch.stack([-b, a], dim=-1).flatten(-2)
 
 
-def join(o: Tensor, h: Tensor) -> Tensor:
-    """[o | GELU(h)], (B, L, D + M) of o (B, L, D) and h (B, L, M)."""
+def join(o: Tensor, h: Tensor, out: Tensor | None = None) -> Tensor:
+    """[o | GELU(h)], (B, L, D + M) of o (B, L, D) and h (B, L, M), into `out` where that is given."""
     width = o.shape[-1]
-    cat = o.new_empty(*o.shape[:-1], width + h.shape[-1])
+    cat = o.new_empty(*o.shape[:-1], width + h.shape[-1]) if out is None else out
     cat[..., :width].copy_(o)
     gelu(h, cat[..., width:])
     return cat
@@ -192,3 +195,19 @@ def _outputs(y: Tensor, part: Part) -> Tensor:
 
 def _narrow(low: Tensor, part: Part) -> Tensor:
     return low[:, part.narrow : part.narrow + part.rank]
+
+
+class Copy(NamedTuple):
+    """`to` becomes scale times `of`, matrices (N, M) whose rows lie together; `of` is fp32."""
+
+    to: Tensor
+    of: Tensor
+    scale: float = 1.0
+
+
+class Scatter:
+    """Makes copies, the same ones again and again."""
+
+    def __call__(self, copies: list[Copy]) -> None:
+        for to, of, scale in copies:
+            to.copy_(of if scale == 1 else of * scale)

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from xflux_trainer import fp8
+from xflux_trainer.extended import Extended, extend, spread
 from xflux_trainer.frozen import FrozenLinear
 from xflux_trainer.lora import AdapterLinear, FusedAdapterLinear
-from xflux_trainer.pointwise import Part
+from xflux_trainer.pointwise import Copy, Part
 from xflux_trainer.side import Side
 
 Grads = dict[nn.Parameter, Tensor]
@@ -38,6 +39,8 @@ class Adapters:
     down: Tensor | None = None
     up: Tensor | None = None
     """Both in the format of the activations, see `cast`."""
+    beside: Tensor | None = None
+    """B again, beside the weights (N, R): times the scale, each in its own columns, and zero elsewhere."""
     places: tuple[Tensor, Tensor] | None = None
     """Where the gradients of A (R, K) and B (N', r) are written in fp32, if not into tensors of their own."""
 
@@ -45,8 +48,8 @@ class Adapters:
     def rank(self) -> int:
         return self.parts[0].rank
 
-    def cast(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-        """Pairs (copy in `dtype`, parameter) that are to be filled before each forward pass."""
+    def cast(self, dtype: torch.dtype) -> list[Copy]:
+        """What is to be filled before each forward pass, in `dtype`."""
         first = self.downs[0]
 
         def fits(copy: Tensor | None) -> bool:
@@ -54,10 +57,16 @@ class Adapters:
 
         if not fits(self.down):
             self.down = torch.zeros(self.depth, self.width, dtype=dtype, device=first.device)
+            self.beside = None
         if not fits(self.up):
             self.up = torch.zeros(self.height, self.rank, dtype=dtype, device=first.device)
         assert self.down is not None and self.up is not None
-        return [(copy, own) for own, copy in self.split(self.down, self.up).items()]
+        copies = [Copy(copy, own) for own, copy in self.split(self.down, self.up).items()]
+        if self.beside is not None:
+            for own, part in zip(self.ups, self.parts):  # noqa: B905 (of one length)
+                place = self.beside[part.column : part.column + part.width, part.narrow :]
+                copies.append(Copy(place[:, : own.shape[1]], own, part.scale))
+        return copies
 
     @property
     def height(self) -> int:
@@ -102,7 +111,8 @@ class Adapters:
 class Group:
     """Layers of one input (M, K) whose outputs lie side by side, (M, N of all together)."""
 
-    def __init__(self, layers: list[nn.Module], ops: Any, side: Side) -> None:
+    def __init__(self, layers: list[nn.Module], ops: Any, side: Side, *, beside: bool = True) -> None:
+        """`beside`: the input can be written into `input_room`."""
         self.ops, self.side = ops, side
         self.bases: list[Any] = [_base(layer) for layer in layers]
         ends = list(accumulate((base.out_features for base in self.bases), initial=0))
@@ -114,29 +124,37 @@ class Group:
         own = [*self.adapters.downs, *self.adapters.ups] if self.adapters else []
         self.parameters: list[nn.Parameter] = trained + own
         self.held = _hold(self.bases)
-        self._extended = _extend(self.bases, self.adapters) if self.adapters is not None and not trained else None
+        self.inputs = int(self.bases[0].in_features)
+        self._extended: Extended | None = None
+        if self.adapters is not None and not trained:
+            own = self._extended = extend(self.bases, self.adapters.depth, beside=beside)
+            if own is not None:
+                self.adapters.down, self.adapters.beside = own.down[: self.adapters.depth], own.up
 
-    @property
-    def extra(self) -> int:
-        """Columns that a gradient (B, L, N) needs behind its own for one product with the weights and A below them."""
-        whole, own = self._extended, self.adapters
-        if whole is None or own is None or own.down is None:
-            return 0
-        # Whoever moved the weights or asked for adapters in another format left this matrix behind.
-        places = [base.weight.data_ptr() for base in self.bases] + [own.down.data_ptr()]
-        starts = [columns.start for columns in self.columns] + [self.width]
-        size = whole.stride(0) * whole.element_size()
-        there = all(place == whole.data_ptr() + start * size for place, start in zip(places, starts))  # noqa: B905
-        return len(whole) - self.width if there else 0
+    def extended(self) -> Extended | None:
+        """The matrix of weights and adapters, if there is one that can be used now."""
+        own = self._extended
+        return own if own is not None and self.adapters and own.holds(self.bases, self.adapters.down) else None
 
     def room(self, like: Tensor) -> Tensor:
-        """Not yet filled, for `backward`: (B, L, N + extra), of as many tokens as `like` (B, L, …) has."""
-        extra = self.extra
-        return spread(like, self.width + extra) if extra else like.new_empty(*like.shape[:-1], self.width)
+        """Not yet filled: (B, L, N) for the gradient of as many tokens as `like` (B, L, …) has, and behind its columns
+        what `backward` needs for one product with weights and adapters."""
+        own = self.extended()
+        return like.new_empty(*like.shape[:-1], self.width) if own is None else spread(like, self.width + own.extra)
+
+    def input_room(self, like: Tensor) -> Tensor:
+        """The same for the input (B, L, K) and `forward`."""
+        own = self.extended()
+        if own is None or not own.beside:
+            return like.new_empty(*like.shape[:-1], self.inputs)
+        return spread(like, self.inputs + own.extra)
 
     def forward(self, x: Tensor | None, out: Tensor, rows: Rows | None = None) -> tuple[Tensor, Tensor | None]:
-        """x (B, L, K), to `out` (B, L, N), a view of rows or columns of a wider buffer too; and the narrow products
-        (B L, R) of the adapters. With weights that are `held` in fp8, x may come as `rows`, for the adapters too."""
+        """x (B, L, K), or an `input_room` whose first K columns are filled, to `out` (B, L, N), a view of rows or
+        columns of a wider buffer too; and the narrow products (B L, R) of the adapters. With weights that are `held` in
+        fp8, x may come as `rows`, for the adapters too."""
+        if x is not None and x.shape[-1] > self.inputs:
+            return self._forward_extended(x.flatten(0, -2), out)
         low = None
         if self.adapters is not None:
             with self.side.fork():
@@ -157,6 +175,21 @@ class Group:
                 self.side.join()
                 self.ops.lora_add(to, low[part], self.adapters.up, self.adapters.parts)
             start = part.stop
+        return out, low
+
+    def _forward_extended(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        whole, own = self._extended, self.adapters
+        assert whole is not None and own is not None
+        low = torch.mm(x[:, : self.inputs], whole.down.t(), out=x[:, self.inputs :])
+        with self.side.fork():
+            # Apart from x, which is let go.
+            low = low[:, : own.depth].clone(memory_format=torch.contiguous_format)
+        bias = _joined([base.bias for base in self.bases], x.dtype)
+        start = 0
+        for to in _matrices_of(out):
+            _product(x[start : start + len(to)], whole.forward, bias, to)
+            start += len(to)
+        self.side.join()
         return out, low
 
     def _multiply_rows(self, q: Tensor, s: Tensor, out: Tensor) -> None:
@@ -180,11 +213,10 @@ class Group:
     ) -> Tensor | None:  # fmt: skip
         """The gradient of the input, into `dx` (B, L, K) where that is given, from dy (B, L, N). `x` makes the input
         again, where something is trained here. With weights that are `held` in fp8, dy times their scales may come
-        `quantised`; dy itself is then read for its columns that have adapters, and may have no others. Where there are
-        `extra` columns behind dy's own, one product is enough: they are written here."""
+        `quantised`; dy itself is then read for its columns that have adapters, and may have no others. In a
+        `room`, whose first N columns are filled, dy takes one product; the others are written here."""
         whole = dy.reshape(-1, dy.shape[-1])
-        extra = self.extra
-        extended = self._extended if extra and dy.shape[-1] == self.width + extra else None
+        extended = self._extended if dy.shape[-1] > self.width else None
         rows = whole if extended is None else whole[:, : self.width]
         into = None if dx is None else self._place(dx)
         own = self.adapters
@@ -205,7 +237,7 @@ class Group:
         else:
             assert own is not None
             whole[:, self.width + own.depth :].zero_()
-            found = torch.mm(whole, extended, out=into)
+            found = torch.mm(whole, extended.backward, out=into)
         if own is not None and found is not None and extended is None:
             assert own.down is not None and dlow is not None
             # The narrow product the other way round: one adapter of all of K's columns.
@@ -237,11 +269,7 @@ class Group:
 
     def _multiply(self, x: Tensor, out: Tensor) -> None:
         for weight, bias, columns in self._matrices(x.dtype):
-            into = out[:, columns]
-            if bias is None:
-                torch.mm(x, weight.t(), out=into)
-            else:
-                torch.addmm(bias, x, weight.t(), out=into)
+            _product(x, weight, bias, out[:, columns])
 
     def _multiply_back(self, dy: Tensor, out: Tensor | None, rows: Rows | None) -> Tensor:
         if self.held is not None:
@@ -277,17 +305,6 @@ class Group:
             yield weight, None if base.bias is None else base.bias.detach().to(dtype), columns
 
 
-ALIGNED = 8
-"""Elements at whose multiples rows of 16-bit matrices begin and end for the fastest products."""
-LINE = 64
-"""The same for rows that begin where a line of the cache does."""
-
-
-def spread(like: Tensor, width: int) -> Tensor:
-    """(B, L, width), not yet filled, for as many tokens as `like` (B, L, …) has; each row begins where a line does."""
-    return like.new_empty(*like.shape[:-1], -(-width // LINE) * LINE)[..., :width]
-
-
 class Rows(NamedTuple):
     """A matrix in fp8: q (M, K) e4m3 and its rows' scales s (M, 1) fp32."""
 
@@ -317,23 +334,6 @@ def _hold(bases: list[Any]) -> Held | None:
     return Held(data, scale, scale.bfloat16())
 
 
-def _extend(bases: list[Any], adapters: Adapters) -> Tensor | None:
-    """Move frozen weights (N, K) and the copies of A (R, K) one below the other; R is filled up with zeros to a
-    multiple of what the tensor cores like. None for weights that are no plain matrices."""
-    weights = [base.weight for base in bases if type(base) is nn.Linear]
-    if len(weights) < len(bases) or any(weight.dtype != weights[0].dtype for weight in weights):
-        return None
-    height = sum(map(len, weights))
-    depth = -(-adapters.depth // ALIGNED) * ALIGNED
-    whole = weights[0].new_zeros(height + depth, adapters.width)
-    parts = whole[:height].split([len(weight) for weight in weights])
-    for base, part in zip(bases, parts):  # noqa: B905 (of one length)
-        part.copy_(base.weight.detach())
-        base.weight.data = part
-    adapters.down = whole[height : height + adapters.depth]
-    return whole
-
-
 def pack(layers: list[nn.Module]) -> None:
     """Move the weights and biases of linear layers one below the other, so that `Group` takes them as one matrix."""
     bases = [_base(layer) for layer in layers]
@@ -349,19 +349,27 @@ def pack(layers: list[nn.Module]) -> None:
 
 
 def stacked(parts: list[Tensor]) -> Tensor | None:
-    """The matrix or vector that these are the rows of, where they follow each other in memory without a gap."""
+    """The matrix or vector that these are the rows of, where they follow each other in memory at even distances."""
     first = parts[0]
     if len(parts) == 1:
         return first.detach()
     end = first.data_ptr()
     for part in parts:
-        if part.data_ptr() != end or not part.is_contiguous() or part.dtype != first.dtype:
+        even = part.stride() == first.stride() and part.stride(-1) == 1
+        if part.data_ptr() != end or not even or part.dtype != first.dtype:
             return None
-        end += part.numel() * part.element_size()
+        end += len(part) * part.stride(0) * part.element_size()
     if any(part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() for part in parts):
         return None
     shape = (sum(len(part) for part in parts), *first.shape[1:])
     return first.detach().as_strided(shape, first.stride())
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
 
 
 def _joined(parts: list[Any], dtype: torch.dtype) -> Tensor | None:
