@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 ALIGNED = 8
 """Elements at whose multiples rows of 16-bit matrices begin and end for the fastest products."""
-LINE = 64
-"""The same for rows that begin where a line of the cache does."""
+BURST = 32
+"""The same for rows that begin where the memory's bursts of 64 bytes do."""
 
 
 class Extended:
@@ -78,5 +78,5 @@ def extend(bases: list[Any], rank: int, *, beside: bool) -> Extended | None:
 
 
 def spread(like: Tensor, width: int) -> Tensor:
-    """(…, width), not yet filled, with as many rows as `like` (…, any) has; each row begins where a line does."""
-    return like.new_empty(*like.shape[:-1], -(-width // LINE) * LINE)[..., :width]
+    """(…, width), not yet filled, with as many rows as `like` (…, any) has; each row begins where a burst does."""
+    return like.new_empty(*like.shape[:-1], -(-width // BURST) * BURST)[..., :width]

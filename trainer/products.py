@@ -127,9 +127,9 @@ class Group:
         self.inputs = int(self.bases[0].in_features)
         self._extended: Extended | None = None
         if self.adapters is not None and not trained:
-            own = self._extended = extend(self.bases, self.adapters.depth, beside=beside)
-            if own is not None:
-                self.adapters.down, self.adapters.beside = own.down[: self.adapters.depth], own.up
+            whole = self._extended = extend(self.bases, self.adapters.depth, beside=beside)
+            if whole is not None:
+                self.adapters.down, self.adapters.beside = whole.down[: self.adapters.depth], whole.up
 
     def extended(self) -> Extended | None:
         """The matrix of weights and adapters, if there is one that can be used now."""
@@ -213,8 +213,8 @@ class Group:
     ) -> Tensor | None:  # fmt: skip
         """The gradient of the input, into `dx` (B, L, K) where that is given, from dy (B, L, N). `x` makes the input
         again, where something is trained here. With weights that are `held` in fp8, dy times their scales may come
-        `quantised`; dy itself is then read for its columns that have adapters, and may have no others. In a
-        `room`, whose first N columns are filled, dy takes one product; the others are written here."""
+        `quantised`; dy itself is then read for its columns that have adapters, and may have no others. A dy that is the
+        first N columns of a whole `room` is handed over with it: the others are written here."""
         whole = dy.reshape(-1, dy.shape[-1])
         extended = self._extended if dy.shape[-1] > self.width else None
         rows = whole if extended is None else whole[:, : self.width]

@@ -97,7 +97,10 @@ def rows(device: str, dtype: torch.dtype, batch: int, tokens: int, width: int) -
     shift, scale, gate, *_ = lay.parts(batch, width, 6)
 
     def modulate() -> list[str]:
-        return [wrong("out", kernels.modulate(x, shift, scale), pointwise.modulate(x, shift, scale))]
+        meant, place = pointwise.modulate(x, shift, scale), lay.empty(batch, tokens, width)
+        found = [wrong("out", kernels.modulate(x, shift, scale), meant)]
+        assert kernels.modulate(x, shift, scale, place) is place
+        return [*found, wrong("place", place, meant), untouched(place)]
 
     def add_gated() -> list[str]:
         return [wrong("out", kernels.add_gated(x, y, gate), pointwise.add_gated(x, y, gate))]
@@ -105,7 +108,10 @@ def rows(device: str, dtype: torch.dtype, batch: int, tokens: int, width: int) -
     def add_modulate() -> list[str]:
         made, meant = (module.add_modulate(x, y, gate, shift, scale) for module in (kernels, pointwise))
         # The norm is of the sum as it was rounded.
-        return [wrong("added", made[0], meant[0]), wrong("out", made[1], pointwise.modulate(made[0], shift, scale))]
+        found = [wrong("added", made[0], meant[0]), wrong("out", made[1], pointwise.modulate(made[0], shift, scale))]
+        place = lay.empty(batch, tokens, width)
+        assert kernels.add_modulate(x, y, gate, shift, scale, place)[1] is place
+        return [*found, wrong("place", place, made[1]), untouched(place)]
 
     def modulate_backward() -> list[str]:
         found = []

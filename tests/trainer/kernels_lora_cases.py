@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from kernels_cases import FORMATS, Case, Layouts, untouched, wrong
 from xflux_trainer import kernels, pointwise
-from xflux_trainer.pointwise import Part, Parts
+from xflux_trainer.pointwise import Copy, Part, Parts
 
 GROUPS: dict[str, tuple[int, int, int, Parts]] = {
     # rows, columns of y, inputs
@@ -78,9 +78,33 @@ def mlp(device: str, dtype: torch.dtype, batch: int, tokens: int, first: int, se
     o, h = lay.wide(batch, tokens, first), 3 * lay.wide(batch, tokens, second)
 
     def join() -> list[str]:
-        return [wrong("cat", kernels.join(o, h), pointwise.join(o, h))]
+        meant, place = pointwise.join(o, h), lay.empty(batch, tokens, first + second)
+        assert kernels.join(o, h, place) is place
+        return [wrong("cat", kernels.join(o, h), meant), wrong("place", place, meant), untouched(place)]
 
     yield "join", join
+
+
+def copies(device: str, dtype: torch.dtype) -> Iterator[Case]:
+    """Matrices of many sizes, one larger than what a program takes."""
+    sizes = ((4, 96, 1.0), (130, 3, 0.5), (1, 1, 2.0), (70, 48, 1.0), (3000, 4, 0.3))
+
+    def scatter() -> list[str]:
+        lay, made = Layouts(device, dtype), kernels.Scatter()
+        places = [lay.empty(1, rows, width) for rows, width, _ in sizes]
+        owns = [torch.empty((rows, width), device=device) for rows, width, _ in sizes]
+        todo = [Copy(to[0], of, scale) for to, of, (*_, scale) in zip(places, owns, sizes, strict=True)]
+        found = []
+        for _ in range(2):  # the second time by the table of the first
+            for own in owns:
+                own.copy_(torch.randn(own.shape, generator=lay.random))
+            made(todo)
+            for to, of, scale in todo:
+                found.append(wrong("copy", to, (of * scale).to(dtype)))
+            found += [untouched(place) for place in places]
+        return found
+
+    yield "scatter", scatter
 
 
 def widen_products() -> None:
@@ -113,6 +137,7 @@ def main(device: str) -> None:
     for dtype in FORMATS:
         cases = [(name, made) for name in GROUPS for made in adapters(device, dtype, name)]
         cases += [("x".join(map(str, shape)), made) for shape in MLP for made in mlp(device, dtype, *shape)]
+        cases += [("", case) for case in copies(device, dtype)]
         for size, (name, case) in cases:
             try:
                 found = [fault for fault in case() if fault]

@@ -23,8 +23,9 @@ HERE = Path(__file__).resolve().parent
 ON = "cuda" if torch.cuda.is_available() else "cpu"
 FUNCTIONS = {
     "lora_add": 27, "lora_narrow_backward": 27, "lora_up_grad": 27, "lora_down_grad": 27, "join": 12,
+    "scatter": 3,
 }  # fmt: skip
-"""Cases of each: nine groups or four sizes, in three formats."""
+"""Cases of each: nine groups, four sizes or one list, in three formats."""
 
 QKV: Parts = (Part(0, 12, 0, 4, 0.5), Part(12, 12, 4, 4, 0.5), Part(24, 12, 8, 4, 0.5))
 MIXED: Parts = (Part(0, 8, 0, 3, 2.0), Part(8, 20, 3, 3), Part(28, 8, 6, 3, 0.25))
