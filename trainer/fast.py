@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from xflux_trainer import fastops
+from xflux_trainer import fastops, pointwise
 from xflux_trainer.attention import Attention, choose
 from xflux_trainer.blocks import Double, Rope, Single
 from xflux_trainer.config import TrainConfig
@@ -115,6 +115,9 @@ class Fast:
         dense = [copy for copy in copies if copy.to.is_contiguous() and copy.scale == 1]
         apart = [copy for copy in copies if not (copy.to.is_contiguous() and copy.scale == 1)]
         with torch.no_grad():
+            if any(copy.of.dtype != torch.float32 for copy in apart):  # DeepSpeed holds what it trains in 16 bits
+                pointwise.Scatter()(apart)
+                apart = []
             if dense:
                 torch._foreach_copy_([copy.to for copy in dense], [copy.of for copy in dense])
             if apart:
