@@ -40,7 +40,7 @@ class Model:
         for name, parameter in self.trained.items():
             with torch.no_grad():
                 parameter.copy_(torch.randn(parameter.shape, generator=lora.generator("test", name)) * 0.1)
-        self.velocity = Velocity(net, guidance=True)
+        self.velocity = Velocity(net, guidance=net.config.guidance_embeds)
         self.velocity.fast, self.notes = fast.build(net, settings, device)
 
     def inputs(self, size: int, number: int) -> tuple[Tensor | None, ...]:
@@ -137,6 +137,31 @@ def test_a_deterministic_run_takes_torchs_flash() -> None:
     made: Any = tiny(deterministic=True).velocity.fast
     assert made.attention.name == "flash" and made.describe() == "fused kernels, attention by flash"
     assert tiny(attention="sdpa").velocity.fast.attention.name == "sdpa"
+
+
+@pytest.mark.parametrize("guidance", [True, False])
+@pytest.mark.parametrize("residuals", [0, 1, 2])
+def test_the_whole_pass_is_diffusers(guidance: bool, residuals: int) -> None:
+    """With a ControlNet's residuals, which are used in turn, and without guidance as in schnell."""
+    net = tiny_transformer(guidance=guidance)
+    model = Model(net, config(kernels="fused"), CPU, TINY.text_dim, TINY.pooled_dim)
+    velocity, made = model.velocity, model.velocity.fast
+    dice = torch.Generator().manual_seed(2)
+    added = [torch.randn(2, 16, TINY.hidden, generator=dice, requires_grad=True) for _ in range(residuals)]
+    x_0, _, t, text, pooled, ids, text_ids = model.inputs(2, 0)
+    found = []
+    for velocity.fast in (made, None):
+        for leaf in (*model.trained.values(), *added):
+            leaf.grad = None
+        v = velocity(x_0, t, text, pooled, ids, text_ids, 3.5, residuals=added or None)
+        v.square().mean().backward()
+        grads = {name: leaf.grad for name, leaf in model.trained.items()}
+        found.append((v.detach(), grads | {f"residual {k}": leaf.grad for k, leaf in enumerate(added)}))
+    (v, own), (right, wanted) = found
+    assert torch.allclose(v, right, rtol=1e-4, atol=1e-5)
+    assert len(wanted) == len(model.trained) + residuals
+    for name, gradient in wanted.items():
+        assert torch.allclose(own[name], gradient, rtol=1e-3, atol=1e-6 * float(gradient.abs().max() + 1)), name
 
 
 def test_rotations_are_kept_by_their_positions() -> None:
@@ -348,9 +373,10 @@ def test_recorded_steps_are_the_steps(random_flux: Any, accumulation: int, quant
                 inputs = model.inputs(1 + (step + k) % 2, 10 * step + k)
                 losses.append(float(optim.learn(stepper, model.compute, inputs)))
             norms.append(stepper.step())
-        if recorded:
-            recorder: Any = stepper.recorder
-            assert not recorder.broken and len(recorder._recordings) == 2
+            if recorded and step in (5, 7):
+                recorder: Any = stepper.recorder
+                assert not recorder.broken and len(recorder._recordings) == 2
+                optim.release(stepper)  # as before images are drawn; the next two steps are recorded anew
         weights = {name: each.detach().clone() for name, each in model.trained.items()}
         results.append((losses, norms, weights))
     (losses, norms, weights), (plain_losses, plain_norms, plain_weights) = results
