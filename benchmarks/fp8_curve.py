@@ -10,14 +10,16 @@ alone; between seeds all of it differs, and the adapters' first values too. That
   over all steps: one width for all of them, as three curves cross and a band between their extremes has no width there.
 * An arm's `distance` is the largest over all steps of |mean of its seeds - mean of the bf16 seeds|.
 * The training loss spreads mostly by which times were drawn. The held-out loss is taken at the same images, times and
-  noise in every run, and its spread over the seeds is that of the training alone: a far smaller one. It is compared in
-  the same way, after the last step.
+  noise in every run, so that its spread over the seeds is that of the training alone. It is compared in the same way,
+  after the last step.
+* The seeds' draws are the same in every arm and cancel in a distance, which is why a small one can be seen at all;
+  `from bf16, same seed` is the mean relative difference of the curves seed by seed.
 
 An arm is within the noise where both distances are at most 1. A control that must not be has half the learning rate:
 where the yardstick cannot tell it from bf16, it could not have told anything. Beside fp8 stands bf16 by diffusers'
 own blocks, which is what another way of rounding does by itself. Prints a table, writes
 benchmarks/results/fp8_curve-MACHINE-DATE.json. Exit 1 where fp8 is outside of the noise or the control is inside.
-On a GPU fp8 needs compute capability 8.9; eight minutes on 2 cores.
+On a GPU fp8 needs compute capability 8.9.
 """
 
 from __future__ import annotations
