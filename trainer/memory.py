@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from xflux_trainer import memory_fused
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.memory_terms import (
     OPTIMIZER,
@@ -30,7 +31,7 @@ from xflux_trainer.trained import trained
 GIB = 1 << 30
 MIB = 1 << 20
 ERROR_BAR = 0.15
-"""What is promised. Measured so far at 1024 px on an H100 and an H200, 7 to 47 GiB, in all modes: within 6 %."""
+"""What is promised. Measured so far on an H100 and an H200, 7 to 47 GiB, in all modes: within 6 %."""
 CUDA_CONTEXT = 550 * MIB
 PYTHON_CUDA = 2_000 * MIB
 PYTHON_CPU = 600 * MIB
@@ -68,7 +69,8 @@ class Bill:
 
     @property
     def gpu_allocated(self) -> int:
-        """The peak that `torch.cuda.max_memory_allocated` will show."""
+        """The peak that `torch.cuda.max_memory_allocated` will show, and in the phase `sample` a recorded step's room
+        as well: nothing else can have it, though the allocator does not count it as allocated."""
         return max(self.gpu_phases.values(), default=0)
 
     @property
@@ -92,17 +94,17 @@ class Bill:
 
 def forecast(
     config: TrainConfig, spec: FluxSpec, *, world_size: int, strategy: str, device: Device, samples: int = 0,
-    offload: Collection[str] = (),
+    offload: Collection[str] = (), triton: bool = True,
 ) -> Bill:  # fmt: skip
     """The bill of one run. `samples` is the number of images, for the cache's size; 0: not known.
 
+    `triton`: whether it works there; without it diffusers' own blocks compute.
     `offload` names what waits in the host's memory: `optimizer` (DeepSpeed), `param` (ZeRO-3), both for FSDP.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy is {strategy!r}; one of {', '.join(STRATEGIES)}")
-    compute, moved = _split(
-        _compute_terms(config, spec, world_size, strategy, offload), config, spec, world_size, offload
-    )
+    terms = _compute_terms(config, spec, world_size, strategy, offload, device, triton=triton)
+    compute, moved = _split(terms, config, spec, world_size, offload)
     written = tuple(disk(config, spec, samples, strategy))
     if device == "cuda":
         host: tuple[Term, ...] = tuple(
@@ -132,8 +134,9 @@ def adapter_parameters(config: TrainConfig, spec: FluxSpec) -> int:
 
 
 def _compute_terms(
-    config: TrainConfig, spec: FluxSpec, world_size: int, strategy: str, offload: Collection[str]
-) -> Iterator[Term]:
+    config: TrainConfig, spec: FluxSpec, world_size: int, strategy: str, offload: Collection[str], device: Device,
+    *, triton: bool,
+) -> Iterator[Term]:  # fmt: skip
     """The terms of the device that computes, phase by phase."""
     encoders = (spec.t5_parameters + spec.clip_parameters) * 2
     yield Term("text encoders", encoders, "cache", "T5 and CLIP in bf16; freed before the transformer is loaded")
@@ -145,12 +148,22 @@ def _compute_terms(
         yield Term("VAE beyond the text encoders", vae - encoders, "cache", "fp32, images are encoded after captions")
     for phase in ("load", "train") if config.disable_sampling else ("load", "train", "sample"):
         yield from weights(config, spec, world_size, strategy, phase)
-    states_held = tuple(states(config, spec, world_size, strategy))
+    fused = memory_fused.computes(config, strategy, device, triton=triton)
+    recorded = fused and memory_fused.records(config, strategy, device)
+    at_once = memory_fused.gradients_at_once(config, spec) if fused and config.step_in_backward else 0
+    in_place = triton and device == "cuda"
+    states_held = tuple(states(config, spec, world_size, strategy, at_once=at_once, in_place=in_place))
+    if fused:
+        states_held += tuple(memory_fused.copies(config, spec, recorded=recorded))
     yield from states_held
-    yield from activations(config, spec)
+    passes = tuple(memory_fused.activations(config, spec) if fused else activations(config, spec))
+    yield from passes
     if not config.disable_sampling:
         total = sum(term.bytes for term in states_held if not _leaves(term, offload))
         yield Term("what is trained and its optimizer", total, "sample", "they stay while images are drawn")
+        if recorded:
+            held_back = sum(term.bytes for term in passes)
+            yield Term("the recorded step's room", held_back, "sample", "its activations keep their place for the next")
         yield from sampling(config, spec)
 
 

@@ -1,7 +1,8 @@
 """The terms of a bill: weights, what is trained, activations, samples. Bytes of one rank, each with its reason.
 
-The counts of saved activations follow diffusers' blocks as autograd saves them with fused RMSNorm and
-flash attention. U below is one (tokens, hidden) tensor: 27 MiB at 1024 px in bf16.
+The counts of saved activations here follow diffusers' blocks as autograd saves them with fused RMSNorm and flash
+attention; `memory_fused` has those of this trainer's own. U below is one (tokens, hidden) tensor: 27 MiB at 1024 px in
+bf16.
 """
 
 from __future__ import annotations
@@ -65,9 +66,16 @@ def block_parameters(spec: FluxSpec) -> int:
     return max(sizes.values(), default=0)
 
 
-def states(config: TrainConfig, spec: FluxSpec, world_size: int, strategy: str) -> Iterator[Term]:
-    """What is trained, its gradients and the optimizer."""
+def states(
+    config: TrainConfig, spec: FluxSpec, world_size: int, strategy: str, *, at_once: int = 0, in_place: bool = False
+) -> Iterator[Term]:
+    """What is trained, its gradients and the optimizer.
+
+    `at_once`: gradients that are there before the first is stepped, if more than the largest tensor's. `in_place`:
+    Triton's kernels step 16-bit weights where they lie.
+    """
     what = trained(config, spec)
+    first = max(what.largest, at_once)
     if strategy.startswith("zero"):
         yield from _deepspeed(config, what, world_size, strategy)
         return
@@ -80,10 +88,10 @@ def states(config: TrainConfig, spec: FluxSpec, world_size: int, strategy: str) 
         if config.mode != "finetune":
             name = "adapters" if config.mode == "lora" else "ControlNet"
             yield Term(name, own * 4, "train", f"{count} in fp32")
-        grads = what.largest if config.step_in_backward else own
+        grads = first if config.step_in_backward else own
         yield Term("gradients", grads * 4, "train", "fp32; under DDP they are views of its buckets")
     else:
-        yield from _bf16_states(config, what, own, count)
+        yield from _bf16_states(config, what, first, count, in_place=in_place)
     if moments:
         yield Term(ADAM, math.ceil(own * moments), "train", f"two moments, {moments:g} bytes a parameter")
     if config.ema_decay:
@@ -112,21 +120,26 @@ def _moments(config: TrainConfig) -> float:
     return {"adamw": 8.0, "adamw8bit": 2 * (1 + 4 / 256), "adafactor": 0.0}[config.optimizer]
 
 
-def _bf16_states(config: TrainConfig, what: Trained, own: int, count: str) -> Iterator[Term]:
+def _bf16_states(config: TrainConfig, what: Trained, first: int, count: str, *, in_place: bool) -> Iterator[Term]:
     """Weights that the model computes with in 16 bits; those of a fine-tune are the transformer's own."""
+    own = what.parameters
     if config.mode == "controlnet":
         yield Term("ControlNet", own * 2, "train", f"{count}, 2 bytes each")
     update = config.weight_update
     if update == "auto":
         update = "stochastic" if config.mode == "finetune" and not config.train_parameters else "master"
-    grads = what.largest if config.step_in_backward else own
-    reason = "of the largest tensor: each is freed once it was stepped" if grads != own else count
+    grads = min(first, own) if config.step_in_backward else own
+    reason = f"of the largest {'block' if first > what.largest else 'tensor'}: each is freed once it was stepped"
+    reason = reason if grads != own else count
     yield Term("gradients", grads * 2, "train", f"16 bits, {reason}")
     if update == "master":
         yield Term("fp32 weights", own * 4, "train", "what the optimizer steps; the model computes with 16-bit copies")
     elif update == "kahan":
         yield Term("compensation", own * 2, "train", "what the last rounding lost of each weight")
-    yield Term("one tensor's step", what.largest * 4 * 3, "train", "each tensor is stepped in fp32 and rounded back")
+    if not in_place or config.optimizer == "adamw":
+        yield Term(
+            "one tensor's step", what.largest * 4 * 3, "train", "each tensor is stepped in fp32 and rounded back"
+        )
 
 
 def _deepspeed(config: TrainConfig, what: Trained, world_size: int, strategy: str) -> Iterator[Term]:
@@ -155,11 +168,11 @@ def activations(config: TrainConfig, spec: FluxSpec) -> Iterator[Term]:
     tokens = image_tokens(side, side) + config.max_text_tokens
     unit = config.train_batch_size * tokens * spec.hidden * size
     what = trained(config, spec)
-    saved = list(_saved_per_block(config, spec, what, tokens))
+    saved = list(saved_per_block(config, spec, what, tokens))
     if config.mode == "controlnet":
         net = controlnet_spec(config, spec)
         every = Trained(what.parameters, what.largest, frozenset(linear.name for linear in net.linears()))
-        saved += _saved_per_block(config, net, every, tokens)
+        saved += saved_per_block(config, net, every, tokens)
     shape = f"{config.train_batch_size} x {tokens} tokens"
     if config.gradient_checkpointing:
         yield Term("block inputs", len(saved) * unit, "train", f"{len(saved)} checkpointed blocks, {shape} each")
@@ -175,7 +188,7 @@ def activations(config: TrainConfig, spec: FluxSpec) -> Iterator[Term]:
     yield Term("inputs and loss", ends, "train", "latents, noise and prediction in fp32, and the embedded tokens")
 
 
-def _saved_per_block(config: TrainConfig, spec: FluxSpec, what: Trained, tokens: int) -> Iterator[int]:
+def saved_per_block(config: TrainConfig, spec: FluxSpec, what: Trained, tokens: int) -> Iterator[int]:
     """Bytes that autograd saves in each block, from the first one that a gradient passes through."""
     size = width(config)
     unit = config.train_batch_size * tokens * spec.hidden * size

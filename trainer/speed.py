@@ -59,33 +59,77 @@ def tokens_of(name: str, image_tokens: int, text_tokens: int) -> int:
 
 
 def step_flops(
-    config: TrainConfig, spec: FluxSpec, trained: Mapping[str, tuple[int, ...]], image_tokens: int, text_tokens: int
-) -> float:
+    config: TrainConfig, spec: FluxSpec, trained: Mapping[str, tuple[int, ...]], image_tokens: int, text_tokens: int,
+    *, fused: bool = False,
+) -> float:  # fmt: skip
     """FLOPs of one image's forward and backward pass; `trained` are the trained parameters' shapes by name.
 
-    As if gradients went through every block: of a run that trains late blocks alone it is an upper bound. The
-    convolutions before a ControlNet (below 0.1 %) are left out.
+    `fused`: this trainer's blocks compute, which recompute less. As if gradients went through every block: of a run
+    that trains late blocks alone it is an upper bound. The convolutions before a ControlNet (below 0.1 %) are left out.
     """
-    again = 1 if config.gradient_checkpointing else 0
-    base = spec.step_flops(image_tokens, text_tokens, checkpointing=config.gradient_checkpointing)
-    products = sum(
-        2.0 * math.prod(shape) * tokens_of(name, image_tokens, text_tokens)
+    again = (
+        functools.partial(_recomputed, config, spec, _gates(trained))
+        if fused
+        else lambda _: config.gradient_checkpointing
+    )
+    base = spec.step_flops(image_tokens, text_tokens, checkpointing=config.gradient_checkpointing and not fused)
+    if fused:
+        base += _recompute(spec, again, image_tokens, text_tokens)
+    matrices = {
+        name: 2.0 * math.prod(shape) * tokens_of(name, image_tokens, text_tokens)
         for name, shape in trained.items()
         if len(shape) == 2
-    )
+    }
+    products = sum(matrices.values())
     if config.mode == "finetune":
         return base + products  # the weights' own gradients; forward and input gradients are in the base
-    own = products * (3 + again)
     if config.mode == "controlnet":
-        # Its blocks attend as well. It stands beside the base, through which its gradients come.
+        # Its blocks, diffusers' own, attend as well. It stands beside the base, through which its gradients come.
+        passes = 1 if config.gradient_checkpointing else 0
         blocks = len({tuple(name.split(".")[:2]) for name in trained if "transformer_blocks." in name})
-        own += blocks * (3.5 + again) * 4 * (image_tokens + text_tokens) ** 2 * spec.hidden
-    return base + own
+        attention = 4 * (image_tokens + text_tokens) ** 2 * spec.hidden
+        return base + products * (3 + passes) + blocks * (3.5 + passes) * attention
+    return base + products * 3 + sum(size for name, size in matrices.items() if again(name))
 
 
-def costs(config: TrainConfig, spec: FluxSpec, trained: Mapping[str, tuple[int, ...]]) -> Callable[[int, int], float]:
+def _recompute(spec: FluxSpec, again: Callable[[str], bool], image_tokens: int, text_tokens: int) -> float:
+    """FLOPs of what fused blocks compute a second time: 7/12 of a single block's products, 8/12 of a double block's
+    (all where a gate's gradient wants their results), and attention."""
+    blocks = [f"transformer_blocks.{k}" for k in range(spec.double_blocks)]
+    blocks += [f"single_transformer_blocks.{k}" for k in range(spec.single_blocks)]
+    attention = 4 * (image_tokens + text_tokens) ** 2 * spec.hidden * sum(again(f"{name}.attn.to_q") for name in blocks)
+    return attention + sum(
+        2.0 * linear.inputs * linear.outputs * tokens_of(linear.name, image_tokens, text_tokens)
+        for linear in spec.linears()
+        if linear.per_token and again(linear.name)
+    )
+
+
+def _gates(trained: Mapping[str, tuple[int, ...]]) -> Callable[[str], bool]:
+    """Whether the gradient of a block's modulation is asked for, by the block's name."""
+    whole = any(name.startswith("time_text_embed.") for name in trained)
+    own = {".".join(name.split(".")[:2]) for name in trained if re.search(r"\bnorm(1|1_context)?\.linear\b", name)}
+    return lambda block: whole or block in own
+
+
+def _recomputed(config: TrainConfig, spec: FluxSpec, gates: Callable[[str], bool], name: str) -> bool:
+    """Whether a fused block computes the layer of that diffusers name again: not its last, which nobody reads."""
+    kind, _, rest = name.partition(".")
+    number, _, leaf = rest.partition(".")
+    if not config.gradient_checkpointing or kind not in ("transformer_blocks", "single_transformer_blocks"):
+        return False
+    place = int(number) + (spec.double_blocks if kind.startswith("single") else 0)
+    if config.checkpointed_blocks is not None and place >= config.checkpointed_blocks:
+        return False
+    last = leaf.startswith(("proj_out", "ff.net.2", "ff_context.net.2"))
+    return not last or gates(f"{kind}.{number}")
+
+
+def costs(
+    config: TrainConfig, spec: FluxSpec, trained: Mapping[str, tuple[int, ...]], *, fused: bool = False
+) -> Callable[[int, int], float]:
     """`step_flops` of image and text tokens, reckoned once for each size: a step has no milliseconds for it."""
-    return functools.cache(lambda image, text: step_flops(config, spec, trained, image, text))
+    return functools.cache(lambda image, text: step_flops(config, spec, trained, image, text, fused=fused))
 
 
 @dataclass(frozen=True)

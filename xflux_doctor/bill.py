@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 
-from xflux_trainer import bfl_spec, memory, samples, spec
+from xflux_trainer import bfl_spec, memory, memory_fused, samples, spec
+from xflux_trainer.config import TrainConfig
 
 from xflux_doctor.check import Case, SkipCheck
+from xflux_doctor.facts import Gpu
 from xflux_doctor.gather.folders import base_place
+from xflux_doctor.pins import version_of
+from xflux_doctor.refused import fp8_lacks
 
 
 def need(case: Case) -> memory.Bill:
@@ -17,7 +22,7 @@ def need(case: Case) -> memory.Bill:
     Raises SkipCheck where the forecast does not know the job's strategy, or where a file system does not answer.
     """
     if not _LATEST or _LATEST[0][0] is not case:
-        _LATEST[:] = [(case, _forecast(case))]
+        _LATEST[:] = [(case, _forecast(case, case.job.train))]
     return _LATEST[0][1]
 
 
@@ -25,20 +30,70 @@ _LATEST: list[tuple[Case, memory.Bill]] = []
 """Of the case that was asked last: five checks ask for one bill, and a case never changes."""
 
 
-def _forecast(case: Case) -> memory.Bill:
-    config = case.job.train
+def _forecast(case: Case, config: TrainConfig | None, model: spec.FluxSpec | None = None) -> memory.Bill:
     assert config is not None
     if case.job.strategy not in memory.STRATEGIES:
         raise SkipCheck(f"the forecast does not know {case.job.strategy} yet")
     return memory.forecast(
         config,
-        spec_of(case),
+        model or spec_of(case),
         world_size=max(1, case.job.num_processes),
         strategy=case.job.strategy,
         device="cpu" if case.job.use_cpu else "cuda",
         samples=dataset(case).count,
         offload=case.job.offloads,
+        triton=has_triton(case),
     )
+
+
+def has_triton(case: Case) -> bool:
+    """Whether Triton is installed; taken for granted where torch is still to come, or does not say what it requires."""
+    packages = case.facts.packages or {}
+    torch = packages.get("torch")
+    return torch is None or not torch.requires or "triton" in packages or "pytorch-triton" in packages
+
+
+def fused(case: Case) -> bool:
+    """Whether the trainer's own kernels will compute this job's blocks, by all that is known here."""
+    job = case.job
+    if job.train is None:
+        return False
+    device = "cpu" if job.use_cpu else "cuda"
+    computes: bool = memory_fused.computes(job.train, job.strategy, device, triton=has_triton(case))
+    return computes
+
+
+def multiplies_fp8(case: Case, cards: tuple[Gpu, ...]) -> bool:
+    """Whether quantization fp8-dynamic goes with this job, its torch and these cards."""
+    if not fused(case) or case.job.train is None or case.job.train.mixed_precision != "bf16":
+        return False
+    torch = version_of(case.facts, "torch")
+    return not any(fp8_lacks(gpu.capability, torch) for gpu in cards)
+
+
+def checkpointed_blocks(case: Case, room: int) -> int | None:
+    """The fewest checkpointed blocks with which this job needs at most `room` bytes of each GPU for certain.
+
+    None where diffusers' blocks compute, which are all checkpointed or none, and where fewer than all are not enough.
+    """
+    config = case.job.train
+    if config is None or not fused(case):
+        return None
+    model = spec_of(case)
+
+    def fits(count: int) -> bool:
+        some = dataclasses.replace(config, gradient_checkpointing=True, checkpointed_blocks=count)
+        bill = _forecast(case, some, model)
+        return bool(bill.gpu_total * (1 + bill.error_bar) <= room)
+
+    least: int = 1
+    most: int = model.double_blocks + model.single_blocks - 1
+    if most < 1 or not fits(most):
+        return None
+    while least < most:  # each further block lowers the need
+        middle = (least + most) // 2
+        least, most = (least, middle) if fits(middle) else (middle + 1, most)
+    return most
 
 
 def spec_of(case: Case) -> spec.FluxSpec:

@@ -24,11 +24,29 @@ def has_fsdp2(facts: Facts) -> bool:
     return torch is not None and torch >= FULLY_SHARD and accelerate is not None and accelerate >= FSDP2
 
 
+ALL_OR_NONE = "diffusers' blocks are all recomputed or none"
+FP8 = (8, 9)
+"""The first compute capability whose tensor cores multiply fp8."""
+
+
+def fp8_lacks(capability: tuple[int, int], torch: Version | None) -> str | None:
+    """What keeps a card from fp8-dynamic's products (trainer/fp8.py, `supported`); None: nothing that is known."""
+    if capability < FP8:
+        return f"compute capability {capability[0]}.{capability[1]}, and fp8 products need 8.9"
+    if torch is not None and torch < Version("2.5"):
+        return f"torch {torch}, and fp8 products with a scale for each row need 2.5"
+    if capability == FP8 and torch is not None and torch < Version("2.12"):
+        return f"torch {torch}, which starts them outside of its streams on such a card; 2.12 does not"
+    return None
+
+
 def refusals(config: TrainConfig, strategy: str, steps: int, plain: tuple[Change, ...] = ()) -> Iterator[Finding]:
     """One finding for each setting that the trainer does not combine with the strategy; `plain` launches without it."""
     if strategy in ("zero1", "zero2", "zero3", "fsdp"):
         yield from _optimizers(config, "FSDP" if strategy == "fsdp" else "DeepSpeed")
         yield from _bases(config, strategy, plain)
+    if strategy in ("zero3", "fsdp"):
+        yield from _kernels(config)
     yield from _in_backward(config, strategy, steps)
 
 
@@ -64,6 +82,24 @@ def _bases(config: TrainConfig, strategy: str, plain: tuple[Change, ...]) -> Ite
             BEFORE,
             "Launch without it, or set quantization: none.",
             offers=plain,
+        )
+
+
+def _kernels(config: TrainConfig) -> Iterator[Finding]:
+    why = "the model is cut up among the ranks"
+    if config.kernels == "fused":
+        yield error(
+            f"kernels is fused, but {why}.",
+            BEFORE,
+            "Set kernels to auto, which takes diffusers' code here.",
+            edits=(Edit("train", ("kernels",), "auto", "diffusers' blocks compute there"),),
+        )
+    if config.kernels != "diffusers" and config.checkpointed_blocks is not None and config.gradient_checkpointing:
+        yield error(
+            f"checkpointed_blocks is {config.checkpointed_blocks}, which fused kernels alone do, and {why}.",
+            BEFORE,
+            "Set checkpointed_blocks to null.",
+            edits=(Edit("train", ("checkpointed_blocks",), None, ALL_OR_NONE),),
         )
 
 

@@ -6,13 +6,15 @@ import dataclasses
 
 import msgspec
 import pytest
-from conftest import XFLUX_ACCELERATE, case, findings, gpus, job, machine, verdict
+from conftest import XFLUX_ACCELERATE, case, findings, gpus, job, machine, packages, verdict
+from packaging.version import Version
 
 from xflux_doctor.check import Case
 from xflux_doctor.checks import hardware
 from xflux_doctor.facts import Driver, GpuProcess, Host
 from xflux_doctor.finding import Edit
 from xflux_doctor.matrix import Matrix
+from xflux_doctor.refused import fp8_lacks
 
 
 def test_driver_answers(matrix: Matrix) -> None:
@@ -187,3 +189,48 @@ def test_fp8(matrix: Matrix) -> None:
     assert finding.severity == "error" and "fp16" in finding.hint
     assert findings(case(matrix, machine(matrix, card="L40S"), job(asked)), hardware.fp8) == ()
     assert verdict(case(matrix, machine(matrix, card="A100"), job()), hardware.fp8).status == "skipped"
+
+
+SEVERAL = XFLUX_ACCELERATE.replace("DEEPSPEED", "MULTI_GPU")
+
+
+@pytest.mark.parametrize(("card", "torch", "train", "severity", "words"), [
+    ("H100", "2.11.0", {}, None, ""),
+    ("B200", "2.11.0", {}, None, ""),
+    ("A100", "2.11.0", {}, "error", "GPU 0 (NVIDIA A100-SXM4-80GB) has compute capability 8.0"),
+    ("A100", "2.11.0", {"kernels": "diffusers"}, "warning", "has compute capability 8.0"),
+    ("H100", "2.4.0", {}, "error", "computes by torch 2.4.0"),
+    ("L40S", "2.11.0", {}, "error", "2.12 does not"),
+    ("L40S", "2.12.0", {}, None, ""),
+    ("A100", "2.11.0", {"quantization": "fp8"}, "skipped", ""),
+])  # fmt: skip
+def test_fp8_products(
+    matrix: Matrix, card: str, torch: str, train: dict[str, str], severity: str | None, words: str
+) -> None:
+    facts = machine(matrix, card=card, packages=packages(matrix, "cuda13", torch=torch))
+    work = job(SEVERAL, **{"quantization": "fp8-dynamic", **train})
+    if severity == "skipped":
+        assert verdict(case(matrix, facts, work), hardware.fp8_products).status == severity
+        return
+    found = findings(case(matrix, facts, work), hardware.fp8_products)
+    assert [finding.severity for finding in found] == ([severity] if severity else [])
+    for finding in found:
+        assert words in finding.seen
+        assert finding.edits == (Edit("train", ("quantization",), "fp8", "as many bytes, and products in 16 bits"),)
+
+
+@pytest.mark.parametrize("torch", ["2.4.0", "2.5.0", "2.11.0", "2.12.0"])
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
+def test_fp8_products_as_the_trainer_asks_for_them(
+    monkeypatch: pytest.MonkeyPatch, torch: str, capability: tuple[int, int]
+) -> None:
+    """What the trainer's own question would answer before it tries the product."""
+    lib = pytest.importorskip("torch")
+    fp8 = pytest.importorskip("xflux_trainer.fp8")
+    monkeypatch.setattr(lib, "__version__", torch)
+    monkeypatch.setattr(lib.version, "hip", None)
+    monkeypatch.setattr(lib.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(lib.cuda, "get_device_name", lambda _: "a card")
+    monkeypatch.setattr(fp8, "_probe", lambda _: 0.0)
+    asked = fp8.supported.__wrapped__(lib.device("cuda"))
+    assert (asked is None) == (fp8_lacks(capability, Version(torch)) is None)

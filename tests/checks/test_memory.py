@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import msgspec
 import pytest
-from conftest import GIB, XFLUX_ACCELERATE, case, findings, gpus, job, machine, verdict
+from conftest import GIB, XFLUX_ACCELERATE, case, findings, gpus, job, machine, packages, verdict
 
 from xflux_doctor.bill import need
+from xflux_doctor.check import examine
 from xflux_doctor.checks import memory
 from xflux_doctor.facts import GpuProcess
 from xflux_doctor.finding import Edit
 from xflux_doctor.matrix import Matrix
+from xflux_doctor.plan import make
 
 ONE = XFLUX_ACCELERATE.replace("num_processes: 8", "num_processes: 1").replace("DEEPSPEED", "NO")
 
@@ -26,10 +29,64 @@ def test_card_too_small_says_the_terms(matrix: Matrix) -> None:
     assert "Tesla T4" in finding.seen and "transformer 22.2" in finding.because and finding.edits == ()
 
 
-def test_checkpointing_is_the_repair(matrix: Matrix) -> None:
-    work = job(ONE, img_size=1024, train_batch_size=2, gradient_checkpointing=False)
-    (finding,) = findings(case(matrix, machine(matrix, card="L40S"), work), memory.gpu_memory)
-    assert [(e.key, e.value) for e in finding.edits if isinstance(e, Edit)] == [(("gradient_checkpointing",), True)]
+KEPT = {"img_size": 1024, "train_batch_size": 2, "gradient_checkpointing": False}
+
+
+@pytest.mark.parametrize(("train", "card", "edits"), [
+    # As few blocks as fit recompute: of 45 GiB 54 and 68 would be needed.
+    ({}, "L40S", {"gradient_checkpointing": True, "checkpointed_blocks": 33}),
+    ({"train_batch_size": 3, "gradient_checkpointing": True, "checkpointed_blocks": 2}, "L40S",
+     {"checkpointed_blocks": 45}),
+    ({"kernels": "diffusers"}, "L40S", {"gradient_checkpointing": True}),
+    ({}, "A10", {"gradient_checkpointing": True}),  # no number is enough
+    ({"gradient_checkpointing": True, "checkpointed_blocks": 2}, "A10", {"checkpointed_blocks": None}),
+    ({"gradient_checkpointing": True}, "A10", {}),
+])  # fmt: skip
+def test_checkpointing_is_the_repair(matrix: Matrix, train: dict[str, Any], card: str, edits: dict[str, Any]) -> None:
+    work = job(ONE, **{**KEPT, **train})
+    (finding,) = findings(case(matrix, machine(matrix, card=card), work), memory.gpu_memory)
+    assert {e.key[0]: e.value for e in finding.edits if isinstance(e, Edit)} == edits
+    for key in edits:
+        assert f"{key} to " in finding.hint
+
+
+def test_the_repair_is_enough_and_no_more_than_that(matrix: Matrix) -> None:
+    subject = case(matrix, machine(matrix, card="L40S"), job(ONE, **KEPT))
+    plan = make(subject, lambda mended: examine(mended, [memory.gpu_memory]))
+    assert plan.blockers == () and plan.verdicts[0].status == "ok" and plan.job.train is not None
+    count = plan.job.train.checkpointed_blocks
+    assert count is not None
+    fewer = dataclasses.replace(plan.job, train=dataclasses.replace(plan.job.train, checkpointed_blocks=count - 1))
+    assert findings(case(matrix, subject.facts, fewer), memory.gpu_memory)
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({}, "Set quantization to fp8-dynamic, int8 or nf4"),
+    ({"mixed_precision": "fp16"}, "Set quantization to int8 or nf4"),
+    ({"kernels": "diffusers"}, "Set quantization to int8 or nf4"),
+])  # fmt: skip
+def test_fp8_products_are_advised_where_they_can_be_had(matrix: Matrix, changes: dict[str, Any], words: str) -> None:
+    limited = dataclasses.replace(job(ONE, **changes), gpu_limit=15 * GIB)
+    (finding,) = findings(case(matrix, machine(matrix), limited), memory.gpu_memory)
+    assert finding.hint.startswith(words)
+    (finding,) = findings(case(matrix, machine(matrix, card="A100"), limited), memory.gpu_memory)
+    assert finding.hint.startswith("Set quantization to int8 or nf4")
+
+
+@pytest.mark.parametrize(("installed", "requires", "fused"), [
+    ({"triton": "3.6.0"}, ("triton==3.6.0",), True),
+    ({}, ("triton==3.6.0",), False),
+    ({}, (), True),  # metadata that names nothing
+    ({"torch": ""}, (), True),  # still to come, and its wheel brings Triton
+])  # fmt: skip
+def test_the_bill_without_triton(
+    matrix: Matrix, installed: dict[str, str], requires: tuple[str, ...], fused: bool
+) -> None:
+    found = packages(matrix, "cuda13", **installed)
+    if "torch" in found:
+        found["torch"] = msgspec.structs.replace(found["torch"], requires=requires)
+    bill = need(case(matrix, machine(matrix, packages=found), job(ONE, **KEPT)))
+    assert ("one block's backward pass" in {term.name for term in bill.gpu}) == fused
 
 
 def test_held_memory_names_the_holder(matrix: Matrix) -> None:

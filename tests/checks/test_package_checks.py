@@ -1,4 +1,4 @@
-"""SW108 to SW115: each check fires on the fault and stays silent beside it."""
+"""SW108 to SW115, and SW117: each check fires on the fault and stays silent beside it."""
 
 from __future__ import annotations
 
@@ -133,3 +133,55 @@ def test_one_version(matrix: Matrix) -> None:
     assert finding.seen == "torch's metadata says 2.11.0 and its version.py 2.10.0."
     assert findings(changed(matrix, "torch", module_version="2.11.0"), checks.one_version) == ()
     assert findings(changed(matrix, "torch", version="2.11.0+cu130", module_version="2.11.0"), checks.one_version) == ()
+
+
+ONE_GPU = "distributed_type: 'NO'\nnum_processes: 1\nuse_cpu: false\n"
+
+
+@pytest.mark.parametrize(("train", "card", "installed", "words", "edit"), [
+    ({}, "A100", "", "", None),
+    ({"attention": "flash-attn-4"}, "H100", "4.0.0b10", "", None),
+    ({"attention": "flash-attn-4"}, "B200", "4.0.0b10", "", None),
+    ({"attention": "flash-attn-4"}, "H100", "", "it is not installed", ("attention", "auto")),
+    ({"attention": "flash-attn-4"}, "A100", "4.0.0b10", "GPU 0 (NVIDIA A100-SXM4-80GB) has compute capability 8.0: it "
+     "is for 9.0", ("attention", "auto")),
+    ({"attention": "flash-attn-4", "kernels": "diffusers"}, "A100", "", "", None),  # nobody reads it
+    ({"checkpointed_blocks": 20}, "A100", "", "", None),
+    ({"checkpointed_blocks": 20, "gradient_checkpointing": False, "mixed_precision": "no"}, "A100", "", "", None),
+    ({"checkpointed_blocks": 20, "mixed_precision": "no"}, "A100", "", "which fused kernels alone do, and "
+     "mixed_precision is no", ("checkpointed_blocks", None)),
+])  # fmt: skip
+def test_kernels_asked(
+    matrix: Matrix, train: dict[str, Any], card: str, installed: str, words: str, edit: tuple[str, Any] | None
+) -> None:
+    facts = machine(matrix, card=card, packages=packages(matrix, "cuda13", flash_attn_4=installed))
+    found = findings(case(matrix, facts, job(ONE_GPU, **train)), checks.kernels_asked)
+    assert [words in finding.seen for finding in found] == ([True] if edit else [])
+    for finding in found:
+        assert edit == (finding.edits[0].key[0], getattr(finding.edits[0], "value", ""))
+        assert finding.commands == (("pip install flash-attn-4",) if "installed" in words else ())
+
+
+def test_kernels_asked_of_a_cpu_and_without_triton(matrix: Matrix) -> None:
+    some = {"checkpointed_blocks": 20}
+    on_cpu = one(case(matrix, machine(matrix, card=None), job(ONE_GPU, cpu=True, **some)), checks.kernels_asked)
+    assert on_cpu.seen.endswith("and the job runs on the CPU.")
+    bare = packages(matrix, "cuda13")
+    bare["torch"] = msgspec.structs.replace(bare["torch"], requires=("triton==3.6.0",))
+    without = case(matrix, machine(matrix, packages=bare), job(ONE_GPU, **some))
+    assert one(without, checks.kernels_asked).seen.endswith("Triton is not installed.")
+
+
+@pytest.mark.parametrize(("card", "installed", "train", "told"), [
+    ("H100", "", {}, True),
+    ("H100", "4.0.0b10", {}, False),
+    ("A100", "", {}, False),
+    ("H100", "", {"kernels": "diffusers"}, False),
+    ("H100", "", {"attention": "flash"}, False),
+    ("H100", "", {"deterministic": True}, False),
+])  # fmt: skip
+def test_a_faster_attention_is_named(
+    matrix: Matrix, card: str, installed: str, train: dict[str, Any], told: bool
+) -> None:
+    facts = machine(matrix, card=card, packages=packages(matrix, "cuda13", flash_attn_4=installed))
+    assert ("pip install flash-attn-4" in checks.faster_attention(case(matrix, facts, job(ONE_GPU, **train)))) == told

@@ -8,7 +8,8 @@ from itertools import product
 from typing import Any
 
 import pytest
-from xflux_trainer import quantize
+import torch
+from xflux_trainer import fast, quantize
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.errors import Unsupported
 from xflux_trainer.optim import refuse_step_in_backward
@@ -33,6 +34,10 @@ CHANGES: list[dict[str, Any]] = [
     {"stream_blocks": 19},
     {"quantization": "nf4", "modulation": "stream"},
     {"mode": "finetune", "optimizer": "adafactor", "weight_update": "kahan", "step_in_backward": True},
+    {"kernels": "fused"},
+    {"checkpointed_blocks": 20},
+    {"checkpointed_blocks": 20, "kernels": "fused"},
+    {"checkpointed_blocks": 20, "gradient_checkpointing": False},
 ]
 
 
@@ -79,7 +84,13 @@ def _trainer(config: TrainConfig, strategy: str, accumulation: int) -> set[tuple
         lambda: refuse_optimizers(config, who) if sharded else None,
         lambda: quantize.refuse(config, strategy) if sharded else None,
         lambda: refuse_step_in_backward(config, strategy, accumulation),
+        lambda: _kernels(config) if strategy in ("zero3", "fsdp") else None,
     )
+
+
+def _kernels(config: TrainConfig) -> None:
+    """Where a model is cut up, whatever it is, its own blocks compute or the trainer stops."""
+    assert fast.build(torch.nn.Linear(1, 1), config, torch.device("cpu"), cut=True) == (None, [])
 
 
 def test_the_doctor_knows_the_package_of_every_format() -> None:

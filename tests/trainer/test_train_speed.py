@@ -63,6 +63,30 @@ def test_a_fine_tune_adds_the_weights_gradients(side: int, plain: float, again: 
     assert step_flops(config, FLUX_DEV, every, tokens, 512) / 1e12 == pytest.approx(again, abs=0.1)
 
 
+def test_fused_blocks_compute_less_again() -> None:
+    """Not their last products, unless a gate's gradient wants the results; and only in the checkpointed blocks."""
+
+    def again(names: dict[str, tuple[int, ...]], **changes: object) -> float:
+        kept = replace(CONFIG, lora_targets="diffusers")
+        config = replace(kept, gradient_checkpointing=True, **changes)  # type: ignore[arg-type]
+        whole = step_flops(config, FLUX_DEV, names, 4096, 512, fused=True)
+        return whole - step_flops(kept, FLUX_DEV, names, 4096, 512, fused=True)
+
+    attention, layer = 4.0 * 4608**2 * 3072, 2.0 * 4608 * 3072**2
+    assert again({}) == pytest.approx(57 * attention + (19 * 8 + 38 * 7) * layer, rel=1e-6)
+    assert again({}, checkpointed_blocks=0) == 0
+    assert again({}, checkpointed_blocks=20) == pytest.approx(20 * attention + (19 * 8 + 7) * layer, rel=1e-6)
+    gates = {"time_text_embed.text_embedder.linear_1.bias": (3072,)}
+    assert again(gates) == pytest.approx(57 * (attention + 12 * layer), rel=1e-6)
+    one = {"single_transformer_blocks.0.norm.linear.bias": (9216,)}
+    assert again(one) == pytest.approx(57 * attention + (19 * 8 + 38 * 7 + 5) * layer, rel=1e-6)
+    factors = {"single_transformer_blocks.0.attn.to_q.lora_A.weight": (16, 3072),
+               "single_transformer_blocks.0.proj_out.lora_A.weight": (16, 15360)}  # fmt: skip
+    assert again(factors) - again({}) == pytest.approx(2 * 16 * 3072 * 4608, rel=1e-6)
+    diffusers = step_flops(replace(CONFIG, gradient_checkpointing=True), FLUX_DEV, {}, 4096, 512)
+    assert diffusers - step_flops(CONFIG, FLUX_DEV, {}, 4096, 512) > again({}) * 1.4
+
+
 def test_every_layer_meets_its_own_tokens() -> None:
     """Summed over all layers, the products are those of the forward pass."""
     products = sum(2.0 * i.inputs * i.outputs * tokens_of(i.name, 4096, 512) for i in FLUX_DEV.linears())

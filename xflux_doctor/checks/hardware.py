@@ -7,10 +7,13 @@ from collections.abc import Iterator
 
 from packaging.specifiers import SpecifierSet
 
+from xflux_doctor.bill import fused
 from xflux_doctor.check import Case, SkipCheck, check
 from xflux_doctor.choose import driver_need
 from xflux_doctor.finding import Edit, Finding, error, warning
 from xflux_doctor.matrix import has_kernels
+from xflux_doctor.pins import version_of
+from xflux_doctor.refused import fp8_lacks
 from xflux_doctor.visible import selected
 
 _RELOAD = "sudo rmmod nvidia_uvm nvidia_drm nvidia_modeset nvidia && sudo modprobe nvidia"
@@ -197,7 +200,7 @@ def device_files(case: Case) -> Iterator[Finding]:
 def fp8(case: Case) -> Iterator[Finding]:
     """fp8 needs compute capability 8.9, Ada or Hopper (NVIDIA Transformer Engine).
 
-    The bundled trainer computes nothing in fp8: its quantization fp8 only stores the frozen base so, on any card.
+    The bundled trainer does not go by accelerate's precision: what its own quantization asks of a card is HW124's.
     """
     assert case.facts.gpus is not None
     if case.job.use_cpu or str(case.job.get("mixed_precision", "no")).lower() != "fp8":
@@ -216,3 +219,28 @@ def fp8(case: Case) -> Iterator[Finding]:
                 docs="https://docs.nvidia.com/deeplearning/transformer-engine/user-guide/",
             )
             return
+
+
+@check("HW124", "the cards multiply in the training file's fp8", needs=("train", "trainer", "gpus"))
+def fp8_products(case: Case) -> Iterator[Finding]:
+    """quantization fp8-dynamic multiplies in fp8: capability 8.9, torch 2.5, on Ada 2.12 (trainer/fp8.py).
+
+    The other formats, fp8 among them, only store the frozen base, on any card.
+    """
+    train = case.job.train
+    assert train is not None and case.facts.gpus is not None
+    if case.job.use_cpu or train.quantization != "fp8-dynamic":
+        raise SkipCheck("products in fp8 are not asked for")
+    for gpu in selected(case.facts.gpus, case.facts.environment, case.job.gpu_ids):
+        lack = fp8_lacks(gpu.capability, version_of(case.facts, "torch"))
+        if lack is None:
+            continue
+        whose = f"GPU {gpu.index} ({gpu.name}) has {lack}"
+        make = error if fused(case) else warning
+        yield make(
+            f"quantization is fp8-dynamic; {whose.replace('has torch', 'computes by torch')}.",
+            "Its products fail." if fused(case) else "diffusers' blocks compute here, and multiply dense copies.",
+            "Set quantization to fp8, which stores the base in as many bytes (by optimum-quanto).",
+            edits=(Edit("train", ("quantization",), "fp8", "as many bytes, and products in 16 bits"),),
+        )
+        return

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 from xflux_trainer import memory
 
-from xflux_doctor.bill import need
+from xflux_doctor.bill import checkpointed_blocks, fused, multiplies_fp8, need
 from xflux_doctor.check import Case, SkipCheck, check
 from xflux_doctor.checks.words import devices
 from xflux_doctor.facts import Gpu
-from xflux_doctor.finding import Edit, Finding, error, warning
+from xflux_doctor.finding import Edit, Finding, Scalar, error, warning
 
 GIB = 1 << 30
 _SHARED_HINT = "End it if it is yours (the doctor never does), or choose another GPU by CUDA_VISIBLE_DEVICES."
@@ -30,7 +30,7 @@ def gpu_memory(case: Case) -> Iterator[Finding]:
         if free >= most:
             continue
         if least > total:
-            yield _does_not_fit(case, gpu, bill, total)
+            yield _does_not_fit(case, gpu, bill, total, free)
         elif least > free:
             yield _held(gpu, bill, free)
         else:
@@ -42,14 +42,12 @@ def gpu_memory(case: Case) -> Iterator[Finding]:
             )
 
 
-def _does_not_fit(case: Case, gpu: Gpu, bill: memory.Bill, total: int) -> Finding:
+def _does_not_fit(case: Case, gpu: Gpu, bill: memory.Bill, total: int, free: int) -> Finding:
     assert case.job.train is not None
-    edits: tuple[Edit, ...] = ()
+    edits = _recomputing(case, total, free)
     hint = f"{_less(case)}, or use a larger card."
-    if not case.job.train.gradient_checkpointing:
-        reason = "recomputing the blocks takes time instead of memory"
-        edits = (Edit("train", ("gradient_checkpointing",), True, reason),)
-        hint = "Turn gradient_checkpointing on."
+    if edits:
+        hint = f"Set {' and '.join(f'{edit.key[-1]} to {_word(edit.value)}' for edit in edits)}."
     largest = ", ".join(f"{t.name} {t.bytes / GIB:.1f}" for t in sorted(bill.gpu, key=lambda t: -t.bytes)[:3])
     return error(
         f"The job needs about {bill.gpu_total / GIB:.1f} GiB per GPU; GPU {gpu.index} ({gpu.name}) has "
@@ -60,13 +58,40 @@ def _does_not_fit(case: Case, gpu: Gpu, bill: memory.Bill, total: int) -> Findin
     )
 
 
+def _word(value: Scalar) -> str:
+    """As YAML writes it."""
+    return "null" if value is None else str(value).lower()
+
+
+def _recomputing(case: Case, total: int, free: int) -> tuple[Edit, ...]:
+    """Edits that trade time for memory: as few blocks recompute as what is free takes, or the card if that takes none;
+    all of them where it cannot be graded."""
+    train = case.job.train
+    assert train is not None
+    graded = fused(case) and train.checkpointed_blocks is not None
+    if train.gradient_checkpointing and not graded:
+        return ()
+    why = "recomputing the blocks takes time instead of memory"
+    on = () if train.gradient_checkpointing else (Edit("train", ("gradient_checkpointing",), True, why),)
+    count = checkpointed_blocks(case, free) or checkpointed_blocks(case, total)
+    if count is not None:
+        reason = f"the first {count} blocks recompute their activations, and the others' fit"
+        return (*on, Edit("train", ("checkpointed_blocks",), count, reason))
+    if train.checkpointed_blocks is not None:
+        return (*on, Edit("train", ("checkpointed_blocks",), None, "every block recomputes its activations"))
+    return on
+
+
 def _less(case: Case) -> str:
     """What makes this job smaller, the cheapest first, as the beginning of a sentence."""
     train = case.job.train
     assert train is not None
     ways = [] if train.gradient_checkpointing else ["turn gradient_checkpointing on"]
+    if train.gradient_checkpointing and train.checkpointed_blocks is not None and fused(case):
+        ways.append("raise checkpointed_blocks")
     if train.mode != "finetune" and train.quantization == "none" and case.job.strategy not in ("zero3", "fsdp"):
-        ways.append("set quantization to int8 or nf4")
+        dynamic = "fp8-dynamic, " if multiplies_fp8(case, devices(case) or ()) else ""
+        ways.append(f"set quantization to {dynamic}int8 or nf4")
     elif train.mode == "finetune" and train.optimizer == "adamw" and case.job.num_processes == 1:
         ways.append("set optimizer to adafactor and step_in_backward to true")
     elif train.mode == "finetune" and case.job.strategy not in ("zero3", "fsdp"):

@@ -12,8 +12,9 @@ from xflux_trainer.config import TrainConfig
 
 from xflux_doctor import matrix as matrices
 from xflux_doctor import strategy, xflux_bill
-from xflux_doctor.bill import need
+from xflux_doctor.bill import checkpointed_blocks, multiplies_fp8, need
 from xflux_doctor.check import Case, SkipCheck
+from xflux_doctor.checks.packages import faster_attention
 from xflux_doctor.checks.words import devices
 from xflux_doctor.errors import DoctorError, UsageError
 from xflux_doctor.inputs import Inputs, build
@@ -47,7 +48,11 @@ def run(inputs: Inputs, *, gpu: str | None) -> int:
     if size is None:
         click.echo("No GPU to hold it against: name one with --gpu NAME:GIB.")
         return 0
-    return _alternatives(case, config, name, size)
+    fp8 = multiplies_fp8(case, () if gpu is not None else devices(case) or ())
+    verdict = _alternatives(case, config, name, size, fp8=fp8)
+    if advice := faster_attention(case):
+        click.echo(f"{advice}.")
+    return verdict
 
 
 def _xflux(case: Case, found: XFlux, gpu: str | None) -> int:
@@ -129,11 +134,11 @@ def _strategies(case: Case) -> None:
     )
 
 
-def _alternatives(case: Case, config: TrainConfig, name: str, size: int) -> int:
+def _alternatives(case: Case, config: TrainConfig, name: str, size: int, *, fp8: bool) -> int:
     """The same job with the settings that trade time or size for memory, each with its verdict."""
     click.echo(f"\non a {name or 'GPU'} of {size / GIB:.0f} GiB:")
     fits = False
-    for label, changed in variants(config):
+    for label, changed in variants(config, checkpointed_blocks(case, size), fp8=fp8):
         if any(refusals(changed, case.job.strategy, 1)):
             continue
         mended = dataclasses.replace(case, job=dataclasses.replace(case.job, train=changed))
@@ -146,28 +151,39 @@ def _alternatives(case: Case, config: TrainConfig, name: str, size: int) -> int:
     return 0 if fits else 1
 
 
-def variants(config: TrainConfig) -> list[tuple[str, TrainConfig]]:
-    """The job as it is, and its neighbors, fastest first."""
+def variants(config: TrainConfig, some: int | None = None, *, fp8: bool = False) -> list[tuple[str, TrainConfig]]:
+    """The job as it is, and its neighbors, fastest first. `some`: checkpointed blocks that are enough to fit; `fp8`:
+    products can be computed in it."""
     found = [("as it is", config)]
+    every = dataclasses.replace(config, gradient_checkpointing=True, checkpointed_blocks=None)
+    if some is not None:
+        changed = dataclasses.replace(every, checkpointed_blocks=some)
+        if changed != config:
+            found.append((f"{config.img_size} px, recomputing the first {some} blocks (checkpointed_blocks)", changed))
     for checkpointing in (False, True):
         for px in sorted({config.img_size, 1024, 768, 512}, reverse=True):
             if px > config.img_size:
                 continue
-            changed = dataclasses.replace(config, gradient_checkpointing=checkpointing, img_size=px)
+            changed = dataclasses.replace(every, gradient_checkpointing=checkpointing, img_size=px)
             if changed != config:
                 mode = "recomputing every block" if checkpointing else "keeping every activation"
                 found.append((f"{px} px, {mode}", changed))
-    return [*found, *_smaller(config)]
+    return [*found, *_smaller(config, fp8=fp8)]
 
 
-def _smaller(config: TrainConfig) -> list[tuple[str, TrainConfig]]:
+def _smaller(config: TrainConfig, *, fp8: bool) -> list[tuple[str, TrainConfig]]:
     """The job's own size with less of the model on the device."""
-    checkpointed = dataclasses.replace(config, gradient_checkpointing=True)
+    checkpointed = dataclasses.replace(config, gradient_checkpointing=True, checkpointed_blocks=None)
     if config.mode == "finetune":
         own = {"optimizer": "adafactor", "step_in_backward": True, "weight_update": "stochastic"}
         rows: dict[str, dict[str, Any]] = {"adafactor, stepped in the backward pass": own}
     elif config.quantization == "none":
+        dynamic = {"quantization": "fp8-dynamic", "modulation": "quantize"}
         rows = {
+            "base and products in fp8, keeping every activation": {**dynamic, "gradient_checkpointing": False},
+            "base and products in fp8": dynamic,
+        }
+        rows = (rows if fp8 else {}) | {
             "base in int8": {"quantization": "int8"},
             "base in nf4": {"quantization": "nf4"},
             "base in nf4, its modulation streamed": {"quantization": "nf4", "modulation": "stream"},

@@ -1,0 +1,213 @@
+"""The bill's terms where this trainer's own blocks compute: what each keeps and needs. Torch-free.
+
+U is one (tokens, hidden) tensor in the format of the products: 27 MiB at 1024 px in bf16. The counts are those of
+`blocks`: what a block keeps between the passes, what it makes again, and the most that its backward pass holds at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from xflux_trainer.config import TrainConfig
+from xflux_trainer.memory_terms import Term, saved_per_block, width
+from xflux_trainer.savings import is_modulation, streamed_blocks
+from xflux_trainer.spec import FluxSpec, image_tokens
+from xflux_trainer.trained import Trained, controlnet_spec, trained
+
+MIB = 1 << 20
+CUBLAS = 32 * MIB
+"""cuBLAS' workspace on Hopper, as torch sets it."""
+SINGLE, DOUBLE = "single_transformer_blocks", "transformer_blocks"
+
+
+def computes(config: TrainConfig, strategy: str, device: str, *, triton: bool = True) -> bool:
+    """Whether this trainer's blocks compute and not diffusers', as `fast` decides; `triton`: whether it works there."""
+    if config.kernels == "diffusers" or strategy in ("zero3", "fsdp"):
+        return False
+    return config.kernels == "fused" or (device == "cuda" and config.mixed_precision != "no" and triton)
+
+
+def records(config: TrainConfig, strategy: str, device: str) -> bool:
+    """Whether steps of these blocks are recorded, as `graphs.recorder` decides."""
+    if not config.cuda_graphs or device != "cuda" or config.stream_blocks or config.modulation == "stream":
+        return False
+    plain = config.mode == "lora" and config.mixed_precision == "bf16" and not config.step_in_backward
+    return plain and strategy == "single"
+
+
+def checkpointed(config: TrainConfig, spec: FluxSpec) -> int:
+    """How many blocks, the first ones, keep their input alone."""
+    if not config.gradient_checkpointing:
+        return 0
+    count = spec.double_blocks + spec.single_blocks
+    return count if config.checkpointed_blocks is None else min(count, config.checkpointed_blocks)
+
+
+def copies(config: TrainConfig, spec: FluxSpec, *, recorded: bool) -> Iterator[Term]:
+    """What stands beside the trained weights for these blocks' sake."""
+    what = trained(config, spec)
+    inside = sum(one.parameters(config.rank) for one in what.adapters if not is_modulation(one.name))
+    if inside:
+        yield Term("adapters' copies", inside * width(config), "train", "in the format of the products")
+    if inside and recorded and config.gradient_accumulation_steps > 1:
+        yield Term("gradients of one pass", inside * 4, "train", "fp32: a recorded pass writes them to their own place")
+
+
+def gradients_at_once(config: TrainConfig, spec: FluxSpec) -> int:
+    """Most parameters whose gradients are there before the first is stepped: a block's come together."""
+    what = trained(config, spec)
+    sizes: dict[str, int] = {}
+    for adapter in what.adapters:
+        sizes[_block(adapter.name)] = sizes.get(_block(adapter.name), 0) + adapter.parameters(config.rank)
+    for linear in spec.linears() if config.mode == "finetune" else ():
+        if linear.name in what.layers and not is_modulation(linear.name):
+            sizes[_block(linear.name)] = sizes.get(_block(linear.name), 0) + linear.parameters
+    blocks = [size for name, size in sizes.items() if name.startswith((f"{SINGLE}.", f"{DOUBLE}."))]
+    return max([what.largest, *blocks])
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Bytes of one block that a gradient passes through."""
+
+    kept: int
+    """Between the passes."""
+    needed: int
+    """In its backward pass, beside what was kept."""
+    checkpointed: bool
+
+
+def activations(config: TrainConfig, spec: FluxSpec) -> Iterator[Term]:
+    """What lies there when a step needs most, at the largest size that is trained on: while one block goes backward."""
+    size = width(config)
+    side = max(config.sizes)
+    tokens = image_tokens(side, side) + config.max_text_tokens
+    unit = config.train_batch_size * tokens * spec.hidden * size
+    shape = f"{config.train_batch_size} x {tokens} tokens"
+    blocks = list(_blocks(config, spec, tokens))
+    if blocks:
+        # What later blocks kept is gone when an earlier one's turn comes.
+        turn = max(range(len(blocks)), key=lambda k: sum(b.kept for b in blocks[: k + 1]) + blocks[k].needed)
+        there = blocks[: turn + 1]
+        inputs, whole = [b for b in there if b.checkpointed], [b for b in there if not b.checkpointed]
+        if inputs:
+            why = f"{len(inputs)} checkpointed blocks, {shape} each"
+            yield Term("block inputs", sum(b.kept for b in inputs), "train", why)
+        if whole:
+            why = f"{len(whole)} blocks keep inputs, q, k, v, attention's output and the MLP's input, {shape}"
+            yield Term("activations", sum(b.kept for b in whole), "train", why)
+        again = "what it computes again, " if blocks[turn].checkpointed else ""
+        why = f"{again}the gradients on their way, and those that attention sums up in fp32"
+        yield Term("one block's backward pass", blocks[turn].needed, "train", why)
+    if config.mode == "controlnet":
+        yield from _controlnet(config, spec, tokens, unit)
+    yield from _products(config, spec)
+    ends = config.train_batch_size * (tokens * spec.in_channels * 12 + config.max_text_tokens * spec.text_dim * size)
+    yield Term("inputs and loss", ends, "train", "latents, noise and prediction in fp32, and the captions")
+
+
+def _controlnet(config: TrainConfig, spec: FluxSpec, tokens: int, unit: int) -> Iterator[Term]:
+    """Its own blocks are diffusers', and go backward when the base's have."""
+    net = controlnet_spec(config, spec)
+    every = Trained(0, 0, frozenset(linear.name for linear in net.linears()))
+    saved = list(saved_per_block(config, net, every, tokens))
+    kept = len(saved) * unit if config.gradient_checkpointing else sum(saved)
+    yield Term("ControlNet's activations", kept, "train", f"its {len(saved)} blocks are diffusers' own")
+    yield Term("residuals", 2 * config.controlnet_depth * unit, "train", "the ControlNet's outputs, and their sums")
+    hint = config.train_batch_size * 16 * max(config.sizes) ** 2 * width(config) * 3
+    yield Term("condition", hint, "train", "the hint block's layers at full resolution")
+
+
+def _products(config: TrainConfig, spec: FluxSpec) -> Iterator[Term]:
+    """What matrix products need beside their operands."""
+    yield Term("cuBLAS", CUBLAS, "train", "its workspace")
+    if config.quantization == "fp8-dynamic":
+        largest = (3 * spec.hidden + spec.mlp) * spec.hidden
+        yield Term("a weight transposed", largest, "train", "as fp8 products want it in the backward pass")
+    if config.quantization not in ("none", "fp8-dynamic") or (config.quantization != "none" and config.stream_blocks):
+        yield Term("a weight in 16 bits", spec.largest_tensor * width(config), "train", "made anew for each product")
+
+
+def _blocks(config: TrainConfig, spec: FluxSpec, tokens: int) -> Iterator[_Block]:
+    """The blocks from the first one that a gradient passes through."""
+    what = trained(config, spec)
+    rows = config.train_batch_size * tokens
+    unit = rows * spec.hidden * width(config)
+    lse = rows * spec.heads * 4
+    ends = ("x_embedder", "context_embedder")
+    time = any(name.startswith("time_text_embed.") for name in what.layers)
+    reached = any(name in what.layers for name in ends) or time or config.mode == "controlnet"
+    streamed = set(streamed_blocks(spec.double_blocks, spec.single_blocks, config.stream_blocks))
+    again = checkpointed(config, spec)
+    names = [f"{DOUBLE}.{k}" for k in range(spec.double_blocks)] + [f"{SINGLE}.{k}" for k in range(spec.single_blocks)]
+    layers: dict[str, set[str]] = {name: set() for name in names}
+    for name in what.layers:
+        if (block := _block(name)) in layers:
+            layers[block].add(name[len(block) + 1 :])
+    adapters = dict.fromkeys(names, 0)
+    for adapter in what.adapters:
+        if (block := _block(adapter.name)) in adapters:
+            adapters[block] += 1
+    for number, name in enumerate(names):
+        own = layers[name]
+        reached = reached or bool(own)
+        if not reached:
+            continue
+        shape = _Shape(own, config.mode == "finetune", time or any(map(is_modulation, own)),
+                       config.quantization == "fp8-dynamic" and name not in streamed, 4 / width(config))  # fmt: skip
+        # Half of a double block's adapters see the text alone, the others the image.
+        low = adapters[name] * rows * config.rank * width(config) // (1 if name.startswith(SINGLE) else 2)
+        units = shape.single if name.startswith(SINGLE) else shape.double
+        kept, made, needed = units(again=number < again)
+        if number < again:
+            yield _Block(int(kept * unit), int((made + needed) * unit) + lse + low, checkpointed=True)
+        else:
+            yield _Block(int((kept + made) * unit) + lse + low, int(needed * unit), checkpointed=False)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What decides on a block's memory; its counts of U."""
+
+    own: set[str]
+    """Layers that are trained, or have adapters."""
+    weights: bool
+    """Their weights are trained, not adapters."""
+    gates: bool
+    """The modulation gets a gradient, so what a gate multiplies is kept."""
+    fp8: bool
+    """Products are in fp8."""
+    wide: float
+    """fp32 as against the format of the products."""
+
+    def single(self, *, again: bool) -> tuple[float, float, float]:
+        """U of its input, of what it makes beside (kept, or made again), and of the most that it needs backward."""
+        made = 8.0 + self.gates  # q, k, v; h; o; y
+        # What attention is given and gives: q and k ready for it, dq and dk, and its sums in fp32.
+        attention = 4 + self.wide
+        if self.fp8:
+            mlp = 7 * ("proj_mlp" in self.own)  # the gradient in 16 bits too, where an adapter reads it
+            aside = 0 if again else 3  # the gradient of q, k and v: in their own place, or in one of its own
+            return 1, made, 1 + 5 + max(attention + (aside or 1), aside + 3.5 + mlp)
+        # dv waits aside where v's own place takes it; else the gradient of [q k v h] has a place of its own.
+        back = 5 + attention + (1 if again else 7)
+        if self.weights and "proj_out" in self.own:
+            back = max(back, 1 + 5 + 5 + 2 * again)  # dy, its product, [o | GELU(h)], q and k where they wait
+        return 1, made, 1 + back
+
+    def double(self, *, again: bool) -> tuple[float, float, float]:
+        """As `single`'s."""
+        made = 9.0 + 2 * self.gates  # q, k, v; o; the tokens after attention; h; y, z
+        attention = 4 + self.wide
+        back = attention + (1 if again else 3)
+        # dz, dh, and GELU(h) for the last layer's own gradients: weights' when dh is there, adapters' before.
+        down = bool(self.own & {"ff.net.2", "ff_context.net.2"})
+        mlp = 1 + 4 + 4 * (down and self.weights) + 2.0 * again
+        if self.fp8:
+            mlp += 2 + 4 * bool(self.own & {"ff.net.0.proj", "ff_context.net.0.proj"})
+        return 1, made, 2 + max(back, mlp)
+
+
+def _block(name: str) -> str:
+    return ".".join(name.split(".")[:2])
