@@ -69,8 +69,7 @@ class Bill:
 
     @property
     def gpu_allocated(self) -> int:
-        """The peak that `torch.cuda.max_memory_allocated` will show, and in the phase `sample` a recorded step's room
-        as well: nothing else can have it, though the allocator does not count it as allocated."""
+        """The peak that `torch.cuda.max_memory_allocated` will show."""
         return max(self.gpu_phases.values(), default=0)
 
     @property
@@ -156,14 +155,10 @@ def _compute_terms(
     if fused:
         states_held += tuple(memory_fused.copies(config, spec, recorded=recorded))
     yield from states_held
-    passes = tuple(memory_fused.activations(config, spec) if fused else activations(config, spec))
-    yield from passes
+    yield from memory_fused.activations(config, spec) if fused else activations(config, spec)
     if not config.disable_sampling:
         total = sum(term.bytes for term in states_held if not _leaves(term, offload))
         yield Term("what is trained and its optimizer", total, "sample", "they stay while images are drawn")
-        if recorded:
-            held_back = sum(term.bytes for term in passes)
-            yield Term("the recorded step's room", held_back, "sample", "its activations keep their place for the next")
         yield from sampling(config, spec)
 
 

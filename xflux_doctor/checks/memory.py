@@ -39,6 +39,7 @@ def gpu_memory(case: Case) -> Iterator[Finding]:
                 f"{bill.gpu_total / GIB:.1f} GiB (±{bill.error_bar:.0%}).",
                 "It is tight: it may run out of memory.",
                 f"{_less(case)}, or free the GPU.",
+                offers=_recomputing(case, total, free),
             )
 
 
