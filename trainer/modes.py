@@ -46,6 +46,12 @@ def build(
     return trainee, notes
 
 
+def fused(trainee: Trainee) -> bool:
+    """Whether the trainer's own blocks compute the transformer, and not diffusers'."""
+    module: Any = trainee.module
+    return getattr(module, "velocity", module).fast is not None
+
+
 def _build(
     config: TrainConfig, base: Base, spec: FluxSpec, transformer: nn.Module, dtype: torch.dtype, ranks: Ranks
 ) -> Trainee:

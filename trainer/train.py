@@ -19,6 +19,7 @@ from xflux_trainer import (
     flow,
     hub,
     meter,
+    modes,
     optim,
     report,
     speed,
@@ -108,7 +109,7 @@ def _loop(run: Run, watch: Watch | None, stop: Stop) -> int:
     """All steps from where the run stands to its end. Returns the signal that ended it before, or 0."""
     config, ranks, gauge, progress = run.config, run.ranks, run.meter, run.progress
     gauge.peak_tflops = speed.peak(meter.device_name(ranks.device), config.mixed_precision)
-    cost = speed.costs(config, run.spec, run.stepper.shapes())
+    cost = speed.costs(config, run.spec, run.stepper.shapes(), fused=modes.fused(run.trainee))
     images = config.train_batch_size * ranks.world_size * run.accumulation
     if run.heldout and progress.heldout_before is None:
         progress.heldout_before = measure(run, watch)
