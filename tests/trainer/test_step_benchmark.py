@@ -37,7 +37,17 @@ def result(folder: Path, kind: str) -> dict[str, Any]:
 def test_ours_beside_diffusers(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     done = run(
-        "step.py", *SMALL, "--batches", "1,2", "--rows", "*-kept", "--rounds", 1, "--shared", "--results", tmp_path
+        "step.py",
+        *SMALL,
+        "--batches",
+        "1,2",
+        "--rows",
+        "ours-kept,diffusers-kept",
+        "--rounds",
+        1,
+        "--shared",
+        "--results",
+        tmp_path,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = result(tmp_path, "step")
@@ -99,7 +109,12 @@ def test_rounds_and_ratios() -> None:
 
     own, peer = measured("ours-kept", 0.2, 0.4, gib=30), measured("xflux", 0.6, 0.6, gib=60)
     assert own["rounds"] == [0.2, 0.4] and own["seconds_per_step"] == pytest.approx(0.3)
-    lost = step.combine(step.ROWS[2], 1024, 1, [{"outcome": "out of memory", "why": "it is full"}])
+    lost = step.combine(
+        next(row for row in step.ROWS if row.name == "diffusers-kept"),
+        1024,
+        1,
+        [{"outcome": "out of memory", "why": "it is full"}],
+    )
     (pair,) = step_report.pairs([own, lost, peer])
     assert pair["times_as_fast"] == pytest.approx(2) and pair["memory"] == pytest.approx(0.5)
     assert step_report.line(lost) == "| diffusers-kept | 1024 | 1 | out of memory | – | – | – | – | – | – | – |"

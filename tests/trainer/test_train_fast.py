@@ -111,7 +111,8 @@ def test_what_cannot_be_had_is_refused() -> None:
     ],
 )
 def test_the_first_so_many_blocks_are_computed_again(keys: dict[str, Any], first: int) -> None:
-    """As many attentions more, in the backward pass; and the same gradients to the last bit."""
+    """As many attentions more, in the backward pass; and the same gradients, but for the order of one sum: where a
+    gradient takes its own input's place there is no room for the adapters' product beside it."""
     model, plain = tiny(**keys), tiny(gradient_checkpointing=False)
     made: Any = model.velocity.fast
     calls: list[str] = []
@@ -130,7 +131,8 @@ def test_the_first_so_many_blocks_are_computed_again(keys: dict[str, Any], first
     assert [block.checkpointed for block in blocks] == [True] * first + [False] * (BLOCKS - first)
     wanted = plain.gradients(plain.inputs(2, 0))
     assert found[0] == wanted[0] and found[1].keys() == wanted[1].keys()
-    assert all(torch.equal(found[1][name], gradient) for name, gradient in wanted[1].items())
+    for name, gradient in wanted[1].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6 * float(gradient.abs().max()))
 
 
 def test_a_deterministic_run_takes_torchs_flash() -> None:
