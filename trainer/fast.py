@@ -69,7 +69,7 @@ class Fast:
         times = [t.to(x.dtype) * 1000] + ([] if guidance is None else [guidance.to(x.dtype) * 1000])
         emb = net.time_text_embed(*times, pooled)
         mods = self._modulations(nn.functional.silu(emb))
-        rope = self._rotation(ids, text_ids)
+        rope = self.rotation(ids, text_ids)
         for number, double in enumerate(self.doubles):
             text, x = double([text, x, *next(mods)], rope)
             if residuals:
@@ -124,7 +124,7 @@ class Fast:
                 # One by one is what the above would do with rows that lie apart.
                 self._scatter(apart)
 
-    def _rotation(self, ids: Tensor, text_ids: Tensor) -> Rope:
+    def rotation(self, ids: Tensor, text_ids: Tensor) -> Rope:
         """Of these positions. Whoever calls with the very tensors of a call before gets what was made then."""
         known = next((known for known in self._ropes if known[0] is ids and known[1] is text_ids), None)
         if known is not None:
@@ -155,16 +155,12 @@ def build(
     `cut`: the weights are cut up among the ranks by hooks around diffusers' modules, which this would go past.
     Raises `Unsupported` where fused kernels are asked for and cannot be had.
     """
-    if config.kernels == "diffusers":
-        return None, []
-    why = _why_not(config, device, cut=cut)
-    if why and config.kernels == "fused":
-        raise Unsupported(f"kernels is fused, but {why}.", "Set kernels to auto, which takes diffusers' code here.")
-    if why and config.checkpointed_blocks is not None and config.gradient_checkpointing:
-        seen = f"checkpointed_blocks is {config.checkpointed_blocks}, which fused kernels alone do, and {why}."
-        raise Unsupported(seen, "Set checkpointed_blocks to null.")
+    why = _passed_over(config, device, cut=cut)
     if why:
-        return None, [f"diffusers' own blocks compute: {why}."] if device.type == "cuda" else []
+        notes = [f"attention is {config.attention}, and diffusers' own blocks choose theirs."]
+        notes = notes if config.attention != "auto" else []
+        told = device.type == "cuda" and config.kernels != "diffusers"
+        return None, [*([f"diffusers' own blocks compute: {why}."] if told else []), *notes]
     net: Any = transformer
     dtype = DTYPES[config.mixed_precision]
     wanted = "flash" if config.attention == "auto" and config.deterministic else config.attention
@@ -174,7 +170,33 @@ def build(
     if config.gradient_checkpointing:
         checkpointed = count if config.checkpointed_blocks is None else min(count, config.checkpointed_blocks)
     made = Fast(net, attention, fastops.ops(device), checkpointed)
-    return made, [f"{made.describe()}{''.join(f' ({each})' for each in passed)}."] if device.type == "cuda" else []
+    if device.type != "cuda":
+        return made, []
+    slow = fastops.why_not(device)
+    notes = [f"Triton does not work here, and plain torch takes the kernels' place: {slow}."] if slow else []
+    return made, [f"{made.describe()}{''.join(f' ({each})' for each in passed)}.", *notes]
+
+
+def refuse(config: TrainConfig, device: torch.device, channels: int, *, cut: bool) -> None:
+    """Raise `Unsupported` for what `build` will not be able to do, before anything is encoded or loaded.
+
+    `channels` are those of one attention head.
+    """
+    if _passed_over(config, device, cut=cut) is None and config.attention != "auto":
+        choose(config.attention, device, DTYPES[config.mixed_precision], channels)
+
+
+def _passed_over(config: TrainConfig, device: torch.device, *, cut: bool) -> str | None:
+    """Why diffusers' own code computes; None: it does not. Raises `Unsupported` where something else was asked for."""
+    if config.kernels == "diffusers":
+        return "kernels is diffusers"
+    why = _why_not(config, device, cut=cut)
+    if why and config.kernels == "fused":
+        raise Unsupported(f"kernels is fused, but {why}.", "Set kernels to auto, which takes diffusers' code here.")
+    if why and config.checkpointed_blocks is not None and config.gradient_checkpointing:
+        seen = f"checkpointed_blocks is {config.checkpointed_blocks}, which fused kernels alone do, and {why}."
+        raise Unsupported(seen, "Set checkpointed_blocks to null.")
+    return why
 
 
 def _why_not(config: TrainConfig, device: torch.device, *, cut: bool) -> str | None:

@@ -111,7 +111,7 @@ class PlainStepper:
         self._model = _distribute(module, trained, ranks) if ranks.world_size > 1 else module
         self.recorder = None
         if self.strategy == "single" and self._together:
-            self.recorder = graphs.recorder(module, trained, config, ranks.device, accumulation)
+            self.recorder = graphs.recorder(module, trained, config, ranks.device, accumulation, ranks.say)
 
     def __call__(self, *args: Any, **more: Any) -> Tensor:
         v: Tensor = self._model(*args, **more)
@@ -160,15 +160,18 @@ class PlainStepper:
         return norm
 
     def _step_recorded(self, recorder: graphs.Recorder) -> float:
-        """All of it is queued before the norm is read: the device has no time to wait for the host."""
+        """With AdamW all of it is queued before the norm is read: the device has no time to wait for the host."""
         grads = recorder.grads()
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads]))
         if self._max_norm:
             torch._foreach_mul_(grads, (self._max_norm / (norm + 1e-6)).clamp(max=1.0))
         recorder.publish()
         optimizer: Any = self._optimizers[0]
-        optimizer.found_inf = (~norm.isfinite()).float()  # torch's own switch: this step is left out
-        optimizer.step()
+        if optimizer.defaults.get("fused"):
+            optimizer.found_inf = (~norm.isfinite()).float()  # torch's own switch: this step is left out
+            optimizer.step()
+        elif math.isfinite(float(norm)):
+            optimizer.step()
         found = float(norm)
         if math.isfinite(found):
             self._steps += 1
