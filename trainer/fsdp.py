@@ -249,9 +249,11 @@ def sharder(config: TrainConfig, ranks: Ranks) -> Callable[[str, nn.Module], Non
 
     None where FSDP is not asked for, and for a fine-tune, whose weights are first made fp32, one block at a time.
     """
-    if not ranks.launch.fsdp or config.mode == "finetune":
+    if not ranks.launch.fsdp:
         return None
     refuse(config)
+    if config.mode == "finetune":
+        return None
     fully_shard, settings = _fully_shard(), _settings(config, ranks)
 
     def cut(name: str, block: nn.Module) -> None:

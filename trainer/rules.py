@@ -96,6 +96,9 @@ def _modes(config: TrainConfig) -> list[Problem]:
         problems.append(
             Problem("checkpointed_blocks", "is set, and diffusers' blocks are all recomputed or none", hint)
         )
+    if config.deterministic and config.attention in ("flash-attn-4", "cudnn"):
+        seen = f"is {config.attention}, whose gradients differ from one time to the next, and deterministic is on"
+        problems.append(Problem("attention", seen, "Set it to auto, which then takes torch's flash attention."))
     if config.lora_formats == ():
         problems.append(Problem("lora_formats", "is empty", "Nothing would be written: name a format, or null."))
     return problems

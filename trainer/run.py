@@ -100,7 +100,7 @@ def prepare(config: TrainConfig, notes: tuple[str, ...], ranks: Ranks, gauge: Me
     captions = choose_prompts(config, sets)
     said_of_images = sets[config.img_dir].captions
     shared = list(said_of_images) if len(said_of_images) == 1 else []
-    prepare_block = _block_preparer(config, spec, ranks)
+    prepare_block, cut = _block_preparer(config, spec, ranks)
     with gauge.phase("cache"):
         sets_entries, prompts = cache.fill(config, base, ranks, sets, captions, ignored)
     entries = sets_entries[config.img_dir]
@@ -108,7 +108,6 @@ def prepare(config: TrainConfig, notes: tuple[str, ...], ranks: Ranks, gauge: Me
     dtype = model.DTYPES[config.mixed_precision]
     with gauge.phase("load"):
         transformer = model.load_transformer(base, dtype, ranks.device, prepare_block)
-        cut = not isinstance(prepare_block, fast.Packed)
         trainee, computing = modes.build(config, base, spec, transformer, dtype, ranks, cut=cut)
     said += computing
 
@@ -128,14 +127,17 @@ def prepare(config: TrainConfig, notes: tuple[str, ...], ranks: Ranks, gauge: Me
     )  # fmt: skip
 
 
-def _block_preparer(config: TrainConfig, spec: FluxSpec, ranks: Ranks) -> model.Prepare:
-    """What is done to each block as it is loaded; what a rank cannot do is told to all, before anything is encoded."""
-    made: list[model.Prepare] = []
+def _block_preparer(config: TrainConfig, spec: FluxSpec, ranks: Ranks) -> tuple[model.Prepare, bool]:
+    """What is done to each block as it is loaded, and whether the weights are cut up among the ranks, then or later;
+    what a rank cannot do is told to all, before anything is encoded."""
+    made: list[tuple[model.Prepare, bool]] = []
 
     def make() -> None:
+        sharder = sharded.preparer(config, ranks)
+        cut = sharder is not None or ranks.launch.fsdp  # of a fine-tune FSDP cuts up the whole model, later
+        fast.refuse(config, ranks.device, spec.head_dim, cut=cut)
         own = quantize.preparer(config, ranks.device, (spec.double_blocks, spec.single_blocks))
-        cut = None if own else sharded.preparer(config, ranks)
-        made.append(cut or fast.Packed(own))
+        made.append((sharder or fast.Packed(own), cut))
 
     ranks.together(make)
     return made[0]

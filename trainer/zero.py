@@ -232,9 +232,10 @@ def partitioner(config: TrainConfig, ranks: Ranks) -> Callable[[str, nn.Module],
     if not ranks.launch.deepspeed:
         return None
     settings, _ = deepspeed_settings(os.environ, config, ranks.world_size, 1, 1)
-    if settings["zero_optimization"]["stage"] != 3:
+    stage = settings["zero_optimization"]["stage"]
+    refuse_quantised(config, f"zero{stage}")
+    if stage != 3:
         return None
-    refuse_quantised(config, "zero3")
     deepspeed = _deepspeed(ranks)
 
     def partition(name: str, block: nn.Module) -> None:
