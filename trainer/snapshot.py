@@ -1,5 +1,5 @@
-"""What an earlier start made of a training set: its samples and its entries, as arrays in the cache that are mapped
-and not read. A start that finds all as it was takes them, and makes nothing for each image.
+"""What an earlier start made of a training set: its samples and its entries, as arrays in the cache, of which
+large ones are mapped. A start that finds all as it was takes them, and makes nothing for each image.
 
 All as it was: every file below the folders has the name, length, time of change and inode that it had, with the
 exception of `digests`: what changed within the last seconds is not believed. Entries are asked for their length.
@@ -29,6 +29,9 @@ from xflux_trainer.samples import Sample
 from xflux_trainer.sampletable import Samples, digest_of
 
 VERSION = 1
+MAPPED = 32 << 20
+"""Bytes from which on an array is mapped. What other machines of a network disk replace meanwhile is gone for a mapping
+of this one, and the process with it: what training reads, 28 bytes an image, is in memory up to a million images."""
 MANIFEST = "index.json"
 LISTED = ("heldout_samples", "caption_type", "image_column", "caption_column")
 """What decides which samples there are, beside the folders."""
@@ -173,8 +176,8 @@ def _load(place: Path, manifest: dict[str, Any], kind: str) -> dict[str, NDArray
     found = {}
     for name, crc in manifest["arrays"][kind].items():
         file = place / f"{kind}-{name}.npy"
-        # An empty one, whose sum is 0, cannot be mapped.
-        made = np.asarray(np.load(file, mmap_mode="r" if crc else None, allow_pickle=False))
+        large = file.stat().st_size >= MAPPED
+        made = np.asarray(np.load(file, mmap_mode="r" if large else None, allow_pickle=False))
         if zlib.crc32(made) != crc:
             raise ValueError(f"{file} is damaged")
         found[name] = made

@@ -201,3 +201,18 @@ def test_the_shuffle_is_pythons_own() -> None:
         made = array("i", range(length))
         ours.shuffle(made)
         assert made.tolist() == expected, length
+
+
+def test_a_run_does_not_lean_on_files_that_others_replace(tmp_path: Path) -> None:
+    """On a network disk they vanish under a mapping, which ends a process by a signal. Here they are cut off."""
+    settings = config(tmp_path)
+    squares(tmp_path / "images")
+    age(tmp_path / "images")
+    expected = start(settings)
+    child = os.fork()
+    if not child:
+        found = start(settings)
+        for file in settings.cache_path.glob("index-*/*.npy"):
+            os.truncate(file, 0)
+        os._exit(0 if found == expected else 3)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
