@@ -51,6 +51,12 @@ def notes_on(config: TrainConfig) -> list[str]:
         notes.append("random_ratio picks one crop for each image by the seed, because images are encoded once.")
     if config.checkpointed_blocks is not None and not config.gradient_checkpointing:
         notes.append("checkpointed_blocks does nothing without gradient_checkpointing.")
+    if config.quantization == "fp8-dynamic" and config.kernels == "diffusers":
+        notes.append(
+            "fp8-dynamic multiplies in fp8 with fused kernels alone: with kernels diffusers it saves memory only."
+        )
+    if config.quantization == "fp8-dynamic" and config.stream_blocks:
+        notes.append("fp8-dynamic multiplies the blocks that stream_blocks streams in bf16: they only travel in fp8.")
     if config.max_train_steps is not None and config.num_train_epochs is not None:
         notes.append("max_train_steps is set, so num_train_epochs does nothing.")
     return notes

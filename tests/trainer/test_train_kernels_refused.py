@@ -12,7 +12,7 @@ pytest.importorskip("diffusers")
 
 from trainer_kit import keep_signals, write_config  # noqa: E402
 from xflux_trainer import cli, fast, run  # noqa: E402
-from xflux_trainer.config import TrainConfig, load  # noqa: E402
+from xflux_trainer.config import TrainConfig, load, load_with_notes  # noqa: E402
 from xflux_trainer.errors import ConfigError, Unsupported  # noqa: E402
 from xflux_trainer.ranks import Launch, Ranks  # noqa: E402
 from xflux_trainer.spec import FLUX_DEV  # noqa: E402
@@ -74,3 +74,13 @@ def test_deterministic_needs_an_attention_that_is(tmp_path: Path, attention: str
     with pytest.raises(ConfigError, match="deterministic is on"):
         load(write_config(tmp_path, attention=attention, deterministic=True))
     load(write_config(tmp_path, attention="flash", deterministic=True))
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"kernels": "diffusers"}, "with kernels diffusers it saves memory only"), ({"stream_blocks": 4}, "in bf16"),
+])  # fmt: skip
+def test_blocks_that_fp8_does_not_multiply_are_told(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    more: dict[str, Any] = {"quantization": "fp8-dynamic", "mixed_precision": "bf16"}
+    assert not load_with_notes(write_config(tmp_path, **more))[1]
+    (note,) = load_with_notes(write_config(tmp_path, **more, **changes))[1]
+    assert words in note
