@@ -26,7 +26,7 @@ SIZES = [(4, 8), (8, 4), (4, 4)]
 
 
 def config(**changes: Any) -> TrainConfig:
-    return TrainConfig("images", rank=2, kernels="fused", learning_rate=1e-2, **changes)
+    return TrainConfig("images", rank=16, kernels="fused", learning_rate=1e-3, **changes)
 
 
 def model(settings: TrainConfig, device: torch.device) -> tuple[Velocity, dict[str, torch.nn.Parameter]]:
