@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from xflux_trainer import fastops, pointwise
+from xflux_trainer import fastops, fp8, pointwise
 from xflux_trainer.attention import Attention, choose
 from xflux_trainer.blocks import Double, Rope, Single
 from xflux_trainer.config import TrainConfig
@@ -182,8 +182,15 @@ def refuse(config: TrainConfig, device: torch.device, channels: int, *, cut: boo
 
     `channels` are those of one attention head.
     """
-    if _passed_over(config, device, cut=cut) is None and config.attention != "auto":
+    if _passed_over(config, device, cut=cut) is not None:
+        return
+    if config.attention != "auto":
         choose(config.attention, device, DTYPES[config.mixed_precision], channels)
+    # The CPU has the products in plain torch.
+    why = fp8.supported(device) if config.quantization == "fp8-dynamic" and device.type == "cuda" else None
+    if why:
+        seen = f"quantization is fp8-dynamic, which cannot be had here: {why}."
+        raise Unsupported(seen, "Set quantization to fp8, or kernels to diffusers: the weights take as little room.")
 
 
 def _passed_over(config: TrainConfig, device: torch.device, *, cut: bool) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,18 @@ def test_deepspeed_is_refused_streamed_blocks_before_the_model_is_loaded(
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", str(stage))
     with pytest.raises(Unsupported, match=f"zero{stage} wants to place them itself"):
         run._block_preparer(config(stream_blocks=2), FLUX_DEV, Ranks(Launch(deepspeed=True, use_cpu=True)))
+
+
+def test_a_card_without_fp8_products_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would hold the weights all the same, and die in the first step."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    card = torch.device("cuda", 7)  # answers are remembered by the device: nobody else asks for this one
+    wanted = config(quantization="fp8-dynamic", kernels="fused")
+    with pytest.raises(Unsupported, match=r"compute capability 8\.9, and NVIDIA A100 has 8\.0"):
+        fast.refuse(wanted, card, 128, cut=False)
+    fast.refuse(replace(wanted, kernels="diffusers"), card, 128, cut=False)
+    fast.refuse(wanted, CPU, 128, cut=False)
 
 
 def test_an_attention_that_nobody_takes_is_told() -> None:
