@@ -59,7 +59,8 @@ class Recorder:
         self._seen: Counter[Key] = Counter()
         self._pool: Any = None
         self._micro = 0
-        self._broken = False
+        self.broken = ""
+        """Why nothing is recorded any more."""
 
     def run(self, compute: Compute, inputs: Inputs) -> Tensor:
         """The loss; its gradients are added to those of the step, divided by the accumulation."""
@@ -110,7 +111,7 @@ class Recorder:
     def _ripe(self, key: Key, inputs: Inputs) -> bool:
         """Whether a size is to be recorded now. Texts of differing lengths (a mask) are left to diffusers' blocks."""
         masked = any(each is not None and each.dtype == torch.bool for each in inputs)
-        return not self._broken and not masked and self._seen[key] >= WARM_UP and len(self._recordings) < MOST
+        return not self.broken and not masked and self._seen[key] >= WARM_UP and len(self._recordings) < MOST
 
     def _launch(self, compute: Compute, inputs: Inputs) -> tuple[Tensor, dict[nn.Parameter, Tensor]]:
         """Kernel by kernel. What the recordings hold is of no use to such a pass: where it lacks memory they go."""
@@ -149,17 +150,14 @@ class Recorder:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 loss, rest = self._compute(compute, places)
         except RuntimeError as error:
-            why = next((line.strip() for line in str(error).splitlines() if line.strip()), "it failed")
-        else:
-            why = ""
-        if why:
-            self._broken = True
+            self.broken = next((line.strip() for line in str(error).splitlines() if line.strip()), "it failed")
+        if self.broken:
             del graph
             torch.cuda.set_stream(stream)  # torch stays in the recording's where that cannot be ended
             torch.cuda.synchronize()
             # Without them there is as much memory as without recordings.
             self.release()
-            self._say(f"note: steps are launched kernel by kernel from here on, for none could be recorded: {why}")
+            self._say(f"note: steps are launched kernel by kernel from here on, for none could be recorded: {self.broken}")
             return None
         made = _Recording(graph, places, loss, rest, self._fast.held())
         self._recordings[key] = made
