@@ -157,7 +157,7 @@ class Recorder:
             torch.cuda.synchronize()
             # Without them there is as much memory as without recordings.
             self.release()
-            self._say(f"note: steps are launched kernel by kernel from here on, for none could be recorded: {self.broken}")
+            self._say(f"note: steps are launched kernel by kernel from here on, none could be recorded: {self.broken}")
             return None
         made = _Recording(graph, places, loss, rest, self._fast.held())
         self._recordings[key] = made
