@@ -168,7 +168,7 @@ def recorder(
     module: nn.Module, trained: dict[str, nn.Parameter], config: TrainConfig, device: torch.device, accumulation: int,
     say: Callable[[str], None] = print,
 ) -> Recorder | None:  # fmt: skip
-    """Where a step can be recorded: adapters on one GPU, by the fused kernels, with all weights on the device."""
+    """Where a step can be recorded: adapters, by the fused kernels, with all weights on each rank's GPU."""
     fast = getattr(module, "fast", None)
     streams = config.stream_blocks or config.modulation == "stream"
     if not config.cuda_graphs or device.type != "cuda" or not isinstance(fast, Fast) or streams:

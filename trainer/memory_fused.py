@@ -33,7 +33,7 @@ def records(config: TrainConfig, strategy: str, device: str) -> bool:
     if not config.cuda_graphs or device != "cuda" or config.stream_blocks or config.modulation == "stream":
         return False
     plain = config.mode == "lora" and config.mixed_precision == "bf16" and not config.step_in_backward
-    return plain and strategy == "single"
+    return plain and strategy in ("single", "ddp")
 
 
 def checkpointed(config: TrainConfig, spec: FluxSpec) -> int:

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from xflux_trainer import graphs, optimizers, slots
 from xflux_trainer.averages import Averages
@@ -108,10 +109,17 @@ class PlainStepper:
                 lambda weight, grad, factor: self._take(by_weight[weight], grad, factor),
                 lambda weight, grad: by_weight[weight].measure(grad),
             )
-        self._model = _distribute(module, trained, ranks) if ranks.world_size > 1 else module
+        self._world = ranks.world_size
         self.recorder = None
-        if self.strategy == "single" and self._together:
+        if self._together:
             self.recorder = graphs.recorder(module, trained, config, ranks.device, accumulation, ranks.say)
+        self._model = module
+        if self._world > 1 and self.recorder is not None:
+            # A pass is recorded without the others, and its few gradient tensors are exchanged once a step.
+            for weight in trained.values():
+                dist.broadcast(weight.detach(), 0)
+        elif self._world > 1:
+            self._model = _distribute(module, trained, ranks)
 
     def __call__(self, *args: Any, **more: Any) -> Tensor:
         v: Tensor = self._model(*args, **more)
@@ -162,6 +170,10 @@ class PlainStepper:
     def _step_recorded(self, recorder: graphs.Recorder) -> float:
         """With AdamW all of it is queued before the norm is read: the device has no time to wait for the host."""
         grads = recorder.grads()
+        if self._world > 1:
+            for grad in grads:
+                dist.all_reduce(grad)
+            torch._foreach_div_(grads, self._world)
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads]))
         if self._max_norm:
             torch._foreach_mul_(grads, (self._max_norm / (norm + 1e-6)).clamp(max=1.0))

@@ -139,7 +139,7 @@ class TrainConfig:
     attention: Literal["auto", "flash-attn-4", "flash", "cudnn", "sdpa"] = "auto"
     """Attention of the fused kernels; auto: the fastest that is right here, forward and backward."""
     cuda_graphs: bool = True
-    """Record a step of each batch size and replay it, where that is possible: adapters, one GPU, fused kernels."""
+    """Record a step of each batch size and replay it, where that is possible: adapters, fused kernels, no sharding."""
     seed: int = 0
     """Seeds the adapters, the order of the images and the noise."""
     deterministic: bool = False

@@ -10,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
+from steps_kit import pair  # noqa: E402
 from torch import Tensor  # noqa: E402
 from trainer_model import TINY, tiny_transformer  # noqa: E402
 from xflux_trainer import evaluate, fast, flow, graphs, lora  # noqa: E402
@@ -103,6 +104,38 @@ def test_no_step_is_taken_where_the_norm_is_not_finite() -> None:
     _, norm = step(stepper, settings, [tuple(inputs)])
     assert norm != norm
     assert all(torch.equal(value, before[name]) for name, value in stepper._trained.items())
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_ranks_exchange_the_flat_gradients_once_a_step(accumulation: int) -> None:
+    """In place of DDP, which takes gradients one by one as they come: the same steps, also from other first weights."""
+
+    def work(ranks: Ranks, _: Any) -> list[Any]:
+        settings = config(mixed_precision="no")
+        told = []
+        for recorded in (False, True):
+            velocity, adapters = model(settings, CPU)
+            with torch.no_grad():
+                for weight in adapters.values():
+                    weight.add_(ranks.rank)  # rank 0's are what counts
+            with pytest.MonkeyPatch.context() as patch:
+                if recorded:  # a CPU has nothing to record with, but the gradients can take the same way
+                    own = graphs.Recorder(velocity.fast, adapters.values(), accumulation, CPU)
+                    own.broken = "a CPU records nothing"
+                    patch.setattr(graphs, "recorder", lambda *_, own=own: own)
+                stepper = PlainStepper(velocity, adapters, settings, ranks, accumulation)
+            found = []
+            for number in range(3):
+                first = 10 * number + ranks.rank * accumulation
+                batches = [batch(first + k, CPU) for k in range(accumulation)]
+                found.append(step(stepper, settings, batches))
+            told.append((found, sum(float(weight.detach().double().sum()) for weight in adapters.values())))
+        return told
+
+    for ddp, ours in pair(work):
+        for (losses, norm), (own, mine) in zip(ddp[0], ours[0]):  # noqa: B905 (of one length)
+            assert own == pytest.approx(losses, rel=1e-5) and mine == pytest.approx(norm, rel=1e-4)
+        assert ours[1] == pytest.approx(ddp[1], rel=1e-6)
 
 
 @on_gpu
