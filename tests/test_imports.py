@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "gather.ports", "gather.machine",
         "probes.torch_import", "probes.allreduce", "probes.hub_access", "probes.wire", "probes.meeting",
         "probes.runner", "probes.level",
-        "check", "bill", "xflux_bill", "refused", "strategy",
+        "check", "refused", "bill", "xflux_bill", "strategy",
     ),
     ("checks.hardware", "checks.software", "checks.rules", "checks.packages", "checks.releases",
      "checks.words", "checks.sections", "checks.section_words", "checks.section_types", "checks.strategies",
@@ -47,7 +47,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
      "commands", "cli"),
 )  # fmt: skip
 TORCH_STACK = {"torch", "torchvision", "transformers", "diffusers", "accelerate", "deepspeed", "peft", "optimum"}
-TORCH_FREE_TRAINER = {"config", "spec", "memory", "samples", "lint", "layout", "bfl_spec", "find"}
+TORCH_FREE_TRAINER = {"config", "spec", "memory", "memory_fused", "samples", "lint", "layout", "bfl_spec", "find"}
 PACKAGE = ROOT / "xflux_doctor"
 
 

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from xflux_trainer import fp8
+from xflux_trainer.adapters import Grads
 from xflux_trainer.attention import Attention
-from xflux_trainer.products import Grads, Group, Rows
+from xflux_trainer.products import Group, Rows
 from xflux_trainer.side import Side
 
 FP16_MAX = 65504.0

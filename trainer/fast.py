@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from xflux_trainer import fastops, fp8, pointwise
+from xflux_trainer.adapters import Adapters
 from xflux_trainer.attention import Attention, choose
 from xflux_trainer.blocks import Double, Rope, Single
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.errors import Unsupported
 from xflux_trainer.model import DTYPES, Prepare
-from xflux_trainer.products import Adapters, pack
+from xflux_trainer.products import pack
 from xflux_trainer.side import Sides
 
 ROPES = 64
@@ -142,7 +143,7 @@ class Fast:
 
 def _settled(block: Any) -> Any:
     """A block whose weights may just have moved: what they left does not fit those of the next one, and goes back."""
-    if any(group.extended() for group in block.groups.values()):
+    if any(group.extended() or group.held for group in block.groups.values()):
         torch.cuda.empty_cache()
     return block
 
