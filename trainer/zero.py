@@ -68,7 +68,8 @@ class ZeroStepper:
         for name in finer:
             trained[name].data = trained[name].data.to(dtype)
         optimizer = adamw(list(trained.values()), config, ranks.device, fused_on_host=True)
-        self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+        with _unsent(module, trained):
+            self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         self._zero: Any = self._engine.optimizer
         self._fragments = {name: _fragment(self._zero, value, ranks.rank) for name, value in trained.items()}
         for name, value in finer.items():
@@ -242,6 +243,27 @@ def partitioner(config: TrainConfig, ranks: Ranks) -> Callable[[str, nn.Module],
         deepspeed.zero.Init(module=block, config_dict_or_path=settings, dtype=DTYPES[config.mixed_precision])
 
     return partition
+
+
+@contextmanager
+def _unsent(module: nn.Module, trained: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Inside, DeepSpeed takes frozen weights for ZeRO-3's, which it does not send from rank 0 to all at its start.
+
+    Every rank has read the same 24 GB from its files; and where adapters lie among them their rows are apart, which
+    NCCL does not send.
+    """
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    ours = {id(parameter) for parameter in trained.values()}
+    others: list[Any] = [each for each in module.parameters() if id(each) not in ours]
+    frozen = [each for each in others if not hasattr(each, "ds_status")]
+    for parameter in frozen:
+        parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            del parameter.ds_status
 
 
 def _deepspeed(ranks: Ranks) -> Any:
