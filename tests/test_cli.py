@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -115,6 +116,16 @@ def test_plan(place: Path, gpu: str, code: int, words: str) -> None:
     inputs = job_of(place, "cuda13-1.json", "cuda13")
     done = doctor("plan", "--gpu", gpu, *inputs, cwd=place, code=code)
     assert words in done.stdout and "transformer" in done.stdout
+
+
+@pytest.mark.parametrize(("gpu", "known"), [("H200:141", True), ("RTX 4090:24", False)])
+def test_plan_says_how_long_it_takes_on_a_card_that_it_knows(place: Path, gpu: str, known: bool) -> None:
+    done = doctor("plan", "--gpu", gpu, *job_of(place, "cuda13-1.json", "cuda13"), cwd=place, code=0)
+    found = re.search(r"about (\S+) s a step, (\S+) hours in all \(± \d+%\) on H200", done.stdout)
+    assert bool(found) is known
+    if found:
+        steps = yaml.safe_load((place / "train.yaml").read_text()).get("max_train_steps", 1000)
+        assert float(found[2]) == pytest.approx(float(found[1]) * steps / 3600, abs=0.06 + 0.005 * steps / 3600)
 
 
 def test_held_memory_is_named(place: Path, matrix: Matrix) -> None:

@@ -47,7 +47,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
      "commands", "cli"),
 )  # fmt: skip
 TORCH_STACK = {"torch", "torchvision", "transformers", "diffusers", "accelerate", "deepspeed", "peft", "optimum"}
-TORCH_FREE_TRAINER = {"config", "spec", "memory", "memory_fused", "samples", "lint", "layout", "bfl_spec", "find"}
+TORCH_FREE_TRAINER = {
+    "config", "spec", "memory", "memory_fused", "timing", "samples", "lint", "layout", "bfl_spec", "find",
+}  # fmt: skip
 PACKAGE = ROOT / "xflux_doctor"
 
 

@@ -7,14 +7,15 @@ import re
 from typing import Any
 
 import click
-from xflux_trainer import memory
+from xflux_trainer import memory, timing
 from xflux_trainer.config import TrainConfig
 
 from xflux_doctor import matrix as matrices
 from xflux_doctor import strategy, xflux_bill
-from xflux_doctor.bill import checkpointed_blocks, multiplies_fp8, need
+from xflux_doctor.batch import accumulation
+from xflux_doctor.bill import checkpointed_blocks, dataset, has_triton, multiplies_fp8, need, spec_of
 from xflux_doctor.check import Case, SkipCheck
-from xflux_doctor.checks.packages import faster_attention
+from xflux_doctor.checks.packages import FLASH_4, faster_attention
 from xflux_doctor.checks.words import devices
 from xflux_doctor.errors import DoctorError, UsageError
 from xflux_doctor.inputs import Inputs, build
@@ -45,6 +46,7 @@ def run(inputs: Inputs, *, gpu: str | None) -> int:
         click.echo(line)
     _print(bill)
     _strategies(case)
+    _duration(case, config, name)
     if size is None:
         click.echo("No GPU to hold it against: name one with --gpu NAME:GIB.")
         return 0
@@ -108,6 +110,26 @@ def _print(bill: memory.Bill) -> None:
             f"peak: {bill.gpu_allocated / GIB:.1f} GiB allocated while {bill.peak_phase}, "
             f"{bill.gpu_total / GIB:.1f} GiB with the CUDA context (±{bill.error_bar:.0%})"
         )
+
+
+def _duration(case: Case, config: TrainConfig, name: str) -> None:
+    """A line on the time, where the card is known and the ranks do what was timed."""
+    job = case.job
+    if not name or job.use_cpu or job.offloads or job.num_machines > 1:
+        return
+    ranks = max(1, job.num_processes)
+    asked = dataclasses.replace(config, gradient_accumulation_steps=accumulation(job))
+    try:
+        step = timing.seconds_per_step(
+            asked, spec_of(case), name, world_size=ranks, strategy=job.strategy, device="cuda",
+            triton=has_triton(case), flash4=FLASH_4 in (case.facts.packages or {}),
+        )  # fmt: skip
+    except timing.NoForecast:
+        return
+    images = 0 if config.repeats else dataset(case).count  # how many repeats there are only a walk by folders says
+    total = timing.hours(asked, step, world_size=ranks, images=images)
+    ending = "" if total is None else f", {total:.1f} hours in all"
+    click.echo(f"about {step.seconds:.2f} s a step{ending} (± {step.error:.0%}) on {name}")
 
 
 def _strategies(case: Case) -> None:

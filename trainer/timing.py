@@ -1,0 +1,150 @@
+"""How many seconds an optimizer step will take on one rank, itemised, and how many hours the run. Torch-free.
+
+A device's time is what its products and attention compute, what everything else moves through its memory, and a little
+for each block (`timing_terms`). Where a step is not recorded the host has to launch every kernel, and the slower of the
+two decides. The constants were fitted to steps of the full-size model on H200s and one H100, which the tests hold
+against this: it explains them, and foretells what lies between them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from xflux_trainer.config import TrainConfig
+from xflux_trainer.memory_terms import width
+from xflux_trainer.spec import FluxSpec
+from xflux_trainer.timing_cards import card_of
+from xflux_trainer.timing_terms import WHY, Job, arriving, backward, forward, words, work
+
+LAUNCH = 0.045e-3
+"""Seconds that a slow host takes to launch a kernel from Python."""
+MEETING = 6
+"""How sharply the slower of host and device decides: now one is behind and now the other, so a step takes longer than
+either alone, by 12 % where both take as long."""
+UNMEASURED_RANKS = 0.13
+"""What is added to the error where ranks share the work: no such step was timed at full size."""
+STEPPED = {"adamw": 28, "adamw8bit": 12, "adafactor": 12}
+"""Bytes that the optimizer moves for a trained number."""
+STEP_LAUNCHES = 4
+"""Kernels that step one tensor in the backward pass."""
+
+
+class NoForecast(Exception):
+    """No forecast can be made; the message says why, as a sentence."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """One part of a step's time: what it is, how long, and why that long."""
+
+    name: str
+    seconds: float
+    why: str
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Seconds of one optimizer step, which are the sum of the terms; `error` is relative."""
+
+    seconds: float
+    terms: tuple[Term, ...]
+    error: float
+
+
+def seconds_per_step(
+    config: TrainConfig, spec: FluxSpec, card: str, *, world_size: int, strategy: str, device: Literal["cuda", "cpu"],
+    triton: bool = True, flash4: bool = False,
+) -> Forecast:  # fmt: skip
+    """One optimizer step of one rank, images as large as they may be, the mean of the config's sizes.
+
+    `card` is the GPU's name; `triton` and `flash4`: whether Triton and flash-attn-4 work there. Offloading by DeepSpeed
+    or FSDP, evaluation, samples and checkpoints are not in it. Raises `NoForecast`.
+    """
+    if device != "cuda" or config.mixed_precision == "no":
+        raise NoForecast("Steps are forecast for GPUs in bf16 or fp16 only.")
+    known = card_of(card)
+    if known is None:
+        raise NoForecast(f"No forecast of time: what a {card or 'GPU without a name'} reaches is not known.")
+    job = Job(config, spec, known, strategy, triton=triton, flash4=flash4)
+    if config.quantization == "fp8-dynamic" and (known.fp8 is None or not job.fused):
+        raise NoForecast("fp8-dynamic needs a card with fp8 products and the trainer's own blocks.")
+    passes = [_micro_step(job, size) for size in config.sizes]
+    found: dict[str, Term] = {}
+    for terms in passes:
+        for term in terms:
+            seconds = term.seconds * config.gradient_accumulation_steps / len(passes)
+            before = found[term.name].seconds if term.name in found else 0.0
+            found[term.name] = replace(term, seconds=seconds + before)
+    every = [*found.values(), *_once(job, world_size)]
+    kept = tuple(term for term in every if term.seconds > 0)
+    error = known.error + (UNMEASURED_RANKS if world_size > 1 or strategy not in ("single", "ddp") else 0)
+    return Forecast(sum(term.seconds for term in kept), kept, error)
+
+
+def hours(config: TrainConfig, step: Forecast, *, world_size: int, images: int = 0) -> float | None:
+    """Hours of training from the first step to the last, without encoding, evaluation, samples and checkpoints.
+
+    `images`: those of one pass over the data, repeats counted, for a run whose length is in passes; None where they
+    are not known then.
+    """
+    steps = config.max_train_steps
+    if steps is None:
+        if not images or not config.num_train_epochs:
+            return None
+        views = images * len(config.sizes) * config.num_train_epochs
+        steps = math.ceil(views / (config.train_batch_size * config.gradient_accumulation_steps * world_size))
+    return steps * step.seconds / 3600
+
+
+def _micro_step(job: Job, side: int) -> list[Term]:
+    """The terms of one batch at one size: those of the device, then what is waited for beyond them."""
+    asked, names = work(job, side), words(job)
+    parts = [forward(job, asked), backward(job, asked)]
+    terms = [Term(name, sum(part.get(name, 0.0) for part in parts), why.format(**names)) for name, why in WHY.items()]
+    there, back = arriving(job)
+    link = job.card.link * 1e9
+    busy = [sum(part.values()) for part in parts]
+    late = [max(0.0, size / link - time) for size, time in zip((there, back), busy)]  # noqa: B905 (two each)
+    why = f"{(there + back) / 1e9:.1f} GB come from the host at {job.card.link} GB/s, longer than the passes compute"
+    terms.append(Term("waiting for the link", sum(late), why))
+    if not job.recorded:
+        launching = _launches(job) * LAUNCH
+        time = sum(busy) + sum(late)
+        slower = (time**MEETING + launching**MEETING) ** (1 / MEETING)
+        why = f"{_launches(job):,} kernels are launched one by one, which takes {launching:.2f} s"
+        terms.append(Term("waiting for the host", slower - time, why))
+    return terms
+
+
+def _launches(job: Job) -> int:
+    """Kernels that the host launches in one pass, forward and backward."""
+    count = 0
+    for kind, blocks, recomputed in job.kinds:
+        ahead, behind, again = kind.launches
+        count += blocks * (ahead + behind) + recomputed * again
+    if job.config.step_in_backward:  # weights of several dimensions and their biases
+        count += STEP_LAUNCHES * 2 * len(job.shapes)
+    return count
+
+
+def _once(job: Job, world_size: int) -> list[Term]:
+    """The optimizer, and what ranks send each other."""
+    config, own = job.config, job.what.parameters
+    cut = job.strategy.startswith("zero") or (job.strategy == "fsdp" and config.mode != "lora")
+    share = own / world_size if cut else own
+    moved = STEPPED[config.optimizer] + (12 if config.ema_decay else 0) + 4 * (config.weight_update == "kahan")
+    # A norm reads every gradient once more.
+    moved += 4 if config.max_grad_norm else 0
+    terms = [Term("optimizer", share * moved / (job.card.memory * 1e9),
+                  f"{moved} bytes for each of {share:,.0f} trained numbers")]  # fmt: skip
+    if world_size > 1:
+        wide = 4 if config.mode == "lora" and not job.strategy.startswith("zero") else width(config)
+        sent = 2 * own * wide
+        if job.strategy == "zero3" or (job.strategy == "fsdp" and config.mode == "finetune"):
+            sent += 2 * job.spec.transformer_parameters * width(config) * config.gradient_accumulation_steps
+        seconds = sent * (world_size - 1) / world_size / (job.card.bus * 1e9)
+        why = f"{sent / 1e9:.1f} GB at {job.card.bus:.0f} GB/s within one host, as if nothing hid it"
+        terms.append(Term("exchange between ranks", seconds, why))
+    return terms

@@ -1,0 +1,257 @@
+"""What one forward and backward pass costs the device: products, attention, bytes through its memory. Torch-free.
+
+Fitted are, of each kind of block, the time of its kernels' starts and the number of its launches, U of diffusers'
+blocks and of fp8, and the bytes of each library's quantised weights. The rest is counted in the code. `timing` sums it
+up.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+from xflux_trainer import memory_fused
+from xflux_trainer.config import TrainConfig
+from xflux_trainer.memory_terms import width
+from xflux_trainer.savings import is_modulation, stored, streamed_blocks
+from xflux_trainer.spec import FluxSpec, image_tokens
+from xflux_trainer.speed import step_flops, tokens_of
+from xflux_trainer.timing_cards import Card
+from xflux_trainer.trained import Trained, controlnet_spec, trained
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """What a block costs beside its products and its attention; U is one (tokens, hidden) tensor."""
+
+    forward: float
+    """U read or written in the forward pass."""
+    backward: float
+    again: float
+    """U when a checkpointed block computes again what its backward pass reads."""
+    starts: float
+    """Seconds a block and step in which kernels start and run out, whatever the image's size; half as many again where
+    it is recomputed."""
+    launches: tuple[int, int, int]
+    """Kernels of the forward and the backward pass, and of computing again."""
+
+
+FUSED = _Blocks(17, 39, 11, 0.27e-3, (40, 70, 39))
+"""Counted in `blocks`: modulate 2, norm and rotation 4, GELU 8, gate 3; their gradients and what is never kept 39."""
+DIFFUSERS = _Blocks(130, 170, 130, 0.27e-3, (70, 105, 70))
+"""U are fitted, for both directions together: each operation is a kernel of its own, and some compute in fp32."""
+FP8 = 10
+"""U more where products are in fp8: rows are read once more for their scales."""
+DEQUANTISED = {
+    "int8": 17, "fp8": 23, "torchao-int8": 25, "torchao-fp8": 25, "int4": 34, "nf4": 23, "fp8-dynamic": 3,
+}  # fmt: skip
+"""Bytes moved for a number each time that it is made dense: fitted to each library's chain of kernels, torchao-int8
+taken for as slow as torchao-fp8; fp8-dynamic reads one byte and writes two."""
+TURNED = 2
+"""Bytes moved for a number of fp8-dynamic's weights, which are transposed for the backward pass."""
+
+
+class Job:
+    """What of a run its time depends on, looked up once."""
+
+    def __init__(
+        self, config: TrainConfig, spec: FluxSpec, card: Card, strategy: str, *, triton: bool, flash4: bool
+    ) -> None:
+        self.config, self.spec, self.card, self.strategy = config, spec, card, strategy
+        self.fused = memory_fused.computes(config, strategy, "cuda", triton=triton)
+        self.recorded = self.fused and memory_fused.records(config, strategy, "cuda")
+        self.what = trained(config, spec)
+        self.shapes = _shapes(config, spec, self.what)
+        self.blocks = spec.double_blocks + spec.single_blocks
+        every = self.blocks if config.gradient_checkpointing else 0
+        self.again = memory_fused.checkpointed(config, spec) if self.fused else every
+        self.streamed = min(config.stream_blocks, self.blocks) / self.blocks
+        self.own_blocks = config.controlnet_depth if config.mode == "controlnet" else 0
+        own_again = self.own_blocks if config.gradient_checkpointing else 0
+        self.kinds = (
+            (FUSED if self.fused else DIFFUSERS, self.blocks, self.again),
+            (DIFFUSERS, self.own_blocks, own_again),  # a ControlNet's
+        )
+        """The cost of a block, how many of them there are, and how many are computed again."""
+        self.backend = _backend(config, card, fused=self.fused, flash4=flash4)
+
+    @functools.cached_property
+    def matrices(self) -> tuple[int, int]:
+        """Numbers in the blocks' weights: those of the products, and the modulation's."""
+        inside = [linear for linear in self.spec.linears() if "transformer_blocks." in linear.name]
+        sizes = [(is_modulation(linear.name), linear.inputs * linear.outputs) for linear in inside]
+        return sum(n for mod, n in sizes if not mod), sum(n for mod, n in sizes if mod)
+
+
+def _shapes(config: TrainConfig, spec: FluxSpec, what: Trained) -> dict[str, tuple[int, ...]]:
+    """Shapes of what is trained, by the names that `speed` knows."""
+    if config.mode == "lora":
+        sides = {f"{one.name}.lora_A.weight": (config.rank, one.inputs) for one in what.adapters}
+        return sides | {f"{one.name}.lora_B.weight": (one.outputs, config.rank) for one in what.adapters}
+    if config.mode == "controlnet":
+        linears = controlnet_spec(config, spec).linears()
+        return {f"{one.name}.weight": (one.outputs, one.inputs) for one in linears}
+    return {f"{one.name}.weight": (one.outputs, one.inputs) for one in spec.linears() if one.name in what.layers}
+
+
+def _backend(config: TrainConfig, card: Card, *, fused: bool, flash4: bool) -> str:
+    """The attention that computes, as `attention.choose` decides."""
+    if not fused or config.deterministic:
+        return "flash"
+    if config.attention == "cudnn" and "cudnn" in card.attention:
+        return "cudnn"
+    wanted = config.attention in ("auto", "flash-attn-4")
+    return "flash-attn-4" if flash4 and wanted and "flash-attn-4" in card.attention else "flash"
+
+
+WHY = {
+    "products": "matrix products in 16 bits, at {bf16:.0f} TFLOP/s",
+    "products in fp8": "matrix products of frozen weights, at {fp8:.0f} TFLOP/s",
+    "attention": "forward, and 2.5 times as much backward, by {backend} at {attention:.0f} TFLOP/s",
+    "recomputing": "products and attention of {again} checkpointed blocks, and what lies between, a second time",
+    "elementwise": "norms, modulation, rotation, GELU and gates, at {memory:.0f} GB/s",
+    "adapters": "each reads its layer's input, and in the backward pass twice that and the gradient of its output",
+    "modulation": "the weights of shift, scale and gate are read whole for each batch",
+    "dense weights": "quantised weights are made dense, or turned, for each product",
+    "kernels' starts": "each kernel fills and empties the card, whatever the image's size",
+}
+
+
+def words(job: Job) -> dict[str, float | str]:
+    card = job.card
+    return {"bf16": card.bf16, "fp8": card.fp8 or 0.0, "backend": job.backend, "again": job.again,
+            "attention": card.attention[job.backend], "memory": card.memory}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one batch of one size asks for: FLOPs as (products, attention), and bytes."""
+
+    forward: tuple[float, float]
+    backward: tuple[float, float]
+    again: tuple[float, float]
+    unit: int
+    """Bytes of one (batch, tokens, hidden) tensor."""
+    low: int
+    """Bytes of all adapters' inputs."""
+    high: int
+    """Bytes of their outputs."""
+
+
+def work(job: Job, side: int) -> Work:
+    """`speed.step_flops` split up, and the sizes of what is moved, for images of `side` pixels squared."""
+    config, spec = job.config, job.spec
+    image, text = image_tokens(side, side), config.max_text_tokens
+    batch = config.train_batch_size
+    one = 4.0 * (image + text) ** 2 * spec.hidden
+    attention = (job.blocks + job.own_blocks) * one
+    again = sum(n for _, _, n in job.kinds) * one
+    plain = replace(config, gradient_checkpointing=False)
+    once = whole = step_flops(plain, spec, job.shapes, image, text, fused=job.fused)
+    if again:
+        whole = step_flops(config, spec, job.shapes, image, text, fused=job.fused)
+    ahead = spec.forward_flops(image, text) - job.blocks * one
+    rows = [(tokens_of(adapter.name, image, text), adapter) for adapter in job.what.adapters]
+    return Work(
+        (batch * ahead, batch * attention),
+        (batch * (once - ahead - 3.5 * attention), batch * 2.5 * attention),
+        (batch * (whole - once - again), batch * again),
+        batch * (image + text) * spec.hidden * width(config),
+        batch * width(config) * sum(count * adapter.inputs for count, adapter in rows),
+        batch * width(config) * sum(count * adapter.outputs for count, adapter in rows),
+    )
+
+
+def forward(job: Job, asked: Work) -> dict[str, float]:
+    """Seconds of the device in the forward pass, by the names of `WHY`."""
+    memory, unit = job.card.memory * 1e9, asked.unit
+    linear, attention = asked.forward
+    products, modulation = job.matrices
+    return {
+        **_products(job, linear),
+        "attention": attention / (job.card.attention[job.backend] * 1e12),
+        "elementwise": unit * (sum(n * kind.forward for kind, n, _ in job.kinds) + 0.4 * _fp8(job)) / memory,
+        "adapters": asked.low / memory,
+        "modulation": modulation * _modulation_width(job) / memory,
+        "dense weights": products * _dense(job) / memory,
+        "kernels' starts": sum(n * kind.starts for kind, n, _ in job.kinds) / 3,
+    }
+
+
+def backward(job: Job, asked: Work) -> dict[str, float]:
+    """The same of the backward pass, with what is recomputed in it."""
+    config, memory, unit = job.config, job.card.memory * 1e9, asked.unit
+    linear, attention = asked.backward
+    linear_again, attention_again = asked.again
+    products, modulation = job.matrices
+    share = job.again / job.blocks
+    rate = job.card.attention[job.backend] * 1e12
+    again = sum(_products(job, linear_again).values()) + attention_again / rate
+    again += (
+        sum(n * (unit * kind.again / memory + kind.starts / 2) for kind, _, n in job.kinds) + share * asked.low / memory
+    )
+    # A fused block leaves its last products out.
+    dense = (1 + share * (2 / 3 if job.fused else 1)) * products * _dense(job)
+    turned = products * TURNED if config.quantization == "fp8-dynamic" else 0
+    # diffusers' blocks make it anew. Trained, its gradient is written, and it is read for the time's.
+    again_modulation = 0 if job.fused else share * _modulation_width(job)
+    if config.mode == "finetune" and any(is_modulation(name) for name in job.what.layers):
+        again_modulation += 2 * width(config)
+    return {
+        **_products(job, linear),
+        "attention": attention / rate,
+        "recomputing": again,
+        "elementwise": unit * (sum(n * kind.backward for kind, n, _ in job.kinds) + 0.6 * _fp8(job)) / memory,
+        "adapters": 2
+        * (asked.low + asked.high)
+        / memory,  # the gradients of its two factors are sums in fp32, two passes each
+        "modulation": modulation * again_modulation / memory,
+        "dense weights": (dense + turned) / memory,
+        "kernels' starts": sum(n * kind.starts for kind, n, _ in job.kinds) * 2 / 3,
+    }
+
+
+def _products(job: Job, flops: float) -> dict[str, float]:
+    """Seconds of products, those of blocks whose weights are multiplied in fp8 apart."""
+    # What arrives is multiplied in 16 bits.
+    share = 1 - job.streamed if job.config.quantization == "fp8-dynamic" else 0.0
+    fast = share * flops / ((job.card.fp8 or 1) * 1e12)
+    return {"products": (1 - share) * flops / (job.card.bf16 * 1e12), "products in fp8": fast}
+
+
+def _fp8(job: Job) -> float:
+    """U more of all blocks, in both directions."""
+    return FP8 * job.blocks * (1 - job.streamed) if job.config.quantization == "fp8-dynamic" else 0
+
+
+def _dense(job: Job) -> float:
+    """Bytes moved to make one number of a product's weight dense; of fp8-dynamic those that arrive alone are."""
+    share = job.streamed if job.config.quantization == "fp8-dynamic" else 1
+    return share * DEQUANTISED.get(job.config.quantization, 0)
+
+
+def _modulation_width(job: Job) -> float:
+    """Bytes moved for one number of the modulation in the forward pass."""
+    if job.config.quantization == "none" or job.config.modulation != "quantize":
+        return width(job.config)
+    # fp8's few rows are multiplied as the weight lies.
+    return 1 if job.config.quantization == "fp8-dynamic" else DEQUANTISED[job.config.quantization]
+
+
+def arriving(job: Job) -> tuple[int, int]:
+    """Bytes that cross the link in the forward and in the backward pass: the modulation comes once."""
+    config, spec = job.config, job.spec
+    if not config.stream_blocks and config.modulation != "stream":
+        return 0, 0
+    streamed = set(streamed_blocks(spec.double_blocks, spec.single_blocks, config.stream_blocks))
+    there = back = 0
+    for linear in spec.linears():
+        block = ".".join(linear.name.split(".")[:2])
+        modulation = is_modulation(linear.name) and "transformer_blocks." in linear.name
+        if block not in streamed and not (modulation and config.modulation == "stream"):
+            continue
+        plain = config.quantization == "none" or (modulation and config.modulation != "quantize")
+        size = stored(linear, "none" if plain else config.quantization, width(config))
+        there += size
+        back += 0 if modulation else size
+    return there, back
