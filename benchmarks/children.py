@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ REPO = Path(__file__).resolve().parent.parent
 RESULTS = REPO / "benchmarks" / "results"
 GIB = 1 << 30
 Outcome = dict[str, Any]
+_TOLD = "told: "
 _RAISED = re.compile(r"[\w.]*(Error|Exception)\b")
 
 
@@ -37,12 +40,44 @@ def run(argv: list[str], deadline: float, **environment: str) -> Outcome:
         return {**(json.loads(result.read_text("utf-8")) if result.exists() else {}), **found}
 
 
-def _run(argv: list[str], deadline: float, environment: dict[str, str]) -> Outcome:
+def told(argv: list[str], deadline: float) -> Iterator[Outcome]:
+    """What `argv` tells, each as soon as it is told: see `tell`. Anything else that it prints goes to our stderr.
+
+    At the deadline, and when nobody wants more, its process group is ended.
+    """
+    process = _start(argv, {})
+    timer = threading.Timer(max(0.0, deadline), os.killpg, (process.pid, signal.SIGKILL))
+    timer.start()
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith(_TOLD):
+                yield json.loads(line[len(_TOLD) :])
+            elif line.strip():
+                print(line, end="", file=sys.stderr, flush=True)
+        process.wait()
+    finally:
+        timer.cancel()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def tell(value: Outcome) -> None:
+    """In a process that `told` started."""
+    print(f"\n{_TOLD}{json.dumps(value)}", flush=True)
+
+
+def _start(argv: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
     base = {"HF_HUB_OFFLINE": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    process = subprocess.Popen(
+    return subprocess.Popen(
         argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**base, **os.environ, **environment},
         cwd=REPO, start_new_session=True,
     )  # fmt: skip
+
+
+def _run(argv: list[str], deadline: float, environment: dict[str, str]) -> Outcome:
+    process = _start(argv, environment)
     try:
         said, _ = process.communicate(timeout=deadline)
     except subprocess.TimeoutExpired:
@@ -69,18 +104,24 @@ def write(path: Path, value: Any) -> None:
 
 def save(folder: Path, kind: str, script: str, body: dict[str, Any]) -> Path:
     """Write a result with the machine, the versions and the command; a later run of the same day takes its place."""
-    from full_size_lora import gpu
     from xflux_trainer import meter
+
+    file, date, machine = place(folder, kind)
+    head = {"benchmark": kind, "date": date, "command": command(script), "machine": machine}
+    folder.mkdir(parents=True, exist_ok=True)
+    write(file, {**head, "versions": meter.versions(), **body})
+    return file
+
+
+def place(folder: Path, kind: str) -> tuple[Path, str, dict[str, str]]:
+    """The file of today's result of this machine, the date, and the machine."""
+    from full_size_lora import gpu
 
     machine = gpu()
     name = machine["name"] if machine["name"] != "unknown" else f"{os.cpu_count()}-cores"
     date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    head = {"benchmark": kind, "date": date, "command": command(script), "machine": machine}
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{kind}-{slug}-{date}.json"
-    write(file, {**head, "versions": meter.versions(), **body})
-    return file
+    return folder / f"{kind}-{slug}-{date}.json", date, machine
 
 
 def command(script: str) -> str:

@@ -68,15 +68,20 @@ def fill(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
         module.get_submodule(path)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
 
-def batch(spec: FluxSpec, pixels: int, size: int, number: int, *, condition: bool = False) -> cache.Batch:
-    """A batch as the cache gives it, with made-up values that depend on its number alone."""
+def batch(
+    spec: FluxSpec, pixels: int | tuple[int, int], size: int, number: int, *, condition: bool = False
+) -> cache.Batch:
+    """A batch as the cache gives it, with made-up values that depend on its number alone.
+
+    `pixels` of a square's side, or the width and the height.
+    """
     dice = generator("benchmark", number)
-    side = pixels // 8
+    width, height = (pixels, pixels) if isinstance(pixels, int) else pixels
     values: dict[str, Tensor] = {
-        "latents": torch.randn(size, spec.in_channels // 4, side, side, generator=dice),
+        "latents": torch.randn(size, spec.in_channels // 4, height // 8, width // 8, generator=dice),
         "text": torch.randn(size, 512, spec.text_dim, generator=dice).mul_(0.1).bfloat16(),
         "pooled": torch.randn(size, spec.pooled_dim, generator=dice).bfloat16(),
     }
     if condition:
-        values["condition"] = torch.randint(0, 256, (size, 3, pixels, pixels), generator=dice, dtype=torch.uint8)
+        values["condition"] = torch.randint(0, 256, (size, 3, height, width), generator=dice, dtype=torch.uint8)
     return cache.Batch(**values)

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 from children import GIB
-from random_flux import batch, build
-from xflux_trainer import entries, fast, model, modes, train
+from random_flux import batch, build, fill
+from xflux_trainer import controlnet, entries, fast, model, modes, train
 from xflux_trainer import run as trainer
 from xflux_trainer.checkpoint import Progress
 from xflux_trainer.config import TrainConfig
@@ -83,24 +83,30 @@ def config_of(keys: Mapping[str, Any], pixels: int, size: int, output: Path) -> 
     return TrainConfig("none", **{**base, "report_to": "none", "mixed_precision": precision, **keys, **fixed})
 
 
-def assemble(config: TrainConfig, spec: FluxSpec, ranks: Ranks) -> trainer.Run:
-    """A run that can take its first step, of a model without files."""
+Shape = tuple[int, int]
+"""Width and height of the images in pixels."""
+
+
+def assemble(config: TrainConfig, spec: FluxSpec, ranks: Ranks, shape: Shape | None = None) -> trainer.Run:
+    """A run that can take its first step, of a model without files. `shape`: of the images, where not a square."""
     model.quiet_libraries()
     model.steady_attention(ranks.device)
     gauge = Meter(ranks.device)
     gauge.start()
     accumulation = config.gradient_accumulation_steps
     with gauge.phase("load"):
-        prepare = trainer._block_preparer(config, spec, ranks)
+        prepare, cut = trainer._block_preparer(config, spec, ranks)
         dtype = model.DTYPES[config.mixed_precision]
         transformer = build(spec, dtype, ranks.device, prepare)
         nowhere: Any = None  # the base model's files, which nothing asks for before the end of a run
-        cut = not isinstance(prepare, fast.Packed)
-        trainee, notes = modes.build(config, nowhere, spec, transformer, dtype, ranks, cut=cut)
+        if config.mode == "controlnet":
+            trainee, notes = _controlnet(config, spec, transformer, dtype, ranks)
+        else:
+            trainee, notes = modes.build(config, nowhere, spec, transformer, dtype, ranks, cut=cut)
     with gauge.phase("train"):
         stepper = trainer._stepper(trainee.module, trainee.trained, config, ranks, accumulation)
     trained = sum(math.prod(shape) for shape in stepper.shapes().values())
-    made = make_entries(config, spec)
+    made = make_entries(config, spec, shape)
     return trainer.Run(
         config, ranks, gauge, nowhere, spec, trainee, stepper, made, heldout=[], prompts=[], captions=[],
         shared_caption=[], order=Order.of(made.buckets, config), accumulation=accumulation, total=10**6,
@@ -108,26 +114,48 @@ def assemble(config: TrainConfig, spec: FluxSpec, ranks: Ranks) -> trainer.Run:
     )  # fmt: skip
 
 
-def resized(run: trainer.Run, config: TrainConfig) -> trainer.Run:
+def _controlnet(
+    config: TrainConfig, spec: FluxSpec, transformer: Any, dtype: torch.dtype, ranks: Ranks
+) -> tuple[modes.Trainee, list[str]]:
+    """As `modes.build`'s, which would read from the base's files what a fresh ControlNet starts from."""
+    net: Any = controlnet.empty(spec, config.controlnet_depth)
+    fill(net, dtype, ranks.device)
+    trained = controlnet.parameters(net)
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(name in trained)
+    if config.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+        net.enable_gradient_checkpointing()
+    module = controlnet.ControlVelocity(net.train(), transformer, guidance=spec.guidance_embeds)
+    module.velocity.fast, notes = fast.build(transformer, config, ranks.device)
+    return modes.Trainee(module, trained, lambda output, weights: [], "the ControlNet"), notes
+
+
+def resized(run: trainer.Run, config: TrainConfig, shape: Shape | None = None) -> trainer.Run:
     """The same model and stepper with images and batches of another size."""
-    made = make_entries(config, run.spec)
+    made = make_entries(config, run.spec, shape)
     return dataclasses.replace(
         run, config=config, entries=made, order=Order.of(made.buckets, config), progress=Progress()
     )
 
 
-def make_entries(config: TrainConfig, spec: FluxSpec) -> Entries:
+def make_entries(config: TrainConfig, spec: FluxSpec, shape: Shape | None = None) -> Entries:
     """Cache entries of made-up numbers in the run's folder, each image with a caption of its own."""
     folder = config.cache_path
     folder.mkdir(parents=True, exist_ok=True)
-    keys = [f"{config.img_size}:{k}".encode().ljust(ID, b"\0") for k in range(SAMPLES)]
+    width, height = shape or (config.img_size, config.img_size)
+    keys = [f"{width}x{height}:{k}".encode().ljust(ID, b"\0") for k in range(SAMPLES)]
+    conditioned = config.mode == "controlnet"
     for k, key in enumerate(keys):
-        one = batch(spec, config.img_size, 1, k)
+        one = batch(spec, (width, height), 1, k, condition=conditioned)
         entries.write(entries.place(folder, "image", key), {"latents": one.latents[0]})
         entries.write(entries.place(folder, "text", key), {"text": one.text[0], "pooled": one.pooled[0]})
+        if one.condition is not None:
+            entries.write(entries.place(folder, "condition", key), {"condition": one.condition[0]})
     latents = np.frombuffer(b"".join(keys), KEY).reshape(-1, 1)
     count = np.arange(SAMPLES, dtype=np.int32)
-    return Entries(folder, latents, keys, count, [tuple(one.latents[0].shape)], np.zeros_like(count))
+    shapes, conditions = [tuple(one.latents[0].shape)], latents[:, 0] if conditioned else None
+    return Entries(folder, latents, keys, count, shapes, np.zeros_like(count), conditions=conditions)
 
 
 def take_steps(run: trainer.Run, steps: int) -> dict[str, Any]:
