@@ -14,9 +14,10 @@ pytest.importorskip("diffusers")
 
 from torch import Tensor, nn  # noqa: E402
 from trainer_kit import ROOT  # noqa: E402
-from xflux_trainer import attention, fast, flow, lora, memory_fused, pointwise, quantize  # noqa: E402
+from xflux_trainer import attention, fast, flow, lora, memory_fused, memory_terms, pointwise, quantize  # noqa: E402
 from xflux_trainer.config import TrainConfig  # noqa: E402
 from xflux_trainer.spec import FluxSpec  # noqa: E402
+from xflux_trainer.trained import trained  # noqa: E402
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import random_flux  # noqa: E402
@@ -28,9 +29,9 @@ TOKENS = PATCHES + WORDS
 SPEC = random_flux.spec_of((1, 1), 2)
 
 
-def saved_by(compute: Callable[[], Any], without: nn.Module) -> int:
-    """Bytes that autograd holds for the backward pass, each place once, but for the weights."""
-    weights = {each.untyped_storage().data_ptr() for each in (*without.parameters(), *without.buffers())}
+def saved_by(compute: Callable[[], Any], without: nn.Module, shared: tuple[Tensor, ...] = ()) -> int:
+    """Bytes that autograd holds for the backward pass, each place once, but for weights and what all blocks share."""
+    weights = {each.untyped_storage().data_ptr() for each in (*without.parameters(), *without.buffers(), *shared)}
     held: dict[int, int] = {}
     alive: list[Tensor] = []
 
@@ -107,3 +108,36 @@ def test_the_sums_are_those_of_the_blocks() -> None:
     blocks = list(memory_fused._blocks(config, spec, TOKENS))
     assert terms["activations"] == sum(block.kept for block in blocks)
     assert terms["one block's backward pass"] == blocks[-1].needed
+
+
+class _FusedNorm(torch.autograd.Function):
+    """An RMS norm that keeps what CUDA's fused kernel keeps: its input, and a number of each row in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, scale)
+        return (x.float() * scale).to(x.dtype) * weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        raise NotImplementedError("only what is kept is looked at")
+
+
+@pytest.mark.parametrize("targets", ["attn", "diffusers", "xflux"])
+def test_diffusers_single_blocks_keep_what_the_bill_says(targets: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within 2 %: the bill leaves out the numbers of each row that its layer norm keeps."""
+    norm = torch.nn.RMSNorm
+    monkeypatch.setattr(norm, "forward", lambda self, x: _FusedNorm.apply(x, self.weight, self.eps))
+    config = TrainConfig("none", img_size=SIDE, train_batch_size=BATCH, gradient_checkpointing=False,
+                         kernels="diffusers", lora_targets=targets)  # fmt: skip
+    net = model(config)
+    block = net.single_transformer_blocks[0]
+    rope = net.pos_embed(torch.cat((flow.text_ids(WORDS), flow.image_ids(SIDE // 8, SIDE // 8))))
+    text, image = inputs(SPEC, 4, modulated=False)[:2]
+    temb = torch.randn(BATCH, SPEC.hidden).bfloat16()
+    kept = saved_by(
+        lambda: block(hidden_states=image, encoder_hidden_states=text, temb=temb, image_rotary_emb=rope), net, rope
+    )
+    billed = list(memory_terms.saved_per_block(config, SPEC, trained(config, SPEC), TOKENS))[1]
+    assert billed == pytest.approx(kept, rel=0.02)
