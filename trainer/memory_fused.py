@@ -147,7 +147,8 @@ def _blocks(config: TrainConfig, spec: FluxSpec, tokens: int) -> Iterator[_Block
             layers[block].add(name[len(block) + 1 :])
     adapters = dict.fromkeys(names, 0)
     for adapter in what.adapters:
-        if (block := _block(adapter.name)) in adapters:
+        # Those of a modulation see one row for each image.
+        if (block := _block(adapter.name)) in adapters and not is_modulation(adapter.name):
             adapters[block] += 1
     for number, name in enumerate(names):
         own = layers[name]
