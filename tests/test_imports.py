@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "gather.ports", "gather.machine",
         "probes.torch_import", "probes.allreduce", "probes.hub_access", "probes.wire", "probes.meeting",
         "probes.runner", "probes.level",
-        "check", "refused", "bill", "xflux_bill", "strategy",
+        "verdict", "check", "refused", "bill", "xflux_bill", "strategy",
     ),
     ("checks.hardware", "checks.software", "checks.rules", "checks.packages", "checks.releases",
      "checks.words", "checks.sections", "checks.section_words", "checks.section_types", "checks.strategies",
@@ -41,14 +41,16 @@ FLOORS: tuple[tuple[str, ...], ...] = (
      "template", "launch",
      "explain.*", "explain", "inputs"),
     ("guard", "supervise", "remember"),
-    ("report.placement", "report.summary", "report.text", "report.jsonreport", "report.difference", "report"),
+    ("report.placement", "report.summary", "report.text", "report.jsonreport", "report.planjson", "report.difference",
+     "report"),
     ("commands.check", "commands.fix", "commands.undo", "commands.install", "commands.explain", "commands.plan",
      "commands.matrix", "commands.nodes", "commands.together", "commands.run",
      "commands", "cli"),
 )  # fmt: skip
 TORCH_STACK = {"torch", "torchvision", "transformers", "diffusers", "accelerate", "deepspeed", "peft", "optimum"}
 TORCH_FREE_TRAINER = {
-    "config", "spec", "memory", "memory_fused", "timing", "samples", "lint", "layout", "bfl_spec", "find",
+    "config", "spec", "memory", "memory_fused", "memory_terms", "timing", "samples", "lint", "layout", "bfl_spec",
+    "find",
 }  # fmt: skip
 PACKAGE = ROOT / "xflux_doctor"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass, replace
 
@@ -87,35 +88,36 @@ class _Layer:
 
 def held(config: TrainConfig, spec: FluxSpec, width: int = 2) -> Held:
     """What a run's base takes, `width` bytes for each number that is not quantised."""
-    layers, rest = _layers(config, spec, width)
+    layers, rest = _layers(config.quantization, config.modulation, spec, width)
     return _held(config, spec, layers, rest)
 
 
 def blocks_to_stream(config: TrainConfig, spec: FluxSpec, budget: int, width: int = 2) -> int | None:
     """The smallest `stream_blocks` with which the base takes at most `budget` bytes of the device; None: none does."""
-    layers, rest = _layers(config, spec, width)
+    layers, rest = _layers(config.quantization, config.modulation, spec, width)
     for count in range(spec.double_blocks + spec.single_blocks + 1):
         if _held(replace(config, stream_blocks=count), spec, layers, rest).device <= budget:
             return count
     return None
 
 
-def _layers(config: TrainConfig, spec: FluxSpec, width: int) -> tuple[list[_Layer], int]:
-    """The blocks' linear layers, and the bytes of everything else."""
+@functools.lru_cache(maxsize=16)
+def _layers(quantization: str, modulation: str, spec: FluxSpec, width: int) -> tuple[tuple[_Layer, ...], int]:
+    """The blocks' linear layers, and the bytes of everything else. Kept: one bill asks for them again and again."""
     layers, rest = [], spec.transformer_parameters * width
     for linear in spec.linears():
         block = _block(linear)
         if not block:
             continue
-        modulation = is_modulation(linear.name)
-        quantised = config.quantization != "none" and (not modulation or config.modulation == "quantize")
-        size = stored(linear, config.quantization if quantised else "none", width)
-        layers.append(_Layer(block, unit_of(linear.name[len(block) + 1 :]), modulation, size))
+        modulates = is_modulation(linear.name)
+        quantised = quantization != "none" and (not modulates or modulation == "quantize")
+        size = stored(linear, quantization if quantised else "none", width)
+        layers.append(_Layer(block, unit_of(linear.name[len(block) + 1 :]), modulates, size))
         rest -= linear.inputs * linear.outputs * width
-    return layers, rest
+    return tuple(layers), rest
 
 
-def _held(config: TrainConfig, spec: FluxSpec, layers: list[_Layer], rest: int) -> Held:
+def _held(config: TrainConfig, spec: FluxSpec, layers: tuple[_Layer, ...], rest: int) -> Held:
     streamed = set(streamed_blocks(spec.double_blocks, spec.single_blocks, config.stream_blocks))
     units: dict[tuple[str, str], int] = {}
     traffic = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -25,13 +26,21 @@ class Trained:
     adapters: tuple[Adapter, ...] = ()
 
 
+@functools.lru_cache(maxsize=16)
+def _adapters(
+    spec: FluxSpec, targets: str | tuple[str, ...], single: tuple[int, ...] | None, double: tuple[int, ...] | None
+) -> tuple[Adapter, ...]:
+    """Kept: they are the same for all plans of a job."""
+    return tuple(adapters_of(spec.linears(), targets, single, double))
+
+
 def trained(config: TrainConfig, spec: FluxSpec) -> Trained:
     """What the run's mode trains."""
     if config.mode == "lora":
-        chosen = adapters_of(spec.linears(), config.lora_targets, config.single_blocks, config.double_blocks)
+        chosen = _adapters(spec, config.lora_targets, config.single_blocks, config.double_blocks)
         sizes = [config.rank * side for adapter in chosen for side in (adapter.inputs, adapter.outputs)]
         layers = frozenset(name for one in chosen for name in one.layers)
-        return Trained(sum(sizes), max(sizes, default=0), layers, tuple(chosen))
+        return Trained(sum(sizes), max(sizes, default=0), layers, chosen)
     if config.mode == "controlnet":
         return Trained(controlnet_parameters(config, spec), spec.largest_tensor, frozenset())
     sizes_by_name = dict(parameters(spec))

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import io
 import math
@@ -20,15 +21,6 @@ from typing import Any, TypeVar
 import click
 
 from xflux_doctor import __version__
-from xflux_doctor.checks import ALL
-from xflux_doctor.commands import check as check_command
-from xflux_doctor.commands import fix as fix_command
-from xflux_doctor.commands import install as install_command
-from xflux_doctor.commands import matrix as matrix_command
-from xflux_doctor.commands import nodes as nodes_command
-from xflux_doctor.commands import plan as plan_command
-from xflux_doctor.commands import run as run_command
-from xflux_doctor.commands import undo as undo_command
 from xflux_doctor.errors import DoctorError
 from xflux_doctor.inputs import Inputs
 
@@ -72,16 +64,25 @@ _xflux = click.option(
 )
 
 
+def _command(name: str) -> Any:
+    """A command's module, loaded when it is called: `plan` does without the checks, all others without its rows."""
+    return importlib.import_module(f"xflux_doctor.commands.{name}")
+
+
+@functools.cache
+def _codes() -> frozenset[str]:
+    return frozenset(check.code for check in importlib.import_module("xflux_doctor.checks").ALL)
+
+
 def inputs_of(options: dict[str, Any]) -> Inputs:
     for name in ("gpu_limit", "timeout"):
         if options.get(name) is not None and not (math.isfinite(options[name]) and options[name] < _MOST):
             raise click.BadParameter(
                 f"{options[name]} is no sensible number.", param_hint=f"--{name.replace('_', '-')}"
             )
-    known = {check.code for check in ALL}
     for name in ("accept", "take"):
         for code in options.get(name, ()):
-            if code not in known:
+            if code not in _codes():
                 raise click.BadParameter(f"There is no check {code!r}; see -v for the codes.", param_hint=f"--{name}")
     names = Inputs.__dataclass_fields__
     return Inputs(**{name: value for name, value in options.items() if name in names})
@@ -103,7 +104,7 @@ def cli() -> None:
 @click.option("-v", "--verbose", is_flag=True, help="Also what passed, what was skipped and why.")
 def check(form: str, output: str | None, strict: bool, verbose: bool, **options: Any) -> int:
     """Say what would stop the job on this machine."""
-    return check_command.run(inputs_of(options), form=form, output=output, strict=strict, verbose=verbose)
+    return int(_command("check").run(inputs_of(options), form=form, output=output, strict=strict, verbose=verbose))
 
 
 @cli.command()
@@ -121,12 +122,12 @@ def fix(form: str, write_config: bool, install: bool, undo: bool, yes: bool, **o
     if undo + install + write_config > 1:
         raise click.UsageError("Give one of --write-config, --install and --undo.")
     if undo:
-        return undo_command.run(given, form=form)
+        return int(_command("undo").run(given, form=form))
     if install:
         if form == "json":
             raise click.UsageError("--install shows pip's own words; it has no --format json.")
-        return install_command.run(given, yes=yes)
-    return fix_command.run(given, form=form, write=write_config, yes=yes)
+        return int(_command("install").run(given, yes=yes))
+    return int(_command("fix").run(given, form=form, write=write_config, yes=yes))
 
 
 @cli.command(context_settings={"ignore_unknown_options": False})
@@ -143,7 +144,7 @@ def fix(form: str, write_config: bool, install: bool, undo: bool, yes: bool, **o
 @click.argument("extra", nargs=-1, type=click.UNPROCESSED)
 def run(dry_run: bool, yes: bool, wait_for_nodes: float, extra: tuple[str, ...], **options: Any) -> int:
     """Validate, repair in memory, launch the trainer. EXTRA after -- goes to the trainer."""
-    return run_command.run(inputs_of(options), dry_run=dry_run, yes=yes, extra=extra, wait=wait_for_nodes)
+    return int(_command("run").run(inputs_of(options), dry_run=dry_run, yes=yes, extra=extra, wait=wait_for_nodes))
 
 
 @cli.command()
@@ -151,9 +152,10 @@ def run(dry_run: bool, yes: bool, wait_for_nodes: float, extra: tuple[str, ...],
 @_launch
 @_xflux
 @click.option("--gpu", metavar="NAME:GIB", help="Plan for a GPU that is not here, such as 'A100:80'.")
-def plan(gpu: str | None, **options: Any) -> int:
+@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text")
+def plan(gpu: str | None, form: str, **options: Any) -> int:
     """The memory bill, and the alternatives that fit."""
-    return plan_command.run(inputs_of(options), gpu=gpu)
+    return int(_command("plan").run(inputs_of(options), gpu=gpu, form=form))
 
 
 @cli.command()
@@ -167,10 +169,10 @@ def plan(gpu: str | None, **options: Any) -> int:
 def nodes(files: tuple[str, ...], hosts: str | None, **options: Any) -> int:
     """One job on several machines: each machine's file and command. With FILES: whether these go together."""
     if files:
-        return nodes_command.compare(files)
+        return int(_command("nodes").compare(files))
     if hosts is None:
         raise click.UsageError("Give --hosts, or the files of all machines to compare.")
-    return nodes_command.run(hosts=hosts, **options)
+    return int(_command("nodes").run(hosts=hosts, **options))
 
 
 @cli.command()
@@ -178,16 +180,14 @@ def nodes(files: tuple[str, ...], hosts: str | None, **options: Any) -> int:
 @click.option("--format", "form", type=click.Choice(["text", "json"]), default="text")
 def explain(log: str, form: str) -> int:
     """The cause of a failed run, from its LOG, its run FOLDER, or - for standard input."""
-    # Loaded here: its rules are half a thousand patterns that no other command needs.
-    command: Any = importlib.import_module("xflux_doctor.commands.explain")
-    return int(command.run(log, form=form))
+    return int(_command("explain").run(log, form=form))
 
 
 @cli.command()
 @click.option("--python", metavar="EXE", help="Look into this interpreter instead of this one.")
 def facts(python: str | None) -> int:
     """The machine as JSON: attach it to a bug report, or judge it elsewhere with --facts."""
-    return check_command.show_facts(python)
+    return int(_command("check").show_facts(python))
 
 
 @cli.group()
@@ -207,8 +207,8 @@ def _site(command: F) -> F:
 def matrix_list(cpu: bool, rules: bool, form: str, site: str | None) -> int:
     """The stacks, the one that fits this machine, and why the others do not."""
     if rules:
-        return matrix_command.list_rules(form=form, site=site)
-    return matrix_command.list_stacks(cpu=cpu, form=form, site=site)
+        return int(_command("matrix").list_rules(form=form, site=site))
+    return int(_command("matrix").list_stacks(cpu=cpu, form=form, site=site))
 
 
 @matrix.command("show")
@@ -216,14 +216,14 @@ def matrix_list(cpu: bool, rules: bool, form: str, site: str | None) -> int:
 @_site
 def matrix_show(name: str, site: str | None) -> int:
     """One stack or rule, whole."""
-    return matrix_command.show(name, site)
+    return int(_command("matrix").show(name, site))
 
 
 @matrix.command("check")
 @click.argument("file", required=False)
 def matrix_check(file: str | None) -> int:
     """Validate a matrix file, whole or a site's own: every fault with its line. Without FILE ours."""
-    return matrix_command.validate(file)
+    return int(_command("matrix").validate(file))
 
 
 @matrix.command("export")
@@ -231,7 +231,7 @@ def matrix_check(file: str | None) -> int:
 @_site
 def matrix_export(name: str, site: str | None) -> int:
     """A pip requirements file that installs the stack, naming its index."""
-    return matrix_command.export(name, site)
+    return int(_command("matrix").export(name, site))
 
 
 class _Terminated(BaseException):

@@ -10,6 +10,7 @@ from conftest import case, findings, job, machine, packages, verdict
 
 from xflux_doctor.check import Case, Check
 from xflux_doctor.checks import packages as checks
+from xflux_doctor.commands.plan import faster_attention
 from xflux_doctor.facts import Package, PythonFacts
 from xflux_doctor.finding import Finding
 from xflux_doctor.matrix import Matrix
@@ -184,4 +185,4 @@ def test_a_faster_attention_is_named(
     matrix: Matrix, card: str, installed: str, train: dict[str, Any], told: bool
 ) -> None:
     facts = machine(matrix, card=card, packages=packages(matrix, "cuda13", flash_attn_4=installed))
-    assert ("pip install flash-attn-4" in checks.faster_attention(case(matrix, facts, job(ONE_GPU, **train)))) == told
+    assert ("pip install flash-attn-4" in faster_attention(case(matrix, facts, job(ONE_GPU, **train)))) == told

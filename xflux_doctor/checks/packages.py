@@ -288,16 +288,3 @@ def _flash_4_lacks(case: Case) -> str:
     if case.facts.packages is not None and FLASH_4 not in case.facts.packages:
         return "it is not installed"
     return ""
-
-
-def faster_attention(case: Case) -> str:
-    """Advice where the step could be faster by a package that is not installed; empty where it could not."""
-    train, cards = case.job.train, selected(case.facts.gpus or (), case.facts.environment, case.job.gpu_ids)
-    if train is None or not fused(case) or train.attention != "auto" or train.deterministic or case.job.use_cpu:
-        return ""
-    if case.facts.packages is None or FLASH_4 in case.facts.packages or not cards:
-        return ""
-    if any(gpu.capability[0] != _HOPPER[0] for gpu in cards):
-        return ""
-    how = f"with it (pip install {FLASH_4}) a step takes 25 to 30 % less time"
-    return f"{FLASH_4} is not installed: {how} on {cards[0].name}"

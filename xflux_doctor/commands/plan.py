@@ -13,89 +13,124 @@ from xflux_trainer.config import TrainConfig
 from xflux_doctor import matrix as matrices
 from xflux_doctor import strategy, xflux_bill
 from xflux_doctor.batch import accumulation
-from xflux_doctor.bill import checkpointed_blocks, dataset, has_triton, multiplies_fp8, need, spec_of
+from xflux_doctor.bill import checkpointed_blocks, dataset, fused, has_triton, multiplies_fp8, need, spec_of
 from xflux_doctor.check import Case, SkipCheck
-from xflux_doctor.checks.packages import FLASH_4, faster_attention
-from xflux_doctor.checks.words import devices
 from xflux_doctor.errors import DoctorError, UsageError
 from xflux_doctor.inputs import Inputs, build
 from xflux_doctor.refused import refusals
-from xflux_doctor.report import placement
+from xflux_doctor.report import placement, planjson
+from xflux_doctor.report.planjson import Card, Row
+from xflux_doctor.verdict import reserved
+from xflux_doctor.visible import selected
 from xflux_doctor.xflux import XFlux
 
 GIB = 1 << 30
+_FLASH_4 = "flash-attn-4"
+_HOPPER = 9
+"""The compute capability that it is fast on, its first number."""
 
 
-def run(inputs: Inputs, *, gpu: str | None) -> int:
+def run(inputs: Inputs, *, gpu: str | None, form: str = "text") -> int:
     """Print the bill and the alternatives; exit 1 when none fits the card."""
     case = build(inputs, matrices.load_with(inputs.matrix))
     if case.job.xflux is not None:
-        return _xflux(case, case.job.xflux, gpu)
+        return _xflux(case, case.job.xflux, gpu, form)
     config = case.job.train
     if config is None:
         problem = next((p for p in case.job.problems if p.file == "train"), None)
         if problem:
             raise DoctorError(problem.seen, problem.hint)
         raise DoctorError("No training file was given, and no train.yaml lies here.", "Give --config FILE.", code=2)
-    name, size = _card(case, gpu)
+    cards = _cards(case, gpu)
     try:
         bill = need(case)
     except SkipCheck as skip:
         raise DoctorError(f"There is no bill: {skip}.", "Use DDP, FSDP2, or DeepSpeed ZeRO stage 1, 2 or 3.") from skip
+    name = cards[0].name if cards else ""
+    rows = _rows(case, config, bill, cards, shown=gpu is None)
+    fits = not cards or any(row.verdict(cards) != "does not fit" for row in rows)
+    if form == "json":
+        click.echo(planjson.encode(planjson.document(case, bill, cards, rows)), nl=False)
+        return 0 if fits else 1
     for line in placement.lines(case):
         click.echo(line)
     _print(bill)
     _strategies(case)
     _duration(case, config, name)
-    if size is None:
+    if not cards:
         click.echo("No GPU to hold it against: name one with --gpu NAME:GIB.")
         return 0
-    fp8 = multiplies_fp8(case, () if gpu is not None else devices(case) or ())
-    verdict = _alternatives(case, config, name, size, fp8=fp8)
+    _alternatives(rows, cards)
+    if not fits:
+        click.echo("Nothing fits this card: use a larger one, or several under FSDP2 or ZeRO-3.")
     if advice := faster_attention(case):
         click.echo(f"{advice}.")
-    return verdict
+    return 0 if fits else 1
 
 
-def _xflux(case: Case, found: XFlux, gpu: str | None) -> int:
+def faster_attention(case: Case) -> str:
+    """Advice where the step could be faster by a package that is not installed; empty where it could not."""
+    train, cards = case.job.train, selected(case.facts.gpus or (), case.facts.environment, case.job.gpu_ids)
+    if train is None or not fused(case) or train.attention != "auto" or train.deterministic or case.job.use_cpu:
+        return ""
+    if case.facts.packages is None or _FLASH_4 in case.facts.packages or not cards:
+        return ""
+    if any(gpu.capability[0] != _HOPPER for gpu in cards):
+        return ""
+    how = f"with it (pip install {_FLASH_4}) a step takes 25 to 30 % less time"
+    return f"{_FLASH_4} is not installed: {how} on {cards[0].name}"
+
+
+def _xflux(case: Case, found: XFlux, gpu: str | None, form: str) -> int:
     """What X-Flux's own script needs, as it is and under DeepSpeed; there are no other settings to choose from."""
     if found.config is None:
         raise DoctorError(f"{found.problem or 'No config was given'}.", "Give --config FILE.", code=2)
+    cards = _cards(case, gpu)
+    launches = {"as it is": None, "under DeepSpeed in bf16": True}
+    if not xflux_bill.fp32_base(case, found):
+        del launches["under DeepSpeed in bf16"]
+    rows = []
+    for label, engine in launches.items():
+        try:
+            terms = xflux_bill.gpu_terms(case, found, deepspeed=engine)
+        except SkipCheck as skip:
+            raise DoctorError(f"There is no bill: {skip}.", "Plan the bundled trainer's job without --xflux.") from skip
+        changes: dict[str, Any] = {} if engine is None else {"distributed_type": "DEEPSPEED", "mixed_precision": "bf16"}
+        rows.append(Row(label, changes, {term.name: term.bytes for term in terms}, xflux_bill.CONTEXT))
+    fits = not cards or any(row.verdict(cards) != "does not fit" for row in rows)
+    if form == "json":
+        click.echo(planjson.encode(planjson.xflux_document(case, found, cards, rows)), nl=False)
+        return 0 if fits else 1
     commit = f" at {found.commit[:7]}" if found.commit else ""
     click.echo(f"{found.script.path}{commit} ({found.script.because}):")
-    try:
-        terms = xflux_bill.gpu_terms(case, found)
-    except SkipCheck as skip:
-        raise DoctorError(f"There is no bill: {skip}.", "Plan the bundled trainer's job without --xflux.") from skip
-    for term in terms:
-        click.echo(f"  GPU {term.bytes / GIB:9.3f} GiB  {term.name}")
-    ranks, wanted = case.job.local_processes, sum(term.bytes for term in terms)
+    for name, size in rows[0].terms.items():
+        click.echo(f"  GPU {size / GIB:9.3f} GiB  {name}")
+    peak = rows[0].allocated
+    click.echo(f"  GPU {(reserved(peak) - peak) / GIB:9.3f} GiB  kept in reserve by PyTorch's allocator")
+    click.echo(f"  GPU {xflux_bill.CONTEXT / GIB:9.3f} GiB  CUDA context")
+    ranks = case.job.local_processes
     click.echo(f"  host{xflux_bill.host_bytes(found) * ranks / GIB:9.3f} GiB  while loading, {ranks} x one whole copy")
     click.echo(f"  disk{xflux_bill.checkpoint_bytes(case, found) / GIB:9.3f} GiB  each checkpoint")
-    name, size = _card(case, gpu)
-    rows = [("as it is", wanted)]
-    if xflux_bill.fp32_base(case, found):
-        rows.append(("under DeepSpeed in bf16", xflux_bill.gpu_bytes(case, found, deepspeed=True)))
-    verdicts = [fitting(bytes_, xflux_bill.ERROR_BAR, size) if size else "" for _, bytes_ in rows]
-    click.echo(f"\non a {name or 'GPU'} of {size / GIB:.0f} GiB:" if size else "\nper GPU:")
-    for verdict, (label, bytes_) in zip(verdicts, rows, strict=True):
-        click.echo(f"  {verdict:<13}{bytes_ / GIB:7.1f} GiB  {label}")
-    return 1 if size and all(verdict == "does not fit" for verdict in verdicts) else 0
+    _alternatives(rows, cards)
+    return 0 if fits else 1
 
 
-def _card(case: Case, gpu: str | None) -> tuple[str, int | None]:
-    """The card's name and bytes: the one named, else the smallest visible one, within --gpu-limit."""
+def _cards(case: Case, gpu: str | None) -> tuple[Card, ...]:
+    """The card of each rank of this machine, within --gpu-limit: the one named, else the visible ones."""
+    if case.job.use_cpu:
+        return ()
+    limit, ranks = case.job.gpu_limit, case.job.local_processes
     if gpu is not None:
         match = re.fullmatch(r"(.+):(\d+(?:\.\d+)?)", gpu)
-        if match is None:
+        size = int(float(match[2]) * GIB) if match else 0
+        if match is None or not size:
             raise UsageError(f"--gpu is {gpu!r}.", "Write NAME:GIB, such as A100:80.")
-        size = int(float(match[2]) * GIB)
-        return match[1], min(size, case.job.gpu_limit or size)
-    found = devices(case) or ()
-    if case.job.use_cpu or not found:
-        return "", None
-    smallest = min(found, key=lambda card: card.memory_total)
-    return smallest.name, min(smallest.memory_total, case.job.gpu_limit or smallest.memory_total)
+        return (Card(match[1], size, min(size, limit or size)),) * ranks
+    found = selected(case.facts.gpus or (), case.facts.environment, case.job.gpu_ids)
+    if not found:
+        return (Card("", limit, limit),) * ranks if limit else ()
+    made = [Card(one.name, one.memory_total, min(one.memory_free, limit or one.memory_free)) for one in found]
+    return tuple(made[rank % len(made)] for rank in range(ranks))
 
 
 def _print(bill: memory.Bill) -> None:
@@ -106,28 +141,36 @@ def _print(bill: memory.Bill) -> None:
         for term in sorted(terms, key=lambda t: (memory.PHASES.index(t.phase), -t.bytes)):
             click.echo(f"  {term.phase:<7}{term.bytes / GIB:9.3f} GiB  {term.name}: {term.why}")
     if bill.gpu:
+        held = reserved(bill.gpu_allocated)
         click.echo(
-            f"peak: {bill.gpu_allocated / GIB:.1f} GiB allocated while {bill.peak_phase}, "
-            f"{bill.gpu_total / GIB:.1f} GiB with the CUDA context (±{bill.error_bar:.0%})"
+            f"peak: {bill.gpu_allocated / GIB:.1f} GiB allocated while {bill.peak_phase}, {held / GIB:.1f} GiB "
+            f"reserved, {(held + bill.gpu_context) / GIB:.1f} GiB with the CUDA context (±{bill.error_bar:.0%})"
         )
 
 
-def _duration(case: Case, config: TrainConfig, name: str) -> None:
-    """A line on the time, where the card is known and the ranks do what was timed."""
+def _step(case: Case, config: TrainConfig, name: str) -> timing.Forecast | None:
+    """The time of a step, where the card is known and the ranks do what was timed."""
     job = case.job
     if not name or job.use_cpu or job.offloads or job.num_machines > 1:
-        return
-    ranks = max(1, job.num_processes)
+        return None
     asked = dataclasses.replace(config, gradient_accumulation_steps=accumulation(job))
     try:
-        step = timing.seconds_per_step(
-            asked, spec_of(case), name, world_size=ranks, strategy=job.strategy, device="cuda",
-            triton=has_triton(case), flash4=FLASH_4 in (case.facts.packages or {}),
+        return timing.seconds_per_step(
+            asked, spec_of(case), name, world_size=max(1, job.num_processes), strategy=job.strategy, device="cuda",
+            triton=has_triton(case), flash4=_FLASH_4 in (case.facts.packages or {}),
         )  # fmt: skip
     except timing.NoForecast:
+        return None
+
+
+def _duration(case: Case, config: TrainConfig, name: str) -> None:
+    """A line on the time, where it is known."""
+    step = _step(case, config, name)
+    if step is None:
         return
+    asked = dataclasses.replace(config, gradient_accumulation_steps=accumulation(case.job))
     images = 0 if config.repeats else dataset(case).count  # how many repeats there are only a walk by folders says
-    total = timing.hours(asked, step, world_size=ranks, images=images)
+    total = timing.hours(asked, step, world_size=max(1, case.job.num_processes), images=images)
     ending = "" if total is None else f", {total:.1f} hours in all"
     click.echo(f"about {step.seconds:.2f} s a step{ending} (± {step.error:.0%}) on {name}")
 
@@ -156,21 +199,40 @@ def _strategies(case: Case) -> None:
     )
 
 
-def _alternatives(case: Case, config: TrainConfig, name: str, size: int, *, fp8: bool) -> int:
-    """The same job with the settings that trade time or size for memory, each with its verdict."""
-    click.echo(f"\non a {name or 'GPU'} of {size / GIB:.0f} GiB:")
-    fits = False
-    for label, changed in variants(config, checkpointed_blocks(case, size), fp8=fp8):
+def _rows(case: Case, config: TrainConfig, bill: memory.Bill, cards: tuple[Card, ...], *, shown: bool) -> list[Row]:
+    """The same job with the settings that trade time or size for memory, fastest first. `shown`: the visible cards
+    are meant, whose products may be in fp8 or not."""
+    if not bill.gpu:
+        return []
+    visible = selected(case.facts.gpus or (), case.facts.environment, case.job.gpu_ids) if shown else ()
+    some = checkpointed_blocks(case, min(card.limit for card in cards)) if cards else None
+    rows = []
+    for label, changed in variants(config, some, fp8=multiplies_fp8(case, visible)):
         if any(refusals(changed, case.job.strategy, 1)):
             continue
-        mended = dataclasses.replace(case, job=dataclasses.replace(case.job, train=changed))
-        bill = need(mended)
-        verdict = verdict_of(bill, size)
-        fits = fits or verdict != "does not fit"
-        click.echo(f"  {verdict:<13}{bill.gpu_total / GIB:7.1f} GiB  {label}")
-    if not fits:
-        click.echo("Nothing fits this card: use a larger one, or several under FSDP2 or ZeRO-3.")
-    return 0 if fits else 1
+        found = bill if changed == config else need(with_config(case, changed))
+        values = dataclasses.asdict(changed)
+        changes = {key: values[key] for key, value in dataclasses.asdict(config).items() if values[key] != value}
+        step = _step(case, changed, cards[0].name if cards else "")
+        terms = planjson.at_peak(found.gpu, found.peak_phase)
+        rows.append(Row(label, changes, terms, found.gpu_context, None if step is None else step.seconds))
+    return rows
+
+
+def with_config(case: Case, config: TrainConfig) -> Case:
+    return dataclasses.replace(case, job=dataclasses.replace(case.job, train=config))
+
+
+def _alternatives(rows: list[Row], cards: tuple[Card, ...]) -> None:
+    smallest = min(cards, key=lambda card: card.limit, default=None)
+    if smallest is None:
+        click.echo("\nper GPU:")
+    else:
+        total, limit = smallest.total or smallest.limit, smallest.limit
+        of = f"{limit / GIB:.1f} of {total / GIB:.0f}" if total > limit else f"{limit / GIB:.0f}"
+        click.echo(f"\non a {smallest.name or 'GPU'} of {of} GiB:")
+    for row in rows:
+        click.echo(f"  {row.verdict(cards) or '':<13}{row.device / GIB:7.1f} GiB  {row.label}")
 
 
 def variants(config: TrainConfig, some: int | None = None, *, fp8: bool = False) -> list[tuple[str, TrainConfig]]:
@@ -214,13 +276,3 @@ def _smaller(config: TrainConfig, *, fp8: bool) -> list[tuple[str, TrainConfig]]
         rows = {"its modulation streamed": {"modulation": "stream"}}
     made = [(label, dataclasses.replace(checkpointed, **keys)) for label, keys in rows.items()]
     return [(f"{config.img_size} px, {label}", changed) for label, changed in made if changed != config]
-
-
-def verdict_of(bill: memory.Bill, size: int) -> str:
-    return fitting(bill.gpu_total, bill.error_bar, size)
-
-
-def fitting(wanted: int, error_bar: float, size: int) -> str:
-    if wanted * (1 + error_bar) <= size:
-        return "fits"
-    return "tight" if wanted * (1 - error_bar) <= size else "does not fit"

@@ -1,0 +1,171 @@
+"""`plan --format json`: the issue's form, its sums and verdicts, and that it comes without torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import xflux_kit as kit
+import yaml
+from conftest import GIB, ROOT, XFLUX_ACCELERATE, gpus, machine, packages, record
+
+from xflux_doctor.cli import main
+from xflux_doctor.matrix import Matrix
+from xflux_doctor.verdict import fitting, reserved
+
+SCHEMA = json.loads((ROOT / "xflux_doctor/report/plan.schema.json").read_text())
+NO = XFLUX_ACCELERATE.replace("DEEPSPEED", "NO").replace("num_processes: 8", "num_processes: 1")
+TWO = XFLUX_ACCELERATE.replace("DEEPSPEED", "MULTI_GPU").replace("num_processes: 8", "num_processes: 2")
+
+
+@pytest.fixture
+def place(tmp_path: Path, matrix: Matrix, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A job at 1024 px beside two H100s, the second of which has 20 GiB free."""
+    cards = (gpus("H100", 2, memory_free=70 * GIB)[0], gpus("H100", 2, memory_free=20 * GIB)[1])
+    record(tmp_path / "facts.json", machine(matrix, gpus=cards, packages=packages(matrix, "cuda13")))
+    (tmp_path / "images").mkdir()
+    train(tmp_path)
+    (tmp_path / "accelerate.yaml").write_text(NO)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def train(folder: Path, **values: Any) -> None:
+    text = {"img_dir": "images", "img_size": 1024, "output_dir": "out", **values}
+    (folder / "train.yaml").write_text(yaml.safe_dump(text))
+
+
+def planned(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> dict[str, Any]:
+    usual = ["--config", "train.yaml", "--accelerate-config", "accelerate.yaml", "--facts", "facts.json"]
+    assert main(["plan", "--format", "json", *usual, *arguments]) == code
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    jsonschema.validate(found, SCHEMA)
+    entries = [rank["gpu"] for rank in found["ranks"]] + [row["gpu"] for row in found["alternatives"]]
+    for gpu in filter(None, entries):
+        assert sum(gpu["terms"].values()) == gpu["peak_bytes"]
+        assert gpu["peak_bytes"] < gpu["reserved_bytes"] == gpu["device_bytes"] - gpu["context_bytes"]
+        if gpu["limit_bytes"] is not None:
+            assert gpu["verdict"] == fitting(gpu["device_bytes"], gpu["limit_bytes"])
+    for rank in found["ranks"]:
+        assert sum(rank["host"]["terms"].values()) == rank["host"]["peak_bytes"]
+    return found
+
+
+@pytest.mark.parametrize(("device", "limit", "word"), [
+    (9700, 10_000, "fits"), (9701, 10_000, "tight"), (10_000, 10_000, "tight"), (10_001, 10_000, "does not fit"),
+])  # fmt: skip
+def test_tight_is_97_to_100_percent(device: int, limit: int, word: str) -> None:
+    assert fitting(device, limit) == word
+
+
+def test_reserved_is_never_less() -> None:
+    assert reserved(0) == 0 and reserved(100 * GIB) == math.ceil(102 * GIB) and reserved(1) > 1
+
+
+def test_free_now_is_the_limit_and_each_rank_has_its_own(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "accelerate.yaml").write_text(TWO)
+    found = planned(capsys)
+    assert [rank["gpu"]["limit_bytes"] for rank in found["ranks"]] == [70 * GIB, 20 * GIB]
+    assert [rank["gpu"]["verdict"] for rank in found["ranks"]] == ["fits", "does not fit"]
+    host = found["ranks"][0]["host"]
+    assert host["all_ranks_bytes"] == 2 * host["peak_bytes"]
+    assert found["plan"] is None  # 20 GiB hold the job quantised only
+    assert any(row["lossy"] and row["gpu"]["verdict"] == "fits" for row in found["alternatives"])
+
+
+@pytest.mark.parametrize(("arguments", "limit"), [
+    (["--gpu", "A100:80"], 80), (["--gpu-limit", "40"], 40), (["--gpu", "A100:80", "--gpu-limit", "24.5"], 24.5),
+    (["--gpu", "RTX 4090:24", "--gpu-limit", "80"], 24),
+])  # fmt: skip
+def test_a_card_and_a_limit(
+    place: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], limit: float
+) -> None:
+    (rank,) = planned(capsys, *arguments)["ranks"]
+    assert rank["gpu"]["limit_bytes"] == limit * GIB
+
+
+def test_the_plan_changes_what_keeps_the_numbers(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(place, gradient_checkpointing=False)
+    assert planned(capsys)["plan"] == {"label": "as it is", "changes": {}, "lossy": False, "why": "as it is it fits"}
+    found = planned(capsys, "--gpu", "RTX 5090:32")
+    plan = found["plan"]
+    assert plan["changes"]["gradient_checkpointing"] is True and not plan["lossy"]
+    assert plan["label"] not in [row["label"] for row in found["alternatives"]]
+    assert (
+        found["alternatives"][0]["label"] == "as it is" and found["seconds_per_step"] is None
+    )  # no such card was timed
+    assert found["alternatives"][0]["gpu"]["verdict"] == "does not fit" == found["ranks"][0]["gpu"]["verdict"]
+
+
+def test_the_plan_s_time_is_the_time_model_s(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(place, gradient_checkpointing=False)
+    kept = planned(capsys)
+    train(place, gradient_checkpointing=True)
+    recomputed = planned(capsys)
+    assert 0 < kept["seconds_per_step"] < recomputed["seconds_per_step"]
+    same = next(row for row in kept["alternatives"] if row["changes"] == {"gradient_checkpointing": True})
+    assert same["seconds_per_step"] == recomputed["seconds_per_step"]
+
+
+def test_nothing_fits(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert planned(capsys, "--gpu", "RTX 3050:8", code=1)["plan"] is None
+
+
+def test_without_a_gpu_there_is_no_verdict(place: Path, matrix: Matrix, capsys: pytest.CaptureFixture[str]) -> None:
+    record(place / "facts.json", machine(matrix, card=None))
+    (rank,) = planned(capsys)["ranks"]
+    assert rank["gpu"]["limit_bytes"] is rank["gpu"]["verdict"] is None and rank["gpu"]["peak_bytes"] > 20 * GIB
+    (limited,) = planned(capsys, "--gpu-limit", "78")["ranks"]
+    assert limited["gpu"]["verdict"] == "fits"
+    (cpu,) = planned(capsys, "--cpu")["ranks"]
+    assert cpu["gpu"] is None and cpu["host"]["peak_bytes"] > 20 * GIB
+
+
+def test_more_needs_more(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for key, values in {"img_size": (512, 768, 1024), "train_batch_size": (1, 2, 4), "rank": (4, 16, 64)}.items():
+        peaks = []
+        for value in values:
+            train(place, **{key: value, "disable_sampling": True})
+            peaks.append(planned(capsys, "--gpu", "H200:139")["ranks"][0]["gpu"]["peak_bytes"])
+        assert peaks == sorted(set(peaks)), key
+
+
+def test_xflux(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """X-Flux's own script without DeepSpeed at 1024 px: 98 GiB, and what DeepSpeed makes of it."""
+    kit.job(place, data={"img_size": 1024})
+    found = planned(capsys, "--config", "own.yaml", "--xflux", str(place), "--gpu", "A100:80")
+    gpu = found["ranks"][0]["gpu"]
+    assert gpu["verdict"] == "does not fit" and gpu["terms"]["transformer in fp32"] == 11_901_408_320 * 4
+    assert found["plan"]["changes"] == {"distributed_type": "DEEPSPEED", "mixed_precision": "bf16"}
+    assert found["ranks"][0]["host"]["peak_bytes"] == 11_901_408_320 * 4
+
+
+def test_a_card_without_memory_is_no_card(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--config", "train.yaml", "--facts", "facts.json", "--gpu", "A100:0"]) == 2
+    assert "Write NAME:GIB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_neither_torch_nor_much_time_is_taken(place: Path, form: str) -> None:
+    """Processor time, which other programs of the machine do not lengthen much; 0.3 s are promised."""
+    code = (
+        "import resource, sys\n"
+        "from xflux_doctor.cli import main\n"
+        f"code = main(['plan', '--config', 'train.yaml', '--gpu', 'A100:80', '--format', {form!r}])\n"
+        "assert 'torch' not in sys.modules and 'diffusers' not in sys.modules\n"
+        "used = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "print(used.ru_utime + used.ru_stime, file=sys.stderr)\n"
+        "sys.exit(code)\n"
+    )
+    runs = [
+        subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, text=True, timeout=60)
+        for _ in range(3)
+    ]
+    assert [done.returncode for done in runs] == [0, 0, 0], runs[0].stderr
+    assert min(float(done.stderr.split()[-1]) for done in runs) < 0.6

@@ -1,0 +1,141 @@
+"""`plan` for programs, in bytes. `report/plan.schema.json` describes it, and a test holds them together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from xflux_trainer.memory import Bill
+from xflux_trainer.memory_terms import Term
+
+from xflux_doctor import __version__, xflux_bill
+from xflux_doctor.check import Case
+from xflux_doctor.report.jsonreport import encode
+from xflux_doctor.verdict import fitting, gpu_entry, reserved
+from xflux_doctor.xflux import XFlux
+
+__all__ = ["Card", "Row", "at_peak", "document", "encode", "xflux_document"]
+SCHEMA = 1
+_LOSSY = frozenset({"quantization", "optimizer", "weight_update"})
+"""Settings that change the numbers which are computed."""
+_ASKED = "img_size"
+"""What is trained on is changed by the user only."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What one rank trains on."""
+
+    name: str
+    total: int | None
+    limit: int
+    """Bytes that the rank may hold of it: what is free, or the limit given."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """The job under one set of settings, and what a rank of it needs of its GPU at its peak."""
+
+    label: str
+    changes: dict[str, Any]
+    """{setting: value} where it differs from the job's own."""
+    terms: dict[str, int]
+    context: int
+    seconds: float | None = None
+    """Of one step, where it can be foretold."""
+
+    @property
+    def allocated(self) -> int:
+        return sum(self.terms.values())
+
+    @property
+    def device(self) -> int:
+        return reserved(self.allocated) + self.context
+
+    @property
+    def lossy(self) -> bool:
+        return bool(_LOSSY & self.changes.keys())
+
+    def verdict(self, cards: tuple[Card, ...]) -> str | None:
+        """Of the card that has least; None without one."""
+        return fitting(self.device, min(card.limit for card in cards)) if cards else None
+
+
+def at_peak(terms: Iterable[Term], phase: str) -> dict[str, int]:
+    """{name: bytes} of one phase, largest first."""
+    found: dict[str, int] = {}
+    for term in sorted(terms, key=lambda term: -term.bytes):
+        if term.phase == phase:
+            found[term.name] = found.get(term.name, 0) + term.bytes
+    return found
+
+
+def document(case: Case, bill: Bill, cards: tuple[Card, ...], rows: list[Row]) -> dict[str, Any]:
+    """The plan of the bundled trainer's job."""
+    phases = bill.host_phases
+    host = at_peak(bill.host, max(phases, key=lambda phase: phases[phase]))
+    terms = at_peak(bill.gpu, bill.peak_phase) if bill.gpu else None
+    return _whole(case, cards, rows, terms, bill.gpu_context, host, bill.error_bar)
+
+
+def xflux_document(case: Case, found: XFlux, cards: tuple[Card, ...], rows: list[Row]) -> dict[str, Any]:
+    """The plan of a job of X-Flux's own scripts, whose first row is the job as it is."""
+    host = {"the whole transformer, while it loads": xflux_bill.host_bytes(found)}
+    terms = None if case.job.use_cpu else rows[0].terms
+    return _whole(case, cards, rows, terms, rows[0].context, host, xflux_bill.ERROR_BAR)
+
+
+def _whole(
+    case: Case, cards: tuple[Card, ...], rows: list[Row], terms: dict[str, int] | None, context: int,
+    host: dict[str, int], error_bar: float,
+) -> dict[str, Any]:  # fmt: skip
+    ranks: list[dict[str, Any]] = []
+    for rank in range(case.job.local_processes):
+        limit = cards[rank].limit if cards else None
+        gpu = None if terms is None else gpu_entry(terms, context, limit)
+        ranks.append({"gpu": gpu, "host": _host(case, host)})
+    chosen = _chosen(rows, cards)
+    smallest = min((card.limit for card in cards), default=None)
+    others = [
+        {**_row(row), "gpu": gpu_entry(row.terms, row.context, smallest), "seconds_per_step": row.seconds}
+        for row in rows
+        if row is not chosen
+    ]
+    return {
+        "schema": SCHEMA,
+        "version": __version__,
+        "error_bar": error_bar,
+        "ranks": ranks,
+        "seconds_per_step": chosen.seconds if chosen is not None else rows[0].seconds if rows else None,
+        "plan": None if chosen is None else {**_row(chosen), "why": _why(chosen, cards)},
+        "alternatives": others,
+    }
+
+
+def _row(row: Row) -> dict[str, Any]:
+    return {"label": row.label, "changes": row.changes, "lossy": row.lossy}
+
+
+def _host(case: Case, terms: dict[str, int]) -> dict[str, Any]:
+    """One rank's host memory; the limit is that of all ranks of this machine together, as they share it."""
+    facts, own = case.facts.host, sum(terms.values())
+    known = (facts.memory_limit, facts.memory_total) if facts else ()
+    limit, every = min((size for size in known if size), default=None), own * case.job.local_processes
+    verdict = None if limit is None else fitting(every, limit)
+    return {"terms": terms, "peak_bytes": own, "all_ranks_bytes": every, "limit_bytes": limit, "verdict": verdict}
+
+
+def _chosen(rows: list[Row], cards: tuple[Card, ...]) -> Row | None:
+    """The fastest that fits and computes what the job asks for; one that is tight where none fits."""
+    kept = [row for row in rows if not row.lossy and _ASKED not in row.changes]
+    for word in ("fits", "tight"):
+        for row in kept:
+            if row.verdict(cards) == word:
+                return row
+    return None
+
+
+def _why(row: Row, cards: tuple[Card, ...]) -> str:
+    which = "the first change that" if row.changes else "as it is it"
+    return f"{which} fits" if row.verdict(cards) == "fits" else f"{which} is tight, and no other fits"
