@@ -90,7 +90,12 @@ class FluxSpec:
     @property
     def largest_tensor(self) -> int:
         """Elements of the largest weight: what a loader that goes tensor by tensor holds twice."""
-        return max(linear.inputs * linear.outputs for linear in self.linears())
+        kinds = (
+            *self._ends(),
+            *(self._double() if self.double_blocks else ()),
+            *(self._single() if self.single_blocks else ()),
+        )
+        return max(linear.inputs * linear.outputs for linear in kinds)
 
     def linears(self) -> Iterator[Linear]:
         """Every linear layer of the transformer, by its diffusers name."""
