@@ -195,7 +195,7 @@ def test_a_folder_that_may_not_be_entered(place: Path) -> None:
     (closed / "train.yaml").write_text(TRAIN)
     # All is imported before: nobody may not read root's packages.
     code = (
-        "import os, sys; from xflux_doctor.cli import main; "
+        "import os, sys; from xflux_doctor.cli import main; import xflux_doctor.commands.check; "
         "os.setgid(65534); os.setuid(65534); sys.exit(main(sys.argv[1:]))"
     )
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -68,7 +68,8 @@ class ZeroStepper:
         for name in finer:
             trained[name].data = trained[name].data.to(dtype)
         optimizer = adamw(list(trained.values()), config, ranks.device, fused_on_host=True)
-        with _unsent(module, trained):
+        # ZeRO-3 cuts up what is whole when the engine is made, and marks it so.
+        with nullcontext() if self.strategy == "zero3" else _unsent(module, trained):
             self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         self._zero: Any = self._engine.optimizer
         self._fragments = {name: _fragment(self._zero, value, ranks.rank) for name, value in trained.items()}

@@ -239,7 +239,7 @@ def test_noise_and_time_follow_from_the_batch_s_number(monkeypatch: pytest.Monke
     """Each batch has its own, whoever trains on it; the shift is that of its own count of tokens."""
     monkeypatch.setattr(train.cache, "read_batch", lambda images: batch(len(images)))
     config = TrainConfig(img_dir="x", seed=3, timestep_sampling="logit_normal")
-    run = SimpleNamespace(order=[[0, 1], [2, 3]], entries=range(4))
+    run = SimpleNamespace(order=[[0, 1], [2, 3]], entries=range(4), ranks=Ranks(Launch(use_cpu=True)))
     draws = flow.Draws(config, FLUX_DEV, per_step=1)
     (_, (eps, t)), (_, (other_eps, other_t)), (_, again) = (train._read(run, draws, n) for n in (0, 1, 0))  # type: ignore[arg-type]
     assert not torch.equal(eps, other_eps) and not torch.equal(t, other_t)
@@ -253,11 +253,11 @@ def test_noise_and_time_follow_from_the_batch_s_number(monkeypatch: pytest.Monke
 def test_the_loss_is_taken_at_the_noise_and_times_that_were_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[object] = []
 
-    def loss(_model: object, _config: object, _batch: Batch, eps: torch.Tensor, t: torch.Tensor, _: object) -> object:
+    def losses(_model: object, _config: object, _x_0: object, eps: torch.Tensor, t: torch.Tensor, *_: object) -> object:
         seen.extend([eps, t])
         return torch.tensor([1.0, 3.0])
 
-    monkeypatch.setattr(evaluate, "velocity_loss", loss)
+    monkeypatch.setattr(evaluate, "losses", losses)
     told: list[float] = []
     stepper = SimpleNamespace(backward=lambda value: told.append(float(value)))
     run = SimpleNamespace(config=CONFIG, stepper=stepper, ranks=Ranks(Launch(use_cpu=True)))
