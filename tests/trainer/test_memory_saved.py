@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -136,8 +137,9 @@ def test_diffusers_single_blocks_keep_what_the_bill_says(targets: str, monkeypat
     rope = net.pos_embed(torch.cat((flow.text_ids(WORDS), flow.image_ids(SIDE // 8, SIDE // 8))))
     text, image = inputs(SPEC, 4, modulated=False)[:2]
     temb = torch.randn(BATCH, SPEC.hidden).bfloat16()
-    kept = saved_by(
-        lambda: block(hidden_states=image, encoder_hidden_states=text, temb=temb, image_rotary_emb=rope), net, rope
-    )
+    if "encoder_hidden_states" not in inspect.signature(block.forward).parameters:
+        pytest.skip("this diffusers norms q and k by code of its own, which has no fused form to be compared with")
+    given = {"hidden_states": image, "encoder_hidden_states": text}
+    kept = saved_by(lambda: block(**given, temb=temb, image_rotary_emb=rope), net, rope)
     billed = list(memory_terms.saved_per_block(config, SPEC, trained(config, SPEC), TOKENS))[1]
     assert billed == pytest.approx(kept, rel=0.02)
