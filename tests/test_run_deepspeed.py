@@ -59,7 +59,7 @@ def test_the_ranks_get_the_mended_copy(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert (tmp_path / "ds.json").read_text() == ZERO
     mended = json.loads((tmp_path / "out/deepspeed.json").read_text())
-    assert mended["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 300000}
+    assert mended["zero_optimization"] == {"stage": 3, "reduce_bucket_size": 300000}
     assert mended["bf16"]["enabled"] is True and mended["fp16"]["enabled"] is False
     section = yaml.safe_load((tmp_path / "out/accelerate.yaml").read_text())["deepspeed_config"]
     assert section == {"deepspeed_config_file": str(tmp_path / "out/deepspeed.json")}
