@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from xflux_trainer.errors import Unsupported
+from xflux_trainer.errors import Unsupported, first_line
 
 Kept = tuple[Tensor, ...]
 Forward = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Kept]]
@@ -47,7 +47,7 @@ def choose(wanted: str, device: torch.device, dtype: torch.dtype, channels: int)
             made = _MAKERS[name](device)
             _try(made, device, dtype, channels)
         except Exception as error:  # noqa: BLE001 (packages for another card or another torch raise anything)
-            passed.append(f"{name}: {_first_line(error)}")
+            passed.append(f"{name}: {first_line(error)}")
             continue
         return made, passed
     if wanted == "auto":
@@ -76,10 +76,6 @@ def _try(made: Attention, device: torch.device, dtype: torch.dtype, channels: in
         error = float((got.float() - true.float()).norm() / true.float().norm())
         if not error < TOLERANCE:
             raise ValueError(f"its {name} is wrong by {error:.0%}")
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".")
 
 
 def _flash_attn_4(device: torch.device) -> Attention:

@@ -59,6 +59,12 @@ class ConfigError(UserError):
         return (ConfigError, (self.path, self.problems))
 
 
+def first_line(error: BaseException) -> str:
+    """What a foreign error says first, without a full stop; its kind where it says nothing."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__).rstrip(".")
+
+
 class DataError(UserError):
     """The images or captions cannot be trained on."""
 

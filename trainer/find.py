@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from xflux_trainer.config import TrainConfig
-from xflux_trainer.errors import ModelError
+from xflux_trainer.errors import ModelError, first_line
 from xflux_trainer.layout import PARTS, TRANSFORMER_FILES, VAE_FILE, VAE_VARIABLE, VARIABLES, Base, parts_in
 
 CLIP_REPO, T5_REPO = "openai/clip-vit-large-patch14", "xlabs-ai/xflux_text_encoders"
@@ -148,5 +148,4 @@ def _hub(name: str) -> Iterator[None]:
     except LocalEntryNotFoundError as error:
         raise ModelError(f"{name} is not on this machine and the hub cannot be reached.", OFFLINE) from error
     except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ModelError(f"{name} could not be downloaded: {reason}.", LOGIN) from error
+        raise ModelError(f"{name} could not be downloaded: {first_line(error)}.", LOGIN) from error

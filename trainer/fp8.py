@@ -18,6 +18,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 from xflux_trainer import pointwise
+from xflux_trainer.errors import first_line
 
 LARGEST = 448.0
 """The largest number of e4m3; beyond it lies NaN."""
@@ -262,8 +263,7 @@ def supported(device: torch.device) -> str | None:
     try:
         error = _probe(device)
     except Exception as failure:  # noqa: BLE001 (no Triton, no kernel in this build, a driver too old)
-        first = next((line.strip() for line in str(failure).splitlines() if line.strip()), type(failure).__name__)
-        return f"a small fp8 product failed: {first}"
+        return f"a small fp8 product failed: {first_line(failure)}"
     return None if error < PROBE_ERROR else f"a small fp8 product came back with an error of {error:.0%}"
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from xflux_trainer.config import TrainConfig
+from xflux_trainer.errors import first_line
 from xflux_trainer.fast import Fast
 
 Inputs = tuple["Tensor | None", ...]
@@ -150,7 +151,7 @@ class Recorder:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 loss, rest = self._compute(compute, places)
         except RuntimeError as error:
-            self.broken = next((line.strip() for line in str(error).splitlines() if line.strip()), "it failed")
+            self.broken = first_line(error)
         if self.broken:
             del graph
             torch.cuda.set_stream(stream)  # torch stays in the recording's where that cannot be ended

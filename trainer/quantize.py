@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from xflux_trainer import fp8
 from xflux_trainer.config import TrainConfig
-from xflux_trainer.errors import Unsupported
+from xflux_trainer.errors import Unsupported, first_line
 from xflux_trainer.frozen import Format, FrozenLinear, Opener, Parts, plain
 from xflux_trainer.savings import group_size, is_block, is_modulation, position, streamed_blocks, unit_of
 from xflux_trainer.stream import Streamer, remember
@@ -106,7 +106,7 @@ def form(name: str, device: torch.device) -> Format:
         import_module(module)
     except Exception as error:  # a package for another torch raises anything
         absent = isinstance(error, ModuleNotFoundError) and module.startswith(error.name or "?")
-        how = "is not installed" if absent else f"cannot be imported: {_first_line(error)}"
+        how = "is not installed" if absent else f"cannot be imported: {first_line(error)}"
         raise Unsupported(f"quantization {name} needs {package}, which {how}.", _install(package)) from error
     made: Format = _FORMATS[name]
     try:
@@ -114,16 +114,12 @@ def form(name: str, device: torch.device) -> Format:
         parts, opener = made(weight)
         error_ = (opener(parts)().float() - weight.float()).norm() / weight.float().norm()
     except Exception as error:  # whatever it raises: this package cannot do it here
-        seen = f"{package} cannot quantise to {name} on {device.type}: {_first_line(error)}."
+        seen = f"{package} cannot quantise to {name} on {device.type}: {first_line(error)}."
         raise Unsupported(seen, _install(package)) from error
     if not error_ < PROBE_ERROR:
         seen = f"{package}'s {name} is wrong on {device.type}: a weight came back with an error of {error_:.0%}."
         raise Unsupported(seen, "Take another quantization, or another release of the package.")
     return made
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".")
 
 
 def _install(package: str) -> str:
