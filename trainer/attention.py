@@ -35,19 +35,23 @@ class Attention:
     backward: Backward
 
 
-def choose(wanted: str, device: torch.device, dtype: torch.dtype, channels: int) -> tuple[Attention, list[str]]:
+def choose(
+    wanted: str, device: torch.device, dtype: torch.dtype, channels: int, *, deterministic: bool = False
+) -> tuple[Attention, list[str]]:
     """The backend of that name or, for `auto`, the fastest that works; and why faster ones were passed over.
 
-    Raises `Unsupported` where the one that is asked for does not work.
+    With `deterministic`, `auto` takes none whose gradients differ from one time to the next. Raises `Unsupported` where
+    the one that is asked for does not work, or where trying one has broken this process's use of the device.
     """
     passed: list[str] = []
-    names = _ORDER if wanted == "auto" else (wanted,)
-    for name in names:
+    order = _STEADY if deterministic else _ORDER
+    for name in order if wanted == "auto" else (wanted,):
         try:
             made = _MAKERS[name](device)
             _try(made, device, dtype, channels)
         except Exception as error:  # noqa: BLE001 (packages for another card or another torch raise anything)
             passed.append(f"{name}: {first_line(error)}")
+            _refuse_broken(name, order, device)
             continue
         return made, passed
     if wanted == "auto":
@@ -56,6 +60,18 @@ def choose(wanted: str, device: torch.device, dtype: torch.dtype, channels: int)
         f"attention is {wanted}, which does not work here: {passed[0].partition(': ')[2]}.",
         "Set attention to auto, which takes the fastest that works.",
     )
+
+
+def _refuse_broken(name: str, order: tuple[str, ...], device: torch.device) -> None:
+    """Raise `Unsupported` where a kernel's illegal access has ended CUDA in this process: no other one can be tried."""
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        seen = f"The attention kernels of {name} broke this process's use of the GPU: {first_line(error)}."
+        others = [other for other in order if other != name] or ["sdpa"]
+        raise Unsupported(seen, f"Set attention to {others[-1]} in the train config, or remove the package.") from error
 
 
 def _try(made: Attention, device: torch.device, dtype: torch.dtype, channels: int) -> None:
@@ -205,3 +221,6 @@ _MAKERS: dict[str, Callable[[torch.device], Attention]] = {
     "sdpa": _plain,
 }
 _ORDER = ("flash-attn-4", "flash")
+"""What `auto` tries, the fastest first; torch's own choice is left when none works."""
+_STEADY = ("flash",)
+"""Those of them that give the same bits every time, when torch is told to."""

@@ -164,8 +164,8 @@ def build(
         return None, [*([f"diffusers' own blocks compute: {why}."] if told else []), *notes]
     net: Any = transformer
     dtype = DTYPES[config.mixed_precision]
-    wanted = "flash" if config.attention == "auto" and config.deterministic else config.attention
-    attention, passed = choose(wanted, device, dtype, net.config.attention_head_dim)
+    channels = net.config.attention_head_dim
+    attention, passed = choose(config.attention, device, dtype, channels, deterministic=config.deterministic)
     count = len(net.transformer_blocks) + len(net.single_transformer_blocks)
     checkpointed = 0
     if config.gradient_checkpointing:

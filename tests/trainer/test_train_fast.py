@@ -141,6 +141,28 @@ def test_a_deterministic_run_takes_torchs_flash() -> None:
     assert tiny(attention="sdpa").velocity.fast.attention.name == "sdpa"
 
 
+def test_a_deterministic_run_without_torchs_flash_takes_torchs_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user asked for no backend: there is none to be refused."""
+
+    def absent(_: torch.device) -> attention.Attention:
+        raise RuntimeError("no kernel for this card")
+
+    monkeypatch.setitem(attention._MAKERS, "flash", absent)
+    made, passed = attention.choose("auto", CPU, torch.float32, 16, deterministic=True)
+    assert made.name == "sdpa" and passed == ["flash: no kernel for this card"]
+
+
+def test_a_kernel_that_ended_cuda_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: torch.device) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with ...")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    with pytest.raises(Unsupported, match="illegal memory access was encountered") as refused:
+        attention._refuse_broken("flash-attn-4", attention._ORDER, torch.device("cuda"))
+    assert "Set attention to flash" in refused.value.hint
+    attention._refuse_broken("flash-attn-4", attention._ORDER, CPU)
+
+
 @pytest.mark.parametrize("guidance", [True, False])
 @pytest.mark.parametrize("residuals", [0, 1, 2])
 def test_the_whole_pass_is_diffusers(guidance: bool, residuals: int) -> None:
