@@ -8,6 +8,7 @@ computes these again, but not its last products, whose results no gradient needs
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ class Rope(NamedTuple):
     sin: Tensor
 
 
-class _Block:
+class _Block(ABC):
     """The way of computing one block; its parameters stay where diffusers has them."""
 
     inputs: int
@@ -47,17 +48,17 @@ class _Block:
         own = [parameter for group in self.groups.values() for parameter in group.parameters]
         return own + [weight for weight in dict.fromkeys(self.norms) if weight.requires_grad]
 
+    @abstractmethod
     def forward(self, inputs: list[Tensor], rope: Rope, saved: Saved, *, last: bool) -> tuple[Tensor, ...]:
         """The streams behind the block; `saved` is filled. Without `last` the products that end it are left out."""
-        raise NotImplementedError
 
+    @abstractmethod
     def backward(
         self, grads_out: list[Tensor], inputs: list[Tensor], rope: Rope, saved: Saved, grads: Grads, need: list[bool],
         *, own: bool,
     ) -> list[Tensor | None]:  # fmt: skip
         """Gradients of the inputs; those of the parameters go to `grads`. `own`: nobody else holds what was saved, and
         it may be written over."""
-        raise NotImplementedError
 
     def __call__(self, inputs: list[Tensor], rope: Rope) -> tuple[Tensor, ...]:
         if not torch.is_grad_enabled():

@@ -74,11 +74,14 @@ def velocity_loss(
 
 
 def inputs(batch: cache.Batch, eps: Tensor, t: Tensor, device: torch.device) -> tuple[Tensor | None, ...]:
-    """What `losses` computes from, on the device. Positions are the same tensors for all batches of one size."""
+    """What `losses` computes from, on the device; out of pinned memory nothing is waited for. Positions are the same
+    tensors for all batches of one size."""
     h, w = batch.latents.shape[2:]
-    values = (flow.pack(batch.latents.to(device)), eps, t, batch.text, batch.pooled)
+    batch = batch.to(device)
+    eps, t = (value.to(device, non_blocking=True) for value in (eps, t))
     places = _positions(h, w, device), _positions(0, batch.text.shape[1], device)
-    return (*(value.to(device) for value in values), *places, *extras(batch.mask, batch.condition, device))
+    more = extras(batch.mask, batch.condition, device)
+    return flow.pack(batch.latents), eps, t, batch.text, batch.pooled, *places, *more
 
 
 def losses(

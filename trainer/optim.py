@@ -112,7 +112,7 @@ class PlainStepper:
         self._world = ranks.world_size
         self.recorder = None
         if self._together:
-            self.recorder = graphs.recorder(module, trained, config, ranks.device, accumulation, ranks.say)
+            self.recorder = graphs.recorder(module, trained, config, ranks.device, accumulation, ranks.say_own)
         self._model = module
         if self._world > 1 and self.recorder is not None:
             # A pass is recorded without the others, and its few gradient tensors are exchanged once a step.

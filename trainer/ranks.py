@@ -124,6 +124,10 @@ class Ranks:
         if self.main:
             print(text, flush=True)
 
+    def say_own(self, text: str) -> None:
+        """Print what concerns this rank alone, whichever it is."""
+        print(text if self.main else f"rank {self.rank}: {text}", flush=True)
+
     def barrier(self) -> None:
         self.gather(None)
 

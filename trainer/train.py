@@ -198,9 +198,7 @@ def _read(run: Run, draws: flow.Draws, number: int) -> tuple[cache.Batch, _Drawn
 
 def _micro_step(run: Run, batch: cache.Batch, drawn: _Drawn) -> Tensor:
     """Forward and backward of one batch."""
-    device = run.ranks.device
-    eps, t = (value.to(device, non_blocking=True) for value in drawn)
-    inputs = evaluate.inputs(batch.to(device), eps, t, device)
+    inputs = evaluate.inputs(batch, drawn.eps, drawn.t, run.ranks.device)
     return optim.learn(run.stepper, lambda *given: evaluate.losses(run.stepper, run.config, *given).mean(), inputs)
 
 

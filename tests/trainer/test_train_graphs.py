@@ -106,6 +106,13 @@ def test_no_step_is_taken_where_the_norm_is_not_finite() -> None:
     assert all(torch.equal(value, before[name]) for name, value in stepper._trained.items())
 
 
+def test_what_concerns_one_rank_is_said_by_that_one(capsys: pytest.CaptureFixture[str]) -> None:
+    """A recording may fail on any of them: a note of rank 0 alone would miss the others'."""
+    Ranks(Launch(rank=1, world_size=2, use_cpu=True)).say_own("note: nothing is recorded")
+    Ranks(Launch(use_cpu=True)).say_own("note: nothing is recorded")
+    assert capsys.readouterr().out == "rank 1: note: nothing is recorded\nnote: nothing is recorded\n"
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_ranks_exchange_the_flat_gradients_once_a_step(accumulation: int) -> None:
     """In place of DDP, which takes gradients one by one as they come: the same steps, also from other first weights."""
