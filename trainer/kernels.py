@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from xflux_trainer import pointwise
 from xflux_trainer.kernels_copy import Scatter
-from xflux_trainer.kernels_gelu import join
+from xflux_trainer.kernels_gelu import gelu, gelu_backward, join, laid, pieces_of
 from xflux_trainer.kernels_lora import lora_add, lora_down_grad, lora_narrow_backward, lora_up_grad
 from xflux_trainer.kernels_rope import qk_rope, qk_rope_backward
 
@@ -34,19 +34,6 @@ def _row(width: int, most: int) -> tuple[int, int]:
     """A block that holds a whole row, and its warps, with up to `most` elements for each thread."""
     block = triton.next_power_of_2(width)
     return block, min(max(block // (32 * most), 1), 16)
-
-
-@functools.cache
-def _pieces(width: int, most: int) -> tuple[int, int]:
-    """A block that a row is cut into, and how many there are: an exact cut where it wastes no thread."""
-    exact = width & -width
-    block = min(exact, most) if exact >= 256 else min(triton.next_power_of_2(width), most)
-    return block, triton.cdiv(width, block)
-
-
-def _laid(x: Tensor) -> Tensor:
-    """The channels side by side: a gradient comes in any layout."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @triton.jit
@@ -165,7 +152,7 @@ def modulate_backward(
     dy: Tensor, x: Tensor, scale: Tensor, dx: Tensor | None, *, sums: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     batch, tokens, width = x.shape
-    dy, more = _laid(dy), x if dx is None else _laid(dx)
+    dy, more = laid(dy), x if dx is None else laid(dx)
     out = torch.empty((batch, tokens, width), dtype=x.dtype, device=x.device)
     walkers, parts = tokens, out
     if sums:
@@ -203,7 +190,7 @@ def _scaled(
 def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     batch, tokens, width = x.shape
     out = torch.empty((batch, tokens, width), dtype=x.dtype, device=x.device)
-    block, pieces = _pieces(width, 1024)
+    block, pieces = pieces_of(width, 1024)
     _scaled[(tokens * pieces, batch)](
         x, y, gate, out, x.stride(0), x.stride(1), y.stride(0), y.stride(1), gate.stride(0), out.stride(0),
         out.stride(1), width, block, pieces, True,
@@ -233,17 +220,17 @@ def _gated_sums(
 
 def gated(dx: Tensor, gate: Tensor, y: Tensor | None = None, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     batch, tokens, width = dx.shape
-    dx = _laid(dx)
+    dx = laid(dx)
     if out is None:
         out = torch.empty((batch, tokens, width), dtype=dx.dtype, device=dx.device)
     (dx_b, dx_l, _), (out_b, out_l, _) = dx.stride(), out.stride()
     if y is None:
-        block, pieces = _pieces(width, 1024)
+        block, pieces = pieces_of(width, 1024)
         _scaled[(tokens * pieces, batch)](
             dx, dx, gate, out, dx_b, dx_l, dx_b, dx_l, gate.stride(0), out_b, out_l, width, block, pieces, False
         )
         return out, None
-    block, pieces = _pieces(width, 256)
+    block, pieces = pieces_of(width, 256)
     parts = triton.cdiv(tokens, _STEP * _STEPS)
     sums = torch.empty((parts, batch, width), dtype=torch.float32, device=dx.device)
     _gated_sums[(pieces, parts, batch)](
@@ -251,44 +238,3 @@ def gated(dx: Tensor, gate: Tensor, y: Tensor | None = None, out: Tensor | None 
         block, _STEP, _STEPS,
     )  # fmt: skip
     return out, sums.sum(0)
-
-
-@triton.jit
-def _gelu(
-    dy, h, out, dy_b, dy_l, h_b, h_l, out_b, out_l, D: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr,
-    BACKWARD: tl.constexpr,
-):  # fmt: skip
-    token, batch = (tl.program_id(0) // PIECES).to(tl.int64), tl.program_id(1).to(tl.int64)
-    cols = (tl.program_id(0) % PIECES) * BLOCK + tl.arange(0, BLOCK)
-    mask = cols < D
-    x = tl.load(h + batch * h_b + token * h_l + cols, mask=mask).to(tl.float32)
-    # (1 + tanh u) / 2 is the logistic function of 2 u, for one exponential and no loss of digits at small values.
-    gate = 1.0 / (1.0 + tl.exp(x * (-1.5957691216057308 - 0.07135481627260025 * x * x)))
-    if BACKWARD:
-        up = tl.load(dy + batch * dy_b + token * dy_l + cols, mask=mask).to(tl.float32)
-        slope = gate + x * gate * (1.0 - gate) * (1.5957691216057308 + 0.21406444881780076 * x * x)
-        made = up * slope
-    else:
-        made = x * gate
-    tl.store(out + batch * out_b + token * out_l + cols, made.to(out.dtype.element_ty), mask=mask)
-
-
-def gelu(h: Tensor, out: Tensor) -> Tensor:
-    batch, tokens, width = h.shape
-    block, pieces = _pieces(width, 2048)
-    h_b, h_l, _ = h.stride()
-    _gelu[(tokens * pieces, batch)](
-        h, h, out, h_b, h_l, h_b, h_l, out.stride(0), out.stride(1), width, block, pieces, False
-    )
-    return out
-
-
-def gelu_backward(dy: Tensor, h: Tensor, out: Tensor) -> Tensor:
-    batch, tokens, width = h.shape
-    dy = _laid(dy)
-    block, pieces = _pieces(width, 2048)
-    _gelu[(tokens * pieces, batch)](
-        dy, h, out, dy.stride(0), dy.stride(1), h.stride(0), h.stride(1), out.stride(0), out.stride(1), width, block,
-        pieces, True,
-    )  # fmt: skip
-    return out
