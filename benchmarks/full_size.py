@@ -12,24 +12,20 @@ than memory or a missing part.
 from __future__ import annotations
 
 import argparse
-import datetime
 import fnmatch
 import json
-import os
-import re
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-RESULTS = REPO / "benchmarks" / "results"
-GIB = 1 << 30
+
+import children
+from children import GIB, RESULTS, numbers
+
 WARM_UP = 3
 
 
@@ -207,27 +203,12 @@ def child(options: argparse.Namespace) -> int:
 
 def run_row(row: Row, pixels: int, options: argparse.Namespace) -> dict[str, Any]:
     """One row's numbers, or why there are none."""
+    argv = [sys.executable, str(Path(__file__).resolve()), "--child", row.name]
+    argv += ["--sizes", str(pixels), "--steps", str(options.steps), "--heads", str(options.heads)]
+    argv += ["--layers", ",".join(map(str, options.layers))]
+    argv += ["--gpu-limit-gib", f"{options.gpu_limit_gib:g}"] if options.gpu_limit_gib else []
     head = {"row": row.name, "about": row.about, "pixels": pixels, "config": row.keys}
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.json"
-        argv = [sys.executable, str(Path(__file__).resolve()), "--child", row.name, "--result", str(result)]
-        argv += ["--sizes", str(pixels), "--steps", str(options.steps), "--heads", str(options.heads)]
-        argv += ["--layers", ",".join(map(str, options.layers))]
-        argv += ["--gpu-limit-gib", f"{options.gpu_limit_gib:g}"] if options.gpu_limit_gib else []
-        environment = {"HF_HUB_OFFLINE": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ}
-        process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, env=environment, cwd=REPO)
-        try:
-            _, said = process.communicate(timeout=options.deadline)
-        except subprocess.TimeoutExpired:
-            return head | {"outcome": "too slow", "why": f"not done after {options.deadline:g} s"}
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.communicate()
-        if not result.exists():
-            last = [line for line in said.splitlines() if line.strip()][-1:] or ["it said nothing"]
-            return head | {"outcome": "failed", "why": f"exit code {process.returncode}: {last[0][:300]}"}
-        return head | json.loads(result.read_text("utf-8"))
+    return head | children.run(argv, options.deadline)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -246,34 +227,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def save(kind: str, options: argparse.Namespace, rows: list[dict[str, Any]]) -> Path:
-    """Write the result; a later run of the same day takes the place of an earlier one."""
-    from full_size_lora import gpu
-    from xflux_trainer import meter
-
-    machine = gpu()
-    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    slug = re.sub(r"[^a-z0-9]+", "-", machine["name"].lower()).strip("-")
-    words, shown = iter(sys.argv[1:]), []
-    for word in words:  # where the results went is nobody else's folder
-        if word == "--results":
-            next(words, "")
-        elif not word.startswith("--results="):
-            shown.append(word)
-    result = {
-        "benchmark": kind, "date": date, "command": " ".join(["python", "benchmarks/full_size.py", *shown]),
-        "machine": machine, "versions": meter.versions(), "layers": options.layers, "heads": options.heads,
-        "steps": options.steps, "warm_up": WARM_UP, "rows": rows,
-    }  # fmt: skip
-    options.results.mkdir(parents=True, exist_ok=True)
-    file: Path = options.results / f"{kind}-{slug}-{date}.json"
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
-    partial.replace(file)
-    return file
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+    settings = {"layers": options.layers, "heads": options.heads, "steps": options.steps, "warm_up": WARM_UP}
+    return children.save(options.results, kind, "full_size.py", {**settings, "rows": rows})
 
 
 def main() -> int:

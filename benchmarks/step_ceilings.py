@@ -49,6 +49,10 @@ def work(spec: FluxSpec, pixels: int, size: int, text_tokens: int = 512, *, fine
     return Work(size * linear * (3 if finetune else 2), size * forward * 3.5)
 
 
+class GpuOnly(Exception):
+    """There is no ceiling of that name on a CPU."""
+
+
 def measure(names: list[str], heads: int) -> dict[str, Any]:
     """TFLOP/s by name, and why there is none under `not_there`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -59,7 +63,7 @@ def measure(names: list[str], heads: int) -> dict[str, Any]:
                 found[name] = attention(name, device, heads)
             else:
                 found |= {"bf16": bf16, "fp8": fp8}[name](device)
-        except (ImportError, AttributeError, RuntimeError, NotImplementedError, TypeError) as error:
+        except (GpuOnly, ImportError, AttributeError, RuntimeError, TypeError) as error:
             found["not_there"][name] = " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]])
     return found
 
@@ -75,7 +79,7 @@ def bf16(device: torch.device) -> dict[str, float]:
 def fp8(device: torch.device) -> dict[str, float]:
     """e4m3 with one scale for each tensor, and with one for each row and column; `fp8` is the faster of them."""
     if device.type != "cuda":
-        raise NotImplementedError("measured on a GPU only")
+        raise GpuOnly("measured on a GPU only")
     a, b = (torch.randn(SIDE, SIDE, device=device).to(torch.float8_e4m3fn) for _ in range(2))
     one = torch.ones((), device=device)
     rows = torch.ones(SIDE, 1, device=device)
@@ -95,7 +99,7 @@ def attention(name: str, device: torch.device, heads: int) -> float:
     """Forward and backward at FLUX.1's shape, by the kernel of that name."""
     cuda = device.type == "cuda"
     if not cuda and name != "flash":
-        raise NotImplementedError("measured on a GPU only")
+        raise GpuOnly("measured on a GPU only")
     tokens, dtype = (TOKENS, torch.bfloat16) if cuda else (CPU_TOKENS, torch.float32)
     shape = (1, tokens, heads, 128) if name == "flash-attn-4" else (1, heads, tokens, 128)
     q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))

@@ -13,11 +13,8 @@ Writes benchmarks/results/streaming-GPU-DATE.json and prints a table. Exit 1 whe
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
-import json
 import os
-import re
 import statistics
 import sys
 import time
@@ -27,14 +24,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import children
 import full_size
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
+from children import GIB
 from random_flux import batch, spec_of
-from xflux_trainer import evaluate, flow, meter, model, savings
+from xflux_trainer import evaluate, flow, model, savings
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.frozen import FrozenLinear
 from xflux_trainer.lora import generator
@@ -42,7 +41,6 @@ from xflux_trainer.optim import PlainStepper
 from xflux_trainer.ranks import Launch, Ranks
 from xflux_trainer.stream import Streamer, pinned
 
-GIB = full_size.GIB
 WARM_UP = 3
 COPY = 128 << 20
 """Bytes of one copy when the link is measured: a part of a block has about as many."""
@@ -154,23 +152,9 @@ def table(rows: list[dict[str, Any]], bandwidth: float) -> str:
 
 
 def save(options: argparse.Namespace, bandwidth: float, rows: list[dict[str, Any]]) -> Path:
-    """Write the result; a later run of the same day takes the place of an earlier one."""
-    from full_size_lora import gpu
-
-    machine = gpu()
-    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    slug = re.sub(r"[^a-z0-9]+", "-", machine["name"].lower()).strip("-")
     settings = {key: value for key, value in vars(options).items() if key != "results"}
-    result = {
-        "benchmark": "streaming", "date": date, "settings": settings, "machine": machine,
-        "versions": meter.versions(), "warm_up": WARM_UP, "link_bytes_per_second": bandwidth, "rows": rows,
-    }  # fmt: skip
-    options.results.mkdir(parents=True, exist_ok=True)
-    file: Path = options.results / f"streaming-{slug}-{date}.json"
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
-    partial.replace(file)
-    return file
+    body = {"settings": settings, "warm_up": WARM_UP, "link_bytes_per_second": bandwidth, "rows": rows}
+    return children.save(options.results, "streaming", "streaming.py", body)
 
 
 def main() -> int:
@@ -178,14 +162,14 @@ def main() -> int:
     parser.add_argument(
         "--budget-gib", type=float, default=12.0, help="what the run with the fewest blocks must fit in"
     )
-    parser.add_argument("--blocks", type=full_size.numbers, default=(0, 19), help="numbers of streamed blocks")
+    parser.add_argument("--blocks", type=children.numbers, default=(0, 19), help="numbers of streamed blocks")
     parser.add_argument("--size", type=int, default=1024, help="pixels of the image's sides")
     parser.add_argument("--steps", type=int, default=5, help="measured steps, after three that are not")
     parser.add_argument(
-        "--layers", type=full_size.numbers, default=(19, 38), metavar="D,S", help="double, single blocks"
+        "--layers", type=children.numbers, default=(19, 38), metavar="D,S", help="double, single blocks"
     )
     parser.add_argument("--heads", type=int, default=24, help="attention heads of 128 each")
-    parser.add_argument("--results", type=Path, default=full_size.RESULTS, help="folder of the result")
+    parser.add_argument("--results", type=Path, default=children.RESULTS, help="folder of the result")
     options = parser.parse_args()
     spec = spec_of(options.layers, options.heads)
     ranks = Ranks(Launch())

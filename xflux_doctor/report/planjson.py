@@ -127,7 +127,7 @@ def _host(case: Case, terms: dict[str, int]) -> dict[str, Any]:
 
 
 def _chosen(rows: list[Row], cards: tuple[Card, ...]) -> Row | None:
-    """The fastest that fits and computes what the job asks for; one that is tight where none fits."""
+    """The first of the table that fits and computes what the job asks for; one that is tight where none fits."""
     kept = [row for row in rows if not row.lossy and _ASKED not in row.changes]
     for word in ("fits", "tight"):
         for row in kept:
