@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -163,21 +163,33 @@ def measured(batch: int, tokens: int, ceiling: float) -> list[Line]:
     return lines
 
 
+def opened() -> float | None:
+    """Bytes per second that a copy moves on this GPU; None, with the reason printed, where nothing can be measured."""
+    if not torch.cuda.is_available():
+        print("No GPU is seen here: kernels are measured on one.")
+        return None
+    if why := fastops.why_not(torch.device("cuda")):
+        print(f"The kernels do not run on this GPU: {why}")
+        return None
+    ceiling = copy_speed()
+    print(f"{torch.cuda.get_device_name()}: a copy moves {ceiling / 1e9:.0f} GB/s")
+    return ceiling
+
+
+def save(file: Path, ceiling: float, lines: Sequence[Any]) -> None:
+    about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "copy_bytes_per_second": ceiling}
+    file.write_text(json.dumps({**about, "lines": [asdict(line) for line in lines]}, indent=1) + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[4608, 1536])
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("No GPU is seen here: kernels are measured on one.")
-        return 2
-    if why := fastops.why_not(torch.device("cuda")):
-        print(f"The kernels do not run on this GPU: {why}")
-        return 2
     started = time.perf_counter()
-    ceiling = copy_speed()
-    print(f"{torch.cuda.get_device_name()}: a copy moves {ceiling / 1e9:.0f} GB/s")
+    if (ceiling := opened()) is None:
+        return 2
     print(f"{'kernel':28}{'tokens':>7}{'us':>8}{'GB/s':>7}{'of copy':>9}{'host us':>9}{'x torch':>9}{'places':>8}")
     lines = []
     for tokens in args.tokens:
@@ -189,8 +201,7 @@ def main() -> int:
             lines.append(line)
     print(f"{time.perf_counter() - started:.0f} s")
     if args.json:
-        about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "copy_bytes_per_second": ceiling}
-        args.json.write_text(json.dumps({**about, "lines": [asdict(line) for line in lines]}, indent=1) + "\n")
+        save(args.json, ceiling, lines)
     return 0
 
 

@@ -11,11 +11,10 @@ what both take in a step of LoRA at 1024 px with diffusers' 12 targets.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,8 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from kernels import copy_speed, device_seconds, host_seconds
+from kernels import device_seconds, host_seconds, opened, save
 from xflux_trainer import fastops, pointwise
-from xflux_trainer import kernels as fast
 from xflux_trainer.pointwise import Part
 
 LAYERS = {"qkv": (3072, (3072,) * 3), "out": (3072, (3072,)), "up": (3072, (12288,)), "down": (12288, (3072,))}
@@ -106,6 +104,7 @@ def off(made: Tensor, meant: Tensor) -> float:
 
 
 def measured(layer: str, rows: int, rank: int, ceiling: float) -> list[Line]:
+    fast = fastops.ops(torch.device("cuda"))
     first = Tensors(layer, rows, rank)
     sets = [first] + [Tensors(layer, rows, rank) for _ in range(min(SETS, 1 + int(CACHE / first.x.nbytes)))]
     lines = []
@@ -126,34 +125,25 @@ def measured(layer: str, rows: int, rank: int, ceiling: float) -> list[Line]:
     return lines
 
 
-def mlp(rows: int, ceiling: float) -> list[Line]:
-    """What is read once for two: GELU with its backward pass, and the input of a single block's last product."""
-    lines = []
-    sets = []
+def join(rows: int, ceiling: float) -> Line:
+    """The input of a single block's last product: attention's output and GELU, side by side."""
+    fast, sets = fastops.ops(torch.device("cuda")), []
     for _ in range(3):
-        dy, wide, o = (torch.randn((1, rows, w), dtype=torch.bfloat16, device="cuda") for w in (12288, 21504, 3072))
-        sets.append((dy, wide[..., 9216:], o, torch.empty((1, rows, 15360), dtype=dy.dtype, device="cuda")))
-    dy, h, o, cat = sets[0]
-    calls: dict[str, tuple[float, Callable[..., Any], Callable[..., Any]]] = {
-        "join": (
-            2 * cat.nbytes,
-            lambda dy, h, o, cat: fast.join(o, h),
-            lambda dy, h, o, cat: (cat[..., :3072].copy_(o), fast.gelu(h, cat[..., 3072:])),
-        ),
-    }
-    meant = {
-        "join": pointwise.join(o, h),
-    }
-    for name, (size, call, plain) in calls.items():
-        far = off(call(*sets[0]), meant[name])
-        seconds = device_seconds([lambda own=own, call=call: call(*own) for own in sets])
-        apart = device_seconds([lambda own=own, plain=plain: plain(*own) for own in sets])
-        host = host_seconds(lambda call=call: call(*sets[0]), 50)
-        lines.append(
-            Line(name, "mlp", rows, 0, seconds * 1e6, size / seconds / 1e9, size / seconds / ceiling, host * 1e6,
-                 apart * 1e6, far)
-        )  # fmt: skip
-    return lines
+        wide, o = (torch.randn((1, rows, w), dtype=torch.bfloat16, device="cuda") for w in (21504, 3072))
+        sets.append((wide[..., 9216:], o, torch.empty((1, rows, 15360), dtype=o.dtype, device="cuda")))
+
+    def plain(h: Tensor, o: Tensor, cat: Tensor) -> None:
+        cat[..., :3072].copy_(o)
+        fast.gelu(h, cat[..., 3072:])
+
+    h, o, cat = sets[0]
+    size = 2 * cat.nbytes
+    far = off(fast.join(o, h), pointwise.join(o, h))
+    seconds = device_seconds([lambda h=h, o=o: fast.join(o, h) for h, o, _ in sets])
+    apart = device_seconds([lambda own=own: plain(*own) for own in sets])
+    host = host_seconds(lambda: fast.join(o, h), 50)
+    return Line("join", "mlp", rows, 0, seconds * 1e6, size / seconds / 1e9, size / seconds / ceiling, host * 1e6,
+                apart * 1e6, far)  # fmt: skip
 
 
 def show(line: Line) -> None:
@@ -170,15 +160,9 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("No GPU is seen here: kernels are measured on one.")
-        return 2
-    if why := fastops.why_not(torch.device("cuda")):
-        print(f"The kernels do not run on this GPU: {why}")
-        return 2
     started = time.perf_counter()
-    ceiling = copy_speed()
-    print(f"{torch.cuda.get_device_name()}: a copy moves {ceiling / 1e9:.0f} GB/s")
+    if (ceiling := opened()) is None:
+        return 2
     print(
         f"{'kernel':17}{'layer':6}{'rows':>6}{'rank':>5}{'us':>8}{'GB/s':>7}{'of copy':>9}{'host us':>9}"
         f"{'torch us':>10}{'off':>10}"
@@ -191,9 +175,8 @@ def main() -> int:
                 for line in found:
                     show(line)
                 lines += found
-    for line in mlp(args.rows[0], ceiling):
-        show(line)
-        lines.append(line)
+    lines.append(join(args.rows[0], ceiling))
+    show(lines[-1])
     for rank in args.ranks:
         taken = [(line, STEP.get((line.rows, line.layer), 0)) for line in lines if line.rank == rank]
         if {(line.rows, line.layer) for line, count in taken if count} == set(STEP):
@@ -204,8 +187,7 @@ def main() -> int:
             print(f"a step at 1024 px, rank {rank}, 12 targets: {ours:.1f} ms on the device, by torch {plain:.1f} ms")
     print(f"{time.perf_counter() - started:.0f} s")
     if args.json:
-        about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "copy_bytes_per_second": ceiling}
-        args.json.write_text(json.dumps({**about, "lines": [asdict(line) for line in lines]}, indent=1) + "\n")
+        save(args.json, ceiling, lines)
     return 0
 
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
 from trainer_kit import ROOT, environment
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -65,3 +67,11 @@ def test_every_row_is_a_config() -> None:
     assert len(names) == len(set(names))
     for row in full_size.ROWS:
         assert not between(TrainConfig("none", img_size=1024, **row.keys)), row.name
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU")
+@pytest.mark.parametrize("script", ["kernels", "lora_kernels"])
+def test_kernels_are_not_measured_without_a_gpu(script: str) -> None:
+    """A sentence, also where Triton, whose kernels are measured, is not installed."""
+    done = run(script=script)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "No GPU is seen here: kernels are measured on one.\n", "")
