@@ -16,6 +16,7 @@ from collections.abc import Callable
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from xflux_trainer import pointwise
 from xflux_trainer.errors import first_line
@@ -28,6 +29,8 @@ DIP = 0.1700408
 """The largest size of tanh-GELU below zero, rounded up."""
 STEEPEST = 1.1291
 """The largest slope of tanh-GELU, rounded up."""
+TILE = 16
+"""Rows of which a product takes whole multiples on a GPU."""
 TINY = 1e-30
 """The least that a row's largest value counts as: a row of zeros has a scale all the same."""
 PROBE_ERROR = 0.01
@@ -105,11 +108,17 @@ def _multiply(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, out: Tensor | None, fast: bool
 ) -> Tensor:
     if a.is_cuda:
-        more = {} if out is None else {"out": out}
+        rows = len(a)
+        beyond = -rows % TILE
+        if beyond:  # cuBLAS (torch 2.11, an H200) has no such product for 5 rows: rows of zeros make it one that it has
+            a, a_scale = F.pad(a.view(torch.uint8), (0, 0, 0, beyond)).view(a.dtype), F.pad(a_scale, (0, 0, 0, beyond))
+        more = {} if out is None or beyond else {"out": out}
         made: Tensor = torch._scaled_mm(
             a, b, scale_a=a_scale, scale_b=b_scale, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=fast, **more
         )
-        return made
+        if not beyond:
+            return made
+        return made[:rows] if out is None else out.copy_(made[:rows])
     y = (a.float() @ b.float()) * a_scale * b_scale
     y = (y if bias is None else y + bias.float()).bfloat16()
     return y if out is None else out.copy_(y)

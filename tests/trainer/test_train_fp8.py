@@ -348,8 +348,9 @@ def test_transposition_in_a_kernel(kernels: Any, shape: tuple[int, int]) -> None
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a card")
-def test_products_on_a_card_are_those_of_the_cpu(kernels: Any) -> None:
-    x, dy, bias = normal(200, 512), heavy(200, 768), normal(768, seed=1)
+@pytest.mark.parametrize("rows", [5, 200, 1073])
+def test_products_on_a_card_are_those_of_the_cpu(kernels: Any, rows: int) -> None:
+    x, dy, bias = normal(rows, 512), heavy(rows, 768), normal(768, seed=1)
     data, wscale = weight(768, 512)
     xq, xs = fp8.quantize_rows(x)
     dq, ds = fp8.quantize_rows(dy, wscale)

@@ -43,7 +43,10 @@ def test_streaming_small(tmp_path: Path) -> None:
     assert [(row["modulation"], row["stream_blocks"]) for row in rows] == [
         ("keep", 0), ("keep", 2), ("stream", 0), ("stream", 2),
     ]  # fmt: skip
-    assert all(row["losses"] == rows[0]["losses"] and row["norms"] == rows[0]["norms"] for row in rows)
+    # On a GPU attention adds up its gradients in the order in which they come.
+    near = 1e-3 if torch.cuda.is_available() else 0
+    assert all(row["losses"] == pytest.approx(rows[0]["losses"], rel=near, abs=0) for row in rows)
+    assert all(row["norms"] == pytest.approx(rows[0]["norms"], rel=near, abs=0) for row in rows)
     assert all(row["copied_per_step"] <= row["traffic_foreseen"] for row in rows)
     assert all((row["copied_per_step"] > 0) == (row["stream_blocks"] > 0) for row in rows)  # else the slots hold all
     assert not any(row["missed_per_step"] for row in rows)

@@ -15,7 +15,7 @@ from torch import Tensor  # noqa: E402
 from trainer_model import TINY, tiny_transformer  # noqa: E402
 from xflux_trainer import evaluate, fast, flow, graphs, lora  # noqa: E402
 from xflux_trainer.config import TrainConfig  # noqa: E402
-from xflux_trainer.model import Velocity  # noqa: E402
+from xflux_trainer.model import Velocity, steady_attention  # noqa: E402
 from xflux_trainer.optim import PlainStepper, learn  # noqa: E402
 from xflux_trainer.ranks import Launch, Ranks  # noqa: E402
 
@@ -113,6 +113,7 @@ def test_what_concerns_one_rank_is_said_by_that_one(capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == "rank 1: note: nothing is recorded\nnote: nothing is recorded\n"
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="ranks that are forked do not go with CUDA's threads")
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_ranks_exchange_the_flat_gradients_once_a_step(accumulation: int) -> None:
     """In place of DDP, which takes gradients one by one as they come: the same steps, also from other first weights."""
@@ -149,6 +150,7 @@ def test_ranks_exchange_the_flat_gradients_once_a_step(accumulation: int) -> Non
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_replayed_steps_are_those_of_kernel_by_kernel(accumulation: int) -> None:
     """Over sizes of which two have as many tokens, texts with a mask, held-out losses and images between."""
+    steady_attention(DEVICE)  # as a run does: cuDNN's makes gradients of NaN
     recorded, plain = config(), config(cuda_graphs=False)
     ours, theirs = stepper_of(recorded, DEVICE, accumulation), stepper_of(plain, DEVICE, accumulation)
     assert ours.recorder is not None and theirs.recorder is None
