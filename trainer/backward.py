@@ -14,6 +14,7 @@ of all gradients before the first step:
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Literal
 
@@ -53,8 +54,16 @@ class BackwardSteps:
         """Global norm of the last step's gradients, before clipping."""
         self.previous: float | None = None
         """The same, None before the first step: what `previous` clips by."""
+        own = weakref.ref(self)
+
+        def receive(parameter: nn.Parameter) -> None:
+            # Held by a hook, this and all that it holds would never be let go: Python's collector sees no hooks.
+            steps = own()
+            if steps is not None:
+                steps._receive(parameter)
+
         for parameter in parameters:
-            parameter.register_post_accumulate_grad_hook(self._receive)
+            parameter.register_post_accumulate_grad_hook(receive)
 
     def run(self, loss: Tensor) -> bool:
         """Returns whether a step was taken: none is where the loss is not finite."""

@@ -12,6 +12,8 @@ from typing import Literal
 from xflux_trainer import memory_fused
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.memory_terms import (
+    GRADIENTS,
+    ONE_STEP,
     OPTIMIZER,
     SHARDS,
     TRANSFORMER,
@@ -19,6 +21,7 @@ from xflux_trainer.memory_terms import (
     activations,
     block_parameters,
     disk,
+    grow,
     sampling,
     states,
     weights,
@@ -151,13 +154,23 @@ def _compute_terms(
     recorded = fused and memory_fused.records(config, strategy, device)
     at_once = memory_fused.gradients_at_once(config, spec) if fused and config.step_in_backward else 0
     in_place = triton and device == "cuda"
-    states_held = tuple(states(config, spec, world_size, strategy, at_once=at_once, in_place=in_place))
+    stays = list(states(config, spec, world_size, strategy, at_once=at_once, in_place=in_place))
+    end: list[Term] = []
+    if growing := grow(config, strategy, recorded=recorded):
+        end = [term for term in stays if term.name in (GRADIENTS, ONE_STEP)]
+        stays = [term for term in stays if term not in end]
     if fused:
-        states_held += tuple(memory_fused.copies(config, spec, recorded=recorded))
-    yield from states_held
-    yield from memory_fused.activations(config, spec) if fused else activations(config, spec)
+        stays += memory_fused.copies(config, spec, recorded=recorded)
+    each = end[0].bytes // trained(config, spec).parameters if growing and end[0].bytes else 0
+    if fused:
+        backward = list(memory_fused.activations(config, spec, growing=each, recorded=recorded))
+    else:
+        backward = list(activations(config, spec, growing=each))
+    step = [term for term in backward if not term.passing] + end
+    yield from stays
+    yield from max(backward, step, key=lambda terms: sum(term.bytes for term in terms)) if growing else backward
     if not config.disable_sampling:
-        total = sum(term.bytes for term in states_held if not _leaves(term, offload))
+        total = sum(term.bytes for term in stays if not _leaves(term, offload))
         yield Term("what is trained and its optimizer", total, "sample", "they stay while images are drawn")
         yield from sampling(config, spec)
 

@@ -10,15 +10,36 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from xflux_trainer.config import TrainConfig
-from xflux_trainer.memory_terms import Term, saved_per_block, width
+from xflux_trainer.memory_terms import (
+    CUBLAS,
+    Passed,
+    Term,
+    dense,
+    gradients_so_far,
+    parameters_by_block,
+    saved_per_block,
+    turn,
+    width,
+)
 from xflux_trainer.savings import is_modulation, streamed_blocks
 from xflux_trainer.spec import FluxSpec, image_tokens
 from xflux_trainer.trained import Trained, controlnet_spec, trained
 
-MIB = 1 << 20
-CUBLAS = 32 * MIB
-"""cuBLAS' workspace on Hopper, as torch sets it."""
+STREAMS = 3
+"""Of a recording: the one that it is launched from, its own, and the one beside it."""
 SINGLE, DOUBLE = "single_transformer_blocks", "transformer_blocks"
+ALIGNED, BURST = 8, 32
+"""As in `extended`, which imports torch."""
+_QKV, _TEXT_QKV = ("attn.to_q", "attn.to_k", "attn.to_v"), ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
+_GROUPS: dict[str, tuple[tuple[tuple[str, ...], bool], ...]] = {
+    SINGLE: (((*_QKV, "proj_mlp"), True), (("proj_out",), True)),
+    DOUBLE: (
+        (_TEXT_QKV, True), (_QKV, True), (("attn.to_add_out",), False), (("attn.to_out.0",), False),
+        (("ff_context.net.0.proj",), True), (("ff.net.0.proj",), True),
+        (("ff_context.net.2",), True), (("ff.net.2",), True),
+    ),
+}  # fmt: skip
+"""The layers of one input, as `blocks` groups them, and whether that is written with room for the narrow products."""
 
 
 def computes(config: TrainConfig, strategy: str, device: str, *, triton: bool = True) -> bool:
@@ -48,61 +69,73 @@ def copies(config: TrainConfig, spec: FluxSpec, *, recorded: bool) -> Iterator[T
     """What stands beside the trained weights for these blocks' sake."""
     what = trained(config, spec)
     inside = sum(one.parameters(config.rank) for one in what.adapters if not is_modulation(one.name))
-    if inside:
-        yield Term("adapters' copies", inside * width(config), "train", "in the format of the products")
+    if what.adapters:
+        yield Term("adapters' copies", what.parameters * width(config), "train", "in the format of the products")
+    if inside and config.quantization == "none":
+        beside = _beside(config, spec) * width(config)
+        yield Term("adapters beside weights", beside, "train", "in one matrix with them, filled up with zeros")
     if inside and recorded and config.gradient_accumulation_steps > 1:
         yield Term("gradients of one pass", inside * 4, "train", "fp32: a recorded pass writes them to their own place")
 
 
+def _beside(config: TrainConfig, spec: FluxSpec) -> int:
+    """Elements by which a group's matrix of weights and adapters (`extended`) is larger than the weights and the
+    narrow factors that lie in it."""
+    sizes = {linear.name: (linear.inputs, linear.outputs) for linear in spec.linears()}
+    streamed = set(streamed_blocks(spec.double_blocks, spec.single_blocks, config.stream_blocks))
+    counts: dict[str, int] = {}
+    """Adapters by the layer that they begin at."""
+    for adapter in trained(config, spec).adapters:
+        counts[adapter.layers[0]] = counts.get(adapter.layers[0], 0) + 1
+    total = 0
+    for kind, blocks in ((DOUBLE, spec.double_blocks), (SINGLE, spec.single_blocks)):
+        for index in range(blocks):
+            block = f"{kind}.{index}"
+            for layers, beside in () if block in streamed else _GROUPS[kind]:
+                names = [f"{block}.{layer}" for layer in layers]
+                depth = sum(counts.get(name, 0) for name in names) * config.rank
+                if depth:
+                    inputs, height = sizes[names[0]][0], sum(sizes[name][1] for name in names)
+                    extra = -(-depth // ALIGNED) * ALIGNED
+                    pitch = -(-(inputs + extra * beside) // BURST) * BURST
+                    total += (height + extra) * pitch - (height + depth) * inputs
+    return total
+
+
 def gradients_at_once(config: TrainConfig, spec: FluxSpec) -> int:
     """Most parameters whose gradients are there before the first is stepped: a block's come together."""
-    what = trained(config, spec)
-    sizes: dict[str, int] = {}
-    for adapter in what.adapters:
-        sizes[_block(adapter.name)] = sizes.get(_block(adapter.name), 0) + adapter.parameters(config.rank)
-    for linear in spec.linears() if config.mode == "finetune" else ():
-        if linear.name in what.layers and not is_modulation(linear.name):
-            sizes[_block(linear.name)] = sizes.get(_block(linear.name), 0) + linear.parameters
-    blocks = [size for name, size in sizes.items() if name.startswith((f"{SINGLE}.", f"{DOUBLE}."))]
-    return max([what.largest, *blocks])
+    blocks = [size for name, size in parameters_by_block(config, spec, modulation=False).items() if name]
+    return max([trained(config, spec).largest, *blocks])
 
 
-@dataclass(frozen=True)
-class _Block:
-    """Bytes of one block that a gradient passes through."""
+def activations(config: TrainConfig, spec: FluxSpec, *, growing: int = 0, recorded: bool = False) -> Iterator[Term]:
+    """What lies there when a step needs most, at the largest size that is trained on: while one block goes backward.
 
-    kept: int
-    """Between the passes."""
-    needed: int
-    """In its backward pass, beside what was kept."""
-    checkpointed: bool
-
-
-def activations(config: TrainConfig, spec: FluxSpec) -> Iterator[Term]:
-    """What lies there when a step needs most, at the largest size that is trained on: while one block goes backward."""
+    `growing`: bytes of a parameter's gradient that is made in the backward pass, 0 where its place is there before.
+    """
     size = width(config)
     side = max(config.sizes)
     tokens = image_tokens(side, side) + config.max_text_tokens
     unit = config.train_batch_size * tokens * spec.hidden * size
     shape = f"{config.train_batch_size} x {tokens} tokens"
-    blocks = list(_blocks(config, spec, tokens))
+    blocks = list(_blocks(config, spec, tokens, growing))
     if blocks:
-        # What later blocks kept is gone when an earlier one's turn comes.
-        turn = max(range(len(blocks)), key=lambda k: sum(b.kept for b in blocks[: k + 1]) + blocks[k].needed)
-        there = blocks[: turn + 1]
+        number = turn(blocks)
+        there = blocks[: number + 1]
         inputs, whole = [b for b in there if b.checkpointed], [b for b in there if not b.checkpointed]
         if inputs:
             why = f"{len(inputs)} checkpointed blocks, {shape} each"
-            yield Term("block inputs", sum(b.kept for b in inputs), "train", why)
+            yield Term("block inputs", sum(b.kept for b in inputs), "train", why, passing=True)
         if whole:
             why = f"{len(whole)} blocks keep inputs, q, k, v, attention's output and the MLP's input, {shape}"
-            yield Term("activations", sum(b.kept for b in whole), "train", why)
-        again = "what it computes again, " if blocks[turn].checkpointed else ""
+            yield Term("activations", sum(b.kept for b in whole), "train", why, passing=True)
+        again = "what it computes again, " if blocks[number].checkpointed else ""
         why = f"{again}the gradients on their way, and those that attention sums up in fp32"
-        yield Term("one block's backward pass", blocks[turn].needed, "train", why)
+        yield Term("one block's backward pass", blocks[number].needed, "train", why, passing=True)
+        yield from gradients_so_far(blocks, number)
     if config.mode == "controlnet":
         yield from _controlnet(config, spec, tokens, unit)
-    yield from _products(config, spec)
+    yield from _products(config, spec, recorded=recorded)
     ends = config.train_batch_size * (tokens * spec.in_channels * 12 + config.max_text_tokens * spec.text_dim * size)
     yield Term("inputs and loss", ends, "train", "latents, noise and prediction in fp32, and the captions")
 
@@ -113,23 +146,25 @@ def _controlnet(config: TrainConfig, spec: FluxSpec, tokens: int, unit: int) -> 
     every = Trained(0, 0, frozenset(linear.name for linear in net.linears()))
     saved = list(saved_per_block(config, net, every, tokens))
     kept = len(saved) * unit if config.gradient_checkpointing else sum(saved)
-    yield Term("ControlNet's activations", kept, "train", f"its {len(saved)} blocks are diffusers' own")
-    yield Term("residuals", 2 * config.controlnet_depth * unit, "train", "the ControlNet's outputs, and their sums")
+    yield Term("ControlNet's activations", kept, "train", f"its {len(saved)} blocks are diffusers' own", passing=True)
+    residuals = 2 * config.controlnet_depth * unit
+    yield Term("residuals", residuals, "train", "the ControlNet's outputs, and their sums", passing=True)
     hint = config.train_batch_size * 16 * max(config.sizes) ** 2 * width(config) * 3
-    yield Term("condition", hint, "train", "the hint block's layers at full resolution")
+    yield Term("condition", hint, "train", "the hint block's layers at full resolution", passing=True)
 
 
-def _products(config: TrainConfig, spec: FluxSpec) -> Iterator[Term]:
+def _products(config: TrainConfig, spec: FluxSpec, *, recorded: bool) -> Iterator[Term]:
     """What matrix products need beside their operands."""
-    yield Term("cuBLAS", CUBLAS, "train", "its workspace")
+    streams = STREAMS if recorded else 1
+    yield Term("cuBLAS", 2 * CUBLAS * streams, "train", f"its workspaces, and cuBLASLt's, of {streams} streams")
     if config.quantization == "fp8-dynamic":
         largest = (3 * spec.hidden + spec.mlp) * spec.hidden
         yield Term("a weight transposed", largest, "train", "as fp8 products want it in the backward pass")
-    if config.quantization not in ("none", "fp8-dynamic") or (config.quantization != "none" and config.stream_blocks):
-        yield Term("a weight in 16 bits", spec.largest_tensor * width(config), "train", "made anew for each product")
+    if config.quantization != "fp8-dynamic" or config.stream_blocks:
+        yield from dense(config, spec)
 
 
-def _blocks(config: TrainConfig, spec: FluxSpec, tokens: int) -> Iterator[_Block]:
+def _blocks(config: TrainConfig, spec: FluxSpec, tokens: int, growing: int = 0) -> Iterator[Passed]:
     """The blocks from the first one that a gradient passes through."""
     what = trained(config, spec)
     rows = config.train_batch_size * tokens
@@ -150,6 +185,7 @@ def _blocks(config: TrainConfig, spec: FluxSpec, tokens: int) -> Iterator[_Block
         # Those of a modulation see one row for each image.
         if (block := _block(adapter.name)) in adapters and not is_modulation(adapter.name):
             adapters[block] += 1
+    sizes = parameters_by_block(config, spec) if growing else {}
     for number, name in enumerate(names):
         own = layers[name]
         reached = reached or bool(own)
@@ -162,9 +198,11 @@ def _blocks(config: TrainConfig, spec: FluxSpec, tokens: int) -> Iterator[_Block
         units = shape.single if name.startswith(SINGLE) else shape.double
         kept, made, needed = units(again=number < again)
         if number < again:
-            yield _Block(int(kept * unit), int((made + needed) * unit) + lse + low, checkpointed=True)
+            needs = int((made + needed) * unit) + lse + low
+            yield Passed(int(kept * unit), needs, checkpointed=True, grads=sizes.get(name, 0) * growing)
         else:
-            yield _Block(int((kept + made) * unit) + lse + low, int(needed * unit), checkpointed=False)
+            keeps = int((kept + made) * unit) + lse + low
+            yield Passed(keeps, int(needed * unit), checkpointed=False, grads=sizes.get(name, 0) * growing)
 
 
 @dataclass(frozen=True)

@@ -8,19 +8,25 @@ bf16.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from xflux_trainer.config import TrainConfig
-from xflux_trainer.savings import held, is_block
+from xflux_trainer.savings import held, is_block, is_modulation
 from xflux_trainer.spec import FluxSpec, image_tokens
 from xflux_trainer.trained import Trained, controlnet_spec, trained
 
 MIB = 1 << 20
+CUBLAS = 32 * MIB
+"""A workspace of cuBLAS or cuBLASLt on Hopper, as torch sets it: each stream has both."""
+SINGLE_PASSES, DOUBLE_PASSES = 10, 4
+"""U of gradients at once in the backward pass of diffusers' blocks: of the output and its product with the gate, of
+[attention | MLP] (5), of GELU's input (4)."""
 BUCKET = 1 << 27
 """Most gradients that DeepSpeed reduces together here: twice FLUX's largest weight, 256 MiB in bf16."""
 
 ADAM, MASTERS, SHARDS, TRANSFORMER = "Adam", "Adam and fp32 weights", "fp32 shards", "transformer"
+GRADIENTS, ONE_STEP = "gradients", "one tensor's step"
 OPTIMIZER = (ADAM, MASTERS)
 """Terms that an offloaded optimizer takes to the host."""
 
@@ -33,6 +39,8 @@ class Term:
     bytes: int
     phase: str
     why: str
+    passing: bool = False
+    """Whether it is gone when the optimizer steps."""
 
 
 def width(config: TrainConfig) -> int:
@@ -69,7 +77,7 @@ def block_parameters(spec: FluxSpec) -> int:
 def states(
     config: TrainConfig, spec: FluxSpec, world_size: int, strategy: str, *, at_once: int = 0, in_place: bool = False
 ) -> Iterator[Term]:
-    """What is trained, its gradients and the optimizer.
+    """What is trained, its gradients and the optimizer, as if all of it were there all the time: see `at_its_peak`.
 
     `at_once`: gradients that are there before the first is stepped, if more than the largest tensor's. `in_place`:
     Triton's kernels step 16-bit weights where they lie.
@@ -89,7 +97,7 @@ def states(
             name = "adapters" if config.mode == "lora" else "ControlNet"
             yield Term(name, own * 4, "train", f"{count} in fp32")
         grads = first if config.step_in_backward else own
-        yield Term("gradients", grads * 4, "train", "fp32; under DDP they are views of its buckets")
+        yield Term(GRADIENTS, grads * 4, "train", "fp32; under DDP they are views of its buckets")
     else:
         yield from _bf16_states(config, what, first, count, in_place=in_place)
     if moments:
@@ -106,7 +114,7 @@ def _fsdp(config: TrainConfig, spec: FluxSpec, what: Trained, world_size: int) -
     if already < 4:
         more = f", {4 - already} bytes more than the transformer counts" if already else ""
         yield Term(SHARDS, own * (4 - already), "train", f"{count}{more}")
-    yield Term("gradients", own * 4, "train", "of this rank's part, in fp32")
+    yield Term(GRADIENTS, own * 4, "train", "of this rank's part, in fp32")
     if world_size > 1:
         whole = min(block_parameters(spec), what.parameters)
         yield Term("gradients on their way", whole * (width(config) + 4), "train", "of one block, summed up in fp32")
@@ -131,15 +139,13 @@ def _bf16_states(config: TrainConfig, what: Trained, first: int, count: str, *, 
     grads = min(first, own) if config.step_in_backward else own
     reason = f"of the largest {'block' if first > what.largest else 'tensor'}: each is freed once it was stepped"
     reason = reason if grads != own else count
-    yield Term("gradients", grads * 2, "train", f"16 bits, {reason}")
+    yield Term(GRADIENTS, grads * 2, "train", f"16 bits, {reason}")
     if update == "master":
         yield Term("fp32 weights", own * 4, "train", "what the optimizer steps; the model computes with 16-bit copies")
     elif update == "kahan":
         yield Term("compensation", own * 2, "train", "what the last rounding lost of each weight")
     if not in_place or config.optimizer == "adamw":
-        yield Term(
-            "one tensor's step", what.largest * 4 * 3, "train", "each tensor is stepped in fp32 and rounded back"
-        )
+        yield Term(ONE_STEP, what.largest * 4 * 3, "train", "each tensor is stepped in fp32 and rounded back")
 
 
 def _deepspeed(config: TrainConfig, what: Trained, world_size: int, strategy: str) -> Iterator[Term]:
@@ -150,7 +156,7 @@ def _deepspeed(config: TrainConfig, what: Trained, world_size: int, strategy: st
         yield Term("adapters" if config.mode == "lora" else "ControlNet", own * 2, "train",
                    f"{count}; DeepSpeed computes with bf16 copies")  # fmt: skip
     grads = own if strategy == "zero1" else share
-    yield Term("gradients", own * 2 + grads * 4, "train", "bf16, and the fp32 of this rank's part")
+    yield Term(GRADIENTS, own * 2 + grads * 4, "train", "bf16, and the fp32 of this rank's part")
     yield Term(MASTERS, share * 12, "train", f"1/{world_size} of them on each rank")
     bucket = min(what.parameters, BUCKET)
     yield Term("reduce buckets", bucket * 4, "train", f"two of {bucket:,} gradients, as reduce_bucket_size is set")
@@ -158,34 +164,137 @@ def _deepspeed(config: TrainConfig, what: Trained, world_size: int, strategy: st
         yield Term("moving average", share * 4, "train", f"fp32, 1/{world_size} of it on each rank")
 
 
+# The moment of most --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Passed:
+    """Bytes of one block that a gradient passes through."""
+
+    kept: int
+    """Between the passes."""
+    needed: int
+    """In its backward pass, beside what was kept."""
+    checkpointed: bool
+    grads: int = 0
+    """Gradients that its backward pass leaves, where they have no place before."""
+
+
+def turn(blocks: Sequence[Passed]) -> int:
+    """The block in whose backward pass most is there: what later ones kept is gone, and their gradients are there."""
+    kept, grads = 0, sum(block.grads for block in blocks)
+    most, found = -1, 0
+    for number, block in enumerate(blocks):
+        kept += block.kept
+        if kept + block.needed + grads > most:
+            most, found = kept + block.needed + grads, number
+        grads -= block.grads
+    return found
+
+
+def gradients_so_far(blocks: Sequence[Passed], number: int) -> Iterator[Term]:
+    """Those that are there in the backward pass of the block of that number."""
+    there = sum(block.grads for block in blocks[number:])
+    if there:
+        yield Term(GRADIENTS, there, "train", "those that are there while most activations are", passing=True)
+
+
+def grow(config: TrainConfig, strategy: str, *, recorded: bool) -> bool:
+    """Whether gradients come as activations go: under DDP and in a recording their places are there all along, and so
+    they are where several passes add to them."""
+    alone = strategy == "single" and config.gradient_accumulation_steps == 1
+    return alone and not recorded and not config.step_in_backward
+
+
+def parameters_by_block(config: TrainConfig, spec: FluxSpec, *, modulation: bool = True) -> dict[str, int]:
+    """Trained parameters of every block that has some, without those of its modulation where that is said; under ""
+    those of layers outside of the blocks."""
+    what = trained(config, spec)
+    sizes: dict[str, int] = {}
+    own = [(one.name, one.parameters(config.rank)) for one in what.adapters]
+    if config.mode == "finetune":
+        own += [(linear.name, linear.parameters) for linear in spec.linears() if linear.name in what.layers]
+    for name, size in own:
+        if modulation or not is_modulation(name):
+            block = _block_of(name)
+            sizes[block] = sizes.get(block, 0) + size
+    return sizes
+
+
+def _block_of(name: str) -> str:
+    """transformer_blocks.3 of transformer_blocks.3.attn.to_q; "" of a layer that is in no block."""
+    block = ".".join(name.split(".")[:2])
+    return block if is_block(block) else ""
+
+
 # Activations ---------------------------------------------------------------------------------------------
 
 
-def activations(config: TrainConfig, spec: FluxSpec) -> Iterator[Term]:
-    """What the forward pass keeps for the backward pass, at the largest size that is trained on."""
+def activations(config: TrainConfig, spec: FluxSpec, *, growing: int = 0) -> Iterator[Term]:
+    """What the forward pass keeps for the backward pass, at the largest size that is trained on.
+
+    `growing`: bytes of a parameter's gradient that is made in the backward pass, 0 where its place is there before.
+    """
     size = width(config)
     side = max(config.sizes)
     tokens = image_tokens(side, side) + config.max_text_tokens
     unit = config.train_batch_size * tokens * spec.hidden * size
     what = trained(config, spec)
+    own = parameters_by_block(config, spec)
     saved = list(saved_per_block(config, spec, what, tokens))
+    names = [f"transformer_blocks.{k}" for k in range(spec.double_blocks)]
+    names = [*names, *(f"single_transformer_blocks.{k}" for k in range(spec.single_blocks))][-len(saved) :]
     if config.mode == "controlnet":
         net = controlnet_spec(config, spec)
         every = Trained(what.parameters, what.largest, frozenset(linear.name for linear in net.linears()))
         saved += saved_per_block(config, net, every, tokens)
+        names += [""] * (len(saved) - len(names))
+    again = config.gradient_checkpointing
+    blocks = []
+    for name, kept in zip(names, saved):  # noqa: B905 (of one length)
+        passes = unit * (SINGLE_PASSES if name.startswith("single_") else DOUBLE_PASSES)
+        grads = own.get(name, 0) * growing
+        blocks.append(Passed(unit if again else kept, passes + kept * again, again, grads))
     shape = f"{config.train_batch_size} x {tokens} tokens"
-    if config.gradient_checkpointing:
-        yield Term("block inputs", len(saved) * unit, "train", f"{len(saved)} checkpointed blocks, {shape} each")
-        yield Term("one block's activations", max(saved, default=0), "train", "recomputed when its turn comes")
-    else:
-        yield Term("activations", sum(saved), "train", f"{len(saved)} blocks keep theirs, {shape}")
-    yield Term("backward's own", 4 * unit, "train", "the gradient of one feed-forward layer")
+    if blocks:
+        number = turn(blocks)
+        there = blocks[: number + 1]
+        kept = sum(block.kept for block in there)
+        if again:
+            yield Term("block inputs", kept, "train", f"{len(there)} checkpointed blocks, {shape} each", passing=True)
+            once = saved[number]
+            yield Term("one block's activations", once, "train", "recomputed when its turn comes", passing=True)
+        else:
+            yield Term("activations", kept, "train", f"{len(there)} blocks keep theirs, {shape}", passing=True)
+        passes = blocks[number].needed - again * saved[number]
+        yield Term("backward's own", passes, "train", "gradients on their way through one block", passing=True)
+        yield from gradients_so_far(blocks, number)
+        if config.mode == "lora" and size == 2:
+            copies = sum(one.parameters(config.rank) for one in what.adapters) * size
+            why = "in the format of the products" + (", of one block" if again else "")
+            yield Term("adapters' copies", copies // len(blocks) if again else copies, "train", why, passing=True)
     if config.mode == "controlnet":
-        yield Term("residuals", 2 * config.controlnet_depth * unit, "train", "the ControlNet's outputs, and their sums")
+        residuals = 2 * config.controlnet_depth * unit
+        yield Term("residuals", residuals, "train", "the ControlNet's outputs, and their sums", passing=True)
         hint = config.train_batch_size * 16 * side**2 * size * 3
-        yield Term("condition", hint, "train", "the hint block's layers at full resolution")
+        yield Term("condition", hint, "train", "the hint block's layers at full resolution", passing=True)
+    yield Term("cuBLAS", 2 * CUBLAS, "train", "its workspace, and cuBLASLt's")
+    yield from dense(config, spec)
     ends = 2 * config.train_batch_size * tokens * (spec.in_channels * 12 + spec.hidden * size)
     yield Term("inputs and loss", ends, "train", "latents, noise and prediction in fp32, and the embedded tokens")
+
+
+def dense(config: TrainConfig, spec: FluxSpec) -> Iterator[Term]:
+    """Of a base in fewer bits the largest layer, made dense for its product."""
+    if config.quantization == "none":
+        return
+    quantised = [
+        linear for linear in spec.linears() if config.modulation == "quantize" or not is_modulation(linear.name)
+    ]
+    largest = max(linear.inputs * linear.outputs for linear in quantised)
+    # torchao widens fp8 to fp32, and scales that into another.
+    each = 8 if config.quantization == "torchao-fp8" else width(config)
+    yield Term("a weight in 16 bits", largest * each, "train", "made anew for each product")
 
 
 def saved_per_block(config: TrainConfig, spec: FluxSpec, what: Trained, tokens: int) -> Iterator[int]:

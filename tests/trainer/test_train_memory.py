@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from xflux_trainer import memory_fused
 from xflux_trainer.config import TrainConfig
-from xflux_trainer.memory import GIB, STRATEGIES, Bill, adapter_parameters, forecast
+from xflux_trainer.memory import GIB, MIB, STRATEGIES, Bill, adapter_parameters, forecast
 from xflux_trainer.spec import FLUX_DEV, is_target
 from xflux_trainer.trained import controlnet_size, parameters, trained
 
@@ -174,7 +175,9 @@ def test_recorded_passes_write_their_gradients_to_a_place_of_their_own() -> None
         bill(gradient_accumulation_steps=steps, cuda_graphs=recorded).gpu_allocated
         for steps, recorded in ((1, True), (2, True), (2, False))
     )
-    assert twice - once == 4 * adapter_parameters(BASE, FLUX_DEV) and launched == once
+    assert twice - once == 4 * adapter_parameters(BASE, FLUX_DEV)
+    # Two more streams, each with a workspace of cuBLAS and one of cuBLASLt.
+    assert once - launched == 4 * 32 * MIB
 
 
 def test_the_benchmark_has_every_kind_of_row() -> None:
@@ -273,8 +276,8 @@ def test_what_each_mode_trains() -> None:
         ({"mode": "finetune"}, 130, 180),
         ({"mode": "finetune", "step_in_backward": True, "optimizer": "adafactor"}, 23, 28),
         ({"mode": "finetune", "optimizer": "adamw8bit"}, 66, 75),
-        ({"mode": "finetune", "train_parameters": ("txt_attn",)}, 33, 40),
-        ({"mode": "controlnet"}, 34, 42),
+        ({"mode": "finetune", "train_parameters": ("txt_attn",)}, 32, 40),
+        ({"mode": "controlnet"}, 32.5, 42),
         ({"quantization": "int8"}, 16, 19),
         ({"quantization": "int8", "modulation": "quantize"}, 12.5, 15.5),
         ({"quantization": "nf4"}, 12.5, 15.5),
@@ -289,9 +292,47 @@ def test_modes_and_savers(changes: dict[str, Any], least: float, most: float) ->
 
 def test_stepping_in_the_backward_pass_holds_one_gradient_in_every_mode() -> None:
     for mode in ("lora", "finetune", "controlnet"):
-        (kept,) = (term.bytes for term in bill(mode=mode).gpu if term.name == "gradients")
+        gathered = bill(mode=mode, gradient_accumulation_steps=2).gpu
+        (kept,) = (term.bytes for term in gathered if term.name == "gradients")
         (freed,) = (term.bytes for term in bill(mode=mode, step_in_backward=True).gpu if term.name == "gradients")
         assert freed < kept / 10
+
+
+def test_gradients_come_as_activations_go() -> None:
+    """A step that is launched kernel by kernel has no gradients yet when it holds most activations; with few of these
+    most is there at the optimizer's step."""
+
+    def terms(**changes: Any) -> dict[str, int]:
+        return {term.name: term.bytes for term in bill(cuda_graphs=False, **changes).gpu if term.phase == "train"}
+
+    own = 4 * adapter_parameters(BASE, FLUX_DEV)
+    many = terms(gradient_checkpointing=False)
+    assert 0 < many["gradients"] < own / 40 and many["activations"] > 14 * GIB
+    # Between passes that add up they stay.
+    assert terms(gradient_checkpointing=False, gradient_accumulation_steps=2)["gradients"] == own
+    full = terms(mode="finetune", optimizer="adamw8bit", img_size=256)
+    assert full["gradients"] > 0.99 * 2 * FLUX_DEV.transformer_parameters
+
+
+def test_a_group_s_matrix_is_as_large_as_it_is_made() -> None:
+    """`extended` pads each group of one block; the bill counts the same, layer by layer."""
+    torch = pytest.importorskip("torch")
+    from xflux_trainer.extended import Extended
+
+    spec = replace(FLUX_DEV, heads=2, double_blocks=1, single_blocks=1)
+    sizes = {linear.name: (linear.inputs, linear.outputs) for linear in spec.linears()}
+    for rank in (1, 4, 16, 100):
+        config = replace(BASE, rank=rank)
+        counted = 0
+        layers = {adapter.layers[0] for adapter in trained(config, spec).adapters}
+        for kind, groups in memory_fused._GROUPS.items():
+            for names, beside in groups:
+                bases = [torch.nn.Linear(*sizes[f"{kind}.0.{name}"], device="meta") for name in names]
+                own = sum(f"{kind}.0.{name}" in layers for name in names) * rank
+                if own:
+                    plain = sum(base.weight.numel() for base in bases) + own * bases[0].in_features
+                    counted += Extended(bases, own, beside=beside)._whole.untyped_storage().nbytes() // 4 - plain
+        assert memory_fused._beside(config, spec) == counted
 
 
 def test_sharding_lowers_what_every_rank_holds() -> None:
