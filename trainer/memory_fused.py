@@ -6,6 +6,7 @@ U is one (tokens, hidden) tensor in the format of the products: 27 MiB at 1024 p
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -72,20 +73,21 @@ def copies(config: TrainConfig, spec: FluxSpec, *, recorded: bool) -> Iterator[T
     if what.adapters:
         yield Term("adapters' copies", what.parameters * width(config), "train", "in the format of the products")
     if inside and config.quantization == "none":
-        beside = _beside(config, spec) * width(config)
+        beside = _beside(what, spec, config.rank, config.stream_blocks) * width(config)
         yield Term("adapters beside weights", beside, "train", "in one matrix with them, filled up with zeros")
     if inside and recorded and config.gradient_accumulation_steps > 1:
         yield Term("gradients of one pass", inside * 4, "train", "fp32: a recorded pass writes them to their own place")
 
 
-def _beside(config: TrainConfig, spec: FluxSpec) -> int:
+@functools.lru_cache(maxsize=64)
+def _beside(what: Trained, spec: FluxSpec, rank: int, stream_blocks: int) -> int:
     """Elements by which a group's matrix of weights and adapters (`extended`) is larger than the weights and the
     narrow factors that lie in it."""
     sizes = {linear.name: (linear.inputs, linear.outputs) for linear in spec.linears()}
-    streamed = set(streamed_blocks(spec.double_blocks, spec.single_blocks, config.stream_blocks))
+    streamed = set(streamed_blocks(spec.double_blocks, spec.single_blocks, stream_blocks))
     counts: dict[str, int] = {}
     """Adapters by the layer that they begin at."""
-    for adapter in trained(config, spec).adapters:
+    for adapter in what.adapters:
         counts[adapter.layers[0]] = counts.get(adapter.layers[0], 0) + 1
     total = 0
     for kind, blocks in ((DOUBLE, spec.double_blocks), (SINGLE, spec.single_blocks)):
@@ -93,7 +95,7 @@ def _beside(config: TrainConfig, spec: FluxSpec) -> int:
             block = f"{kind}.{index}"
             for layers, beside in () if block in streamed else _GROUPS[kind]:
                 names = [f"{block}.{layer}" for layer in layers]
-                depth = sum(counts.get(name, 0) for name in names) * config.rank
+                depth = sum(counts.get(name, 0) for name in names) * rank
                 if depth:
                     inputs, height = sizes[names[0]][0], sum(sizes[name][1] for name in names)
                     extra = -(-depth // ALIGNED) * ALIGNED
@@ -175,16 +177,7 @@ def _blocks(config: TrainConfig, spec: FluxSpec, tokens: int, growing: int = 0) 
     reached = any(name in what.layers for name in ends) or time or config.mode == "controlnet"
     streamed = set(streamed_blocks(spec.double_blocks, spec.single_blocks, config.stream_blocks))
     again = checkpointed(config, spec)
-    names = [f"{DOUBLE}.{k}" for k in range(spec.double_blocks)] + [f"{SINGLE}.{k}" for k in range(spec.single_blocks)]
-    layers: dict[str, set[str]] = {name: set() for name in names}
-    for name in what.layers:
-        if (block := _block(name)) in layers:
-            layers[block].add(name[len(block) + 1 :])
-    adapters = dict.fromkeys(names, 0)
-    for adapter in what.adapters:
-        # Those of a modulation see one row for each image.
-        if (block := _block(adapter.name)) in adapters and not is_modulation(adapter.name):
-            adapters[block] += 1
+    names, layers, adapters = _by_block(what, spec)
     sizes = parameters_by_block(config, spec) if growing else {}
     for number, name in enumerate(names):
         own = layers[name]
@@ -203,6 +196,22 @@ def _blocks(config: TrainConfig, spec: FluxSpec, tokens: int, growing: int = 0) 
         else:
             keeps = int((kept + made) * unit) + lse + low
             yield Passed(keeps, int(needed * unit), checkpointed=False, grads=sizes.get(name, 0) * growing)
+
+
+@functools.lru_cache(maxsize=16)
+def _by_block(what: Trained, spec: FluxSpec) -> tuple[list[str], dict[str, set[str]], dict[str, int]]:
+    """The blocks' names, of each the layers that are trained or have adapters, and how many adapters it has."""
+    names = [f"{DOUBLE}.{k}" for k in range(spec.double_blocks)] + [f"{SINGLE}.{k}" for k in range(spec.single_blocks)]
+    layers: dict[str, set[str]] = {name: set() for name in names}
+    for name in what.layers:
+        if (block := _block(name)) in layers:
+            layers[block].add(name[len(block) + 1 :])
+    adapters = dict.fromkeys(names, 0)
+    for adapter in what.adapters:
+        # Those of a modulation see one row for each image.
+        if (block := _block(adapter.name)) in adapters and not is_modulation(adapter.name):
+            adapters[block] += 1
+    return names, layers, adapters
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ bf16.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.savings import held, is_block, is_modulation
@@ -209,10 +210,14 @@ def grow(config: TrainConfig, strategy: str, *, recorded: bool) -> bool:
 def parameters_by_block(config: TrainConfig, spec: FluxSpec, *, modulation: bool = True) -> dict[str, int]:
     """Trained parameters of every block that has some, without those of its modulation where that is said; under ""
     those of layers outside of the blocks."""
-    what = trained(config, spec)
+    return _by_block(trained(config, spec), spec, config.rank, config.mode == "finetune", modulation)
+
+
+@functools.lru_cache(maxsize=64)
+def _by_block(what: Trained, spec: FluxSpec, rank: int, weights: bool, modulation: bool) -> dict[str, int]:
     sizes: dict[str, int] = {}
-    own = [(one.name, one.parameters(config.rank)) for one in what.adapters]
-    if config.mode == "finetune":
+    own = [(one.name, one.parameters(rank)) for one in what.adapters]
+    if weights:
         own += [(linear.name, linear.parameters) for linear in spec.linears() if linear.name in what.layers]
     for name, size in own:
         if modulation or not is_modulation(name):
@@ -295,6 +300,20 @@ def dense(config: TrainConfig, spec: FluxSpec) -> Iterator[Term]:
     # torchao widens fp8 to fp32, and scales that into another.
     each = 8 if config.quantization == "torchao-fp8" else width(config)
     yield Term("a weight in 16 bits", largest * each, "train", "made anew for each product")
+
+
+QUANTISED = {"int8": 2, "int4": 2, "fp8": 2, "torchao-fp8": 3, "torchao-int8": 1, "fp8-dynamic": 1}
+"""Tensors of the largest layer's size in fp32 that quantising it holds at once, measured as it was loaded."""
+MADE_AT_LOAD = ("adapters", "ControlNet", "fp32 weights", "compensation", "adapters' copies", "adapters beside weights")
+"""Terms that are there when the model is loaded; gradients and moments come with the first step."""
+
+
+def loading(config: TrainConfig, spec: FluxSpec, stays: Iterable[Term]) -> Iterator[Term]:
+    """What is there beside the transformer at the end of the load, and what a layer's quantisation takes on its way."""
+    yield from (replace(term, phase="load") for term in stays if term.name in MADE_AT_LOAD)
+    copies = QUANTISED.get(config.quantization, 0)
+    if copies:
+        yield Term("one layer on its way", copies * spec.largest_tensor * 4, "load", "quantised from fp32 copies of it")
 
 
 def saved_per_block(config: TrainConfig, spec: FluxSpec, what: Trained, tokens: int) -> Iterator[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.spec import FluxSpec, Linear
@@ -19,11 +19,13 @@ ORDER = ("to_q", "to_k", "to_v", "proj_mlp", "add_q_proj", "add_k_proj", "add_v_
 """Layers of one input lie in this order in their unit, without gaps: their weights can be taken as one matrix."""
 
 
+@functools.lru_cache(maxsize=4096)
 def is_block(name: str) -> bool:
     """Whether a module of that name is one of the transformer's blocks."""
     return re.fullmatch(r"(single_)?transformer_blocks\.\d+", name) is not None
 
 
+@functools.lru_cache(maxsize=4096)
 def is_modulation(path: str) -> bool:
     """Whether a linear layer of that path, in a block or in the model, makes the modulation."""
     return path in MODULATION or path.endswith(tuple(f".{ending}" for ending in MODULATION))
@@ -88,15 +90,20 @@ class _Layer:
 
 def held(config: TrainConfig, spec: FluxSpec, width: int = 2) -> Held:
     """What a run's base takes, `width` bytes for each number that is not quantised."""
-    layers, rest = _layers(config.quantization, config.modulation, spec, width)
-    return _held(config, spec, layers, rest)
+    return _base(config.quantization, config.modulation, config.stream_blocks, spec, width)
+
+
+@functools.lru_cache(maxsize=256)
+def _base(quantization: str, modulation: str, stream_blocks: int, spec: FluxSpec, width: int) -> Held:
+    layers, rest = _layers(quantization, modulation, spec, width)
+    return _held(modulation, stream_blocks, spec, layers, rest)
 
 
 def blocks_to_stream(config: TrainConfig, spec: FluxSpec, budget: int, width: int = 2) -> int | None:
     """The smallest `stream_blocks` with which the base takes at most `budget` bytes of the device; None: none does."""
     layers, rest = _layers(config.quantization, config.modulation, spec, width)
     for count in range(spec.double_blocks + spec.single_blocks + 1):
-        if _held(replace(config, stream_blocks=count), spec, layers, rest).device <= budget:
+        if _held(config.modulation, count, spec, layers, rest).device <= budget:
             return count
     return None
 
@@ -117,12 +124,12 @@ def _layers(quantization: str, modulation: str, spec: FluxSpec, width: int) -> t
     return tuple(layers), rest
 
 
-def _held(config: TrainConfig, spec: FluxSpec, layers: tuple[_Layer, ...], rest: int) -> Held:
-    streamed = set(streamed_blocks(spec.double_blocks, spec.single_blocks, config.stream_blocks))
+def _held(modulation: str, stream_blocks: int, spec: FluxSpec, layers: tuple[_Layer, ...], rest: int) -> Held:
+    streamed = set(streamed_blocks(spec.double_blocks, spec.single_blocks, stream_blocks))
     units: dict[tuple[str, str], int] = {}
     traffic = 0
     for layer in layers:
-        if layer.block in streamed or (layer.modulation and config.modulation == "stream"):
+        if layer.block in streamed or (layer.modulation and modulation == "stream"):
             unit = layer.block, layer.unit
             units[unit] = units.get(unit, 0) + layer.bytes
             traffic += layer.bytes * (1 if layer.modulation else 2)

@@ -138,6 +138,8 @@ class TrainConfig:
     """What computes the blocks: this trainer's fused kernels or diffusers; auto: fused on a GPU with Triton."""
     attention: Literal["auto", "flash-attn-4", "flash", "cudnn", "sdpa"] = "auto"
     """Attention of the fused kernels; auto: the fastest that is right here, forward and backward."""
+    allow: tuple[Literal["quantization", "optimizer", "backward_clip", "img_size"], ...] = ()
+    """What a plan may change for memory or time though it changes the numbers that are computed; all else it may."""
     cuda_graphs: bool = True
     """Record a step of each batch size and replay it, where that is possible: adapters, fused kernels, no sharding."""
     seed: int = 0

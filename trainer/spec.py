@@ -5,10 +5,10 @@ Checked against diffusers' `FluxTransformer2DModel` on the meta device; FLUX.1-d
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -83,11 +83,11 @@ class FluxSpec:
             **ends,
         }
 
-    @property
+    @functools.cached_property
     def transformer_parameters(self) -> int:
         return sum(self.parameters().values())
 
-    @property
+    @functools.cached_property
     def largest_tensor(self) -> int:
         """Elements of the largest weight: what a loader that goes tensor by tensor holds twice."""
         kinds = (
@@ -97,15 +97,9 @@ class FluxSpec:
         )
         return max(linear.inputs * linear.outputs for linear in kinds)
 
-    def linears(self) -> Iterator[Linear]:
+    def linears(self) -> tuple[Linear, ...]:
         """Every linear layer of the transformer, by its diffusers name."""
-        yield from self._ends()
-        for index in range(self.double_blocks):
-            for linear in self._double():
-                yield replace(linear, name=f"transformer_blocks.{index}.{linear.name}")
-        for index in range(self.single_blocks):
-            for linear in self._single():
-                yield replace(linear, name=f"single_transformer_blocks.{index}.{linear.name}")
+        return _linears(self)
 
     def _double(self) -> list[Linear]:
         h, mlp = self.hidden, self.mlp
@@ -167,6 +161,18 @@ class FluxSpec:
         forward = self.forward_flops(image_tokens, text_tokens)
         attention = (self.double_blocks + self.single_blocks) * 4 * tokens**2 * self.hidden
         return forward * (2 if checkpointing else 1) + (forward - attention) + 2.5 * attention
+
+
+@functools.lru_cache(maxsize=16)
+def _linears(spec: FluxSpec) -> tuple[Linear, ...]:
+    """Kept: a plan asks for them hundreds of times."""
+    found = spec._ends()
+    kinds = (("transformer_blocks", spec.double_blocks, spec._double()),
+             ("single_transformer_blocks", spec.single_blocks, spec._single()))  # fmt: skip
+    for kind, count, layers in kinds:
+        for index in range(count):
+            found += [replace(linear, name=f"{kind}.{index}.{linear.name}") for linear in layers]
+    return tuple(found)
 
 
 FLUX_DEV = FluxSpec("flux-dev")

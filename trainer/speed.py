@@ -49,6 +49,7 @@ def peak(name: str, precision: str) -> float | None:
     return next((tflops for card, tflops in PEAKS if re.search(rf"\b{card}\b(?! (?:SUPER|TI)\b)", words)), None)
 
 
+@functools.lru_cache(maxsize=8192)
 def tokens_of(name: str, image_tokens: int, text_tokens: int) -> int:
     """Tokens that go through the layer of that diffusers name; 1 for modulation and embeddings, once an image."""
     if name.startswith("time_text_embed.") or re.search(r"\bnorm(1|1_context|_out)?\.linear\b", name):
@@ -107,15 +108,28 @@ def _recompute(spec: FluxSpec, again: Callable[[str], bool], image_tokens: int, 
 
 def _gates(trained: Mapping[str, tuple[int, ...]]) -> Callable[[str], bool]:
     """Whether the gradient of a block's modulation is asked for, by the block's name."""
-    whole = any(name.startswith("time_text_embed.") for name in trained)
-    own = {".".join(name.split(".")[:2]) for name in trained if re.search(r"\bnorm(1|1_context)?\.linear\b", name)}
+    whole, own = _modulated(tuple(trained))
     return lambda block: whole or block in own
+
+
+@functools.lru_cache(maxsize=16)
+def _modulated(names: tuple[str, ...]) -> tuple[bool, frozenset[str]]:
+    """Whether all modulations' gradients are asked for, and the blocks of which they are."""
+    whole = any(name.startswith("time_text_embed.") for name in names)
+    own = {".".join(name.split(".")[:2]) for name in names if re.search(r"\bnorm(1|1_context)?\.linear\b", name)}
+    return whole, frozenset(own)
+
+
+@functools.lru_cache(maxsize=4096)
+def _parts(name: str) -> tuple[str, str, str]:
+    kind, _, rest = name.partition(".")
+    number, _, leaf = rest.partition(".")
+    return kind, number, leaf
 
 
 def _recomputed(config: TrainConfig, spec: FluxSpec, gates: Callable[[str], bool], name: str) -> bool:
     """Whether a fused block computes the layer of that diffusers name again: not its last, which nobody reads."""
-    kind, _, rest = name.partition(".")
-    number, _, leaf = rest.partition(".")
+    kind, number, leaf = _parts(name)
     if not config.gradient_checkpointing or kind not in ("transformer_blocks", "single_transformer_blocks"):
         return False
     place = int(number) + (spec.double_blocks if kind.startswith("single") else 0)

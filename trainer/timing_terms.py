@@ -61,7 +61,6 @@ class Job:
         self.fused = memory_fused.computes(config, strategy, "cuda", triton=triton)
         self.recorded = self.fused and memory_fused.records(config, strategy, "cuda")
         self.what = trained(config, spec)
-        self.shapes = _shapes(config, spec, self.what)
         self.blocks = spec.double_blocks + spec.single_blocks
         every = self.blocks if config.gradient_checkpointing else 0
         self.again = memory_fused.checkpointed(config, spec) if self.fused else every
@@ -74,6 +73,11 @@ class Job:
         )
         """The cost of a block, how many of them there are, and how many are computed again."""
         self.backend = _backend(config, card, fused=self.fused, flash4=flash4)
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of what is trained."""
+        return _shapes(self.config, self.spec, self.what)
 
     @functools.cached_property
     def matrices(self) -> tuple[int, int]:
@@ -146,10 +150,9 @@ def work(job: Job, side: int) -> Work:
     one = 4.0 * (image + text) ** 2 * spec.hidden
     attention = (job.blocks + job.own_blocks) * one
     again = sum(n for _, _, n in job.kinds) * one
-    plain = replace(config, gradient_checkpointing=False)
-    once = whole = step_flops(plain, spec, job.shapes, image, text, fused=job.fused)
+    once = whole = _flops(_bare(config, gradient_checkpointing=False), spec, image, text, job.fused)
     if again:
-        whole = step_flops(config, spec, job.shapes, image, text, fused=job.fused)
+        whole = _flops(_bare(config), spec, image, text, job.fused)
     ahead = spec.forward_flops(image, text) - job.blocks * one
     rows = [(tokens_of(adapter.name, image, text), adapter) for adapter in job.what.adapters]
     return Work(
@@ -160,6 +163,18 @@ def work(job: Job, side: int) -> Work:
         batch * width(config) * sum(count * adapter.inputs for count, adapter in rows),
         batch * width(config) * sum(count * adapter.outputs for count, adapter in rows),
     )
+
+
+def _bare(config: TrainConfig, **changes: bool) -> TrainConfig:
+    """What `step_flops` reads of it: a plan's many ways to hold the same work differ in nothing here."""
+    same = {"stream_blocks": 0, "modulation": "keep", "quantization": "none", "train_batch_size": 1,
+            "gradient_accumulation_steps": 1, "cuda_graphs": True}  # fmt: skip
+    return replace(config, **{**same, **changes})
+
+
+@functools.lru_cache(maxsize=256)
+def _flops(config: TrainConfig, spec: FluxSpec, image: int, text: int, fused: bool) -> float:
+    return step_flops(config, spec, _shapes(config, spec, trained(config, spec)), image, text, fused=fused)
 
 
 def forward(job: Job, asked: Work) -> dict[str, float]:
@@ -240,18 +255,23 @@ def _modulation_width(job: Job) -> float:
 
 def arriving(job: Job) -> tuple[int, int]:
     """Bytes that cross the link in the forward and in the backward pass: the modulation comes once."""
-    config, spec = job.config, job.spec
+    config = job.config
     if not config.stream_blocks and config.modulation != "stream":
         return 0, 0
-    streamed = set(streamed_blocks(spec.double_blocks, spec.single_blocks, config.stream_blocks))
+    return _arriving(config.quantization, config.modulation, config.stream_blocks, job.spec, width(config))
+
+
+@functools.lru_cache(maxsize=256)
+def _arriving(quantization: str, modulated: str, count: int, spec: FluxSpec, each: int) -> tuple[int, int]:
+    streamed = set(streamed_blocks(spec.double_blocks, spec.single_blocks, count))
     there = back = 0
     for linear in spec.linears():
         block = ".".join(linear.name.split(".")[:2])
         modulation = is_modulation(linear.name) and "transformer_blocks." in linear.name
-        if block not in streamed and not (modulation and config.modulation == "stream"):
+        if block not in streamed and not (modulation and modulated == "stream"):
             continue
-        plain = config.quantization == "none" or (modulation and config.modulation != "quantize")
-        size = stored(linear, "none" if plain else config.quantization, width(config))
+        plain = quantization == "none" or (modulation and modulated != "quantize")
+        size = stored(linear, "none" if plain else quantization, each)
         there += size
         back += 0 if modulation else size
     return there, back

@@ -16,9 +16,12 @@ HINT_CHANNELS = 16
 """Channels of every layer of X-Flux's hint block, eight convolutions of 3 x 3 from 3 channels."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trained:
-    """Trained parameters: their number, the largest tensor of them, and the base's linear layers that they change."""
+    """Trained parameters: their number, the largest tensor of them, and the base's linear layers that they change.
+
+    Equal is only itself: what is asked for twice is the same object, and others are found by it.
+    """
 
     parameters: int
     largest: int
@@ -26,22 +29,29 @@ class Trained:
     adapters: tuple[Adapter, ...] = ()
 
 
-@functools.lru_cache(maxsize=16)
-def _adapters(
-    spec: FluxSpec, targets: str | tuple[str, ...], single: tuple[int, ...] | None, double: tuple[int, ...] | None
-) -> tuple[Adapter, ...]:
-    """Kept: they are the same for all plans of a job."""
-    return tuple(adapters_of(spec.linears(), targets, single, double))
-
-
 def trained(config: TrainConfig, spec: FluxSpec) -> Trained:
     """What the run's mode trains."""
     if config.mode == "lora":
-        chosen = _adapters(spec, config.lora_targets, config.single_blocks, config.double_blocks)
-        sizes = [config.rank * side for adapter in chosen for side in (adapter.inputs, adapter.outputs)]
-        layers = frozenset(name for one in chosen for name in one.layers)
-        return Trained(sum(sizes), max(sizes, default=0), layers, chosen)
-    if config.mode == "controlnet":
+        return _adapters(spec, config.rank, config.lora_targets, config.single_blocks, config.double_blocks)
+    return _others(config.mode, config.train_parameters, config.controlnet_depth, spec)
+
+
+@functools.lru_cache(maxsize=64)
+def _adapters(
+    spec: FluxSpec, rank: int, targets: str | tuple[str, ...], single: tuple[int, ...] | None,
+    double: tuple[int, ...] | None,
+) -> Trained:  # fmt: skip
+    """Kept: they are the same for all plans of a job."""
+    chosen = tuple(adapters_of(spec.linears(), targets, single, double))
+    sizes = [rank * side for adapter in chosen for side in (adapter.inputs, adapter.outputs)]
+    layers = frozenset(name for one in chosen for name in one.layers)
+    return Trained(sum(sizes), max(sizes, default=0), layers, chosen)
+
+
+@functools.lru_cache(maxsize=16)
+def _others(mode: str, parts: tuple[str, ...], depth: int, spec: FluxSpec) -> Trained:
+    config = TrainConfig("", mode=mode, train_parameters=parts, controlnet_depth=depth)  # type: ignore[arg-type]
+    if mode == "controlnet":
         return Trained(controlnet_parameters(config, spec), spec.largest_tensor, frozenset())
     sizes_by_name = dict(parameters(spec))
     try:

@@ -42,7 +42,7 @@ def keep(job: Job, ranks: int) -> Kept:
     low, high = RANGES[_ACCUMULATION]
     wanted = before * steps / ranks
     new = int(min(max(round(wanted), low), high))
-    places = _places(job)
+    places = accumulation_places(job)
     old_total, total = before * steps * size, ranks * new * size
     if new == steps:
         same = total == old_total
@@ -66,7 +66,7 @@ def _rate(job: Job, ratio: float) -> tuple[Change, ...]:
     return (Edit("train", ("learning_rate",), float(f"{rate * ratio:.4g}"), reason),)
 
 
-def _places(job: Job) -> list[tuple[str, tuple[str, ...]]]:
+def accumulation_places(job: Job) -> list[tuple[str, tuple[str, ...]]]:
     """Every file and key that holds the number, or where it belongs."""
     found: list[tuple[str, tuple[str, ...]]] = []
     if job.deepspeed:

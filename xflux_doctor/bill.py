@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from pathlib import Path
 
@@ -22,7 +21,7 @@ def need(case: Case) -> memory.Bill:
     Raises SkipCheck where the forecast does not know the job's strategy, or where a file system does not answer.
     """
     if not _LATEST or _LATEST[0][0] is not case:
-        _LATEST[:] = [(case, _forecast(case, case.job.train))]
+        _LATEST[:] = [(case, forecast_of(case, case.job.train))]
     return _LATEST[0][1]
 
 
@@ -30,7 +29,8 @@ _LATEST: list[tuple[Case, memory.Bill]] = []
 """Of the case that was asked last: five checks ask for one bill, and a case never changes."""
 
 
-def _forecast(case: Case, config: TrainConfig | None, model: spec.FluxSpec | None = None) -> memory.Bill:
+def forecast_of(case: Case, config: TrainConfig | None, model: spec.FluxSpec | None = None) -> memory.Bill:
+    """The bill of that case with another training config. Raises SkipCheck."""
     assert config is not None
     if case.job.strategy not in memory.STRATEGIES:
         raise SkipCheck(f"the forecast does not know {case.job.strategy} yet")
@@ -69,31 +69,6 @@ def multiplies_fp8(case: Case, cards: tuple[Gpu, ...]) -> bool:
         return False
     torch = version_of(case.facts, "torch")
     return not any(fp8_lacks(gpu.capability, torch) for gpu in cards)
-
-
-def checkpointed_blocks(case: Case, room: int) -> int | None:
-    """The fewest checkpointed blocks with which this job needs at most `room` bytes of each GPU for certain.
-
-    None where diffusers' blocks compute, which are all checkpointed or none, and where fewer than all are not enough.
-    """
-    config = case.job.train
-    if config is None or not fused(case):
-        return None
-    model = spec_of(case)
-
-    def fits(count: int) -> bool:
-        some = dataclasses.replace(config, gradient_checkpointing=True, checkpointed_blocks=count)
-        bill = _forecast(case, some, model)
-        return bool(bill.gpu_total * (1 + bill.error_bar) <= room)
-
-    least: int = 1
-    most: int = model.double_blocks + model.single_blocks - 1
-    if most < 1 or not fits(most):
-        return None
-    while least < most:  # each further block lowers the need
-        middle = (least + most) // 2
-        least, most = (least, middle) if fits(middle) else (middle + 1, most)
-    return most
 
 
 def spec_of(case: Case) -> spec.FluxSpec:

@@ -8,8 +8,9 @@ from typing import Any
 RESERVED = 0.02
 """What PyTorch's allocator keeps beyond the peak of its tensors: rounding and holes. 0.3 to 2 % were measured in steps
 of the bundled trainer on an H200; x-flux#12 leaves 2.5 %. It keeps more where nothing is short, and gives that back."""
-_TIGHT = 97
-"""Percent of the limit from which on a fit is tight: the forecast's own error."""
+TIGHT, FITS = 97, 100
+"""Percent of the limit up to which a job fits with room for the forecast's own error, and up to which it fits at all:
+between the two it is tight."""
 
 
 def reserved(allocated: int) -> int:
@@ -17,23 +18,28 @@ def reserved(allocated: int) -> int:
     return math.ceil(allocated * (1 + RESERVED))
 
 
+def held(allocated: int, context: int) -> int:
+    """Bytes that NVML will show of the process, where memory is short."""
+    return reserved(allocated) + context
+
+
 def fitting(device_bytes: int, limit: int) -> str:
     """The verdict on what a process holds of a card, as NVML shows it, against what it may hold."""
-    if device_bytes > limit:
+    if 100 * device_bytes > FITS * limit:
         return "does not fit"
-    return "tight" if 100 * device_bytes > _TIGHT * limit else "fits"
+    return "tight" if 100 * device_bytes > TIGHT * limit else "fits"
 
 
 def gpu_entry(terms: dict[str, int], context: int, limit: int | None) -> dict[str, Any]:
     """One GPU of a plan's JSON, in bytes; without a limit there is no verdict."""
     peak = sum(terms.values())
-    held = reserved(peak)
+    device = held(peak, context)
     return {
         "terms": terms,
         "peak_bytes": peak,
-        "reserved_bytes": held,
+        "reserved_bytes": device - context,
         "context_bytes": context,
-        "device_bytes": held + context,
+        "device_bytes": device,
         "limit_bytes": limit,
-        "verdict": None if limit is None else fitting(held + context, limit),
+        "verdict": None if limit is None else fitting(device, limit),
     }

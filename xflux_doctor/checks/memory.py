@@ -6,11 +6,13 @@ from collections.abc import Iterator
 
 from xflux_trainer import memory
 
-from xflux_doctor.bill import checkpointed_blocks, fused, multiplies_fp8, need
+from xflux_doctor import planner
+from xflux_doctor.bill import fused, multiplies_fp8, need
 from xflux_doctor.check import Case, SkipCheck, check
 from xflux_doctor.checks.words import devices
 from xflux_doctor.facts import Gpu
 from xflux_doctor.finding import Edit, Finding, Scalar, error, warning
+from xflux_doctor.verdict import fitting, held
 
 GIB = 1 << 30
 _SHARED_HINT = "End it if it is yours (the doctor never does), or choose another GPU by CUDA_VISIBLE_DEVICES."
@@ -22,37 +24,48 @@ def gpu_memory(case: Case) -> Iterator[Finding]:
     if case.job.use_cpu:
         raise SkipCheck("the job runs on the CPU")
     bill = need(case)
+    wanted = held(bill.gpu_allocated, bill.gpu_context)
     for gpu in (devices(case) or ())[: case.job.local_processes]:
         total = min(gpu.memory_total, case.job.gpu_limit or gpu.memory_total)
         free = min(gpu.memory_free, case.job.gpu_limit or gpu.memory_free)
-        most = bill.gpu_total * (1 + bill.error_bar)
-        least = bill.gpu_total * (1 - bill.error_bar)
-        if free >= most:
+        word = fitting(wanted, free)
+        if word == "fits":
             continue
-        if least > total:
-            yield _does_not_fit(case, gpu, bill, total, free)
-        elif least > free:
-            yield _held(gpu, bill, free)
+        if fitting(wanted, total) == "does not fit":
+            yield _does_not_fit(case, gpu, bill, total)
+        elif word == "does not fit":
+            yield _held(case, gpu, wanted, free)
         else:
+            changes, label = _plan(case)
             yield warning(
                 f"GPU {gpu.index} has {free / GIB:.1f} GiB free; the job needs about "
-                f"{bill.gpu_total / GIB:.1f} GiB (±{bill.error_bar:.0%}).",
+                f"{wanted / GIB:.1f} GiB (±{bill.error_bar:.0%}).",
                 "It is tight: it may run out of memory.",
-                f"{_less(case)}, or free the GPU.",
-                offers=_recomputing(case, total, free),
+                f"{f'The plan that fits: {label}' if changes else _less(case)}, or free the GPU.",
+                offers=changes,
             )
 
 
-def _does_not_fit(case: Case, gpu: Gpu, bill: memory.Bill, total: int, free: int) -> Finding:
-    assert case.job.train is not None
-    edits = _recomputing(case, total, free)
+def _plan(case: Case) -> tuple[tuple[Edit, ...], str]:
+    """What makes the job fit by the planner, and the plan in words; nothing where there is no plan, or where it is the
+    job as it is."""
+    found = planner.known(case)
+    chosen = found.chosen if found else None
+    if chosen is None or not chosen.changes:
+        return (), ""
+    return planner.plan_edits(case, chosen), chosen.label
+
+
+def _does_not_fit(case: Case, gpu: Gpu, bill: memory.Bill, total: int) -> Finding:
+    edits, label = _plan(case)
     hint = f"{_less(case)}, or use a larger card."
     if edits:
-        hint = f"Set {' and '.join(f'{edit.key[-1]} to {_word(edit.value)}' for edit in edits)}."
+        words = ", ".join(f"{edit.key[-1]} to {_word(edit.value)}" for edit in edits)
+        hint = f"Take the plan that fits ({label}): set {words}."
     largest = ", ".join(f"{t.name} {t.bytes / GIB:.1f}" for t in sorted(bill.gpu, key=lambda t: -t.bytes)[:3])
     return error(
-        f"The job needs about {bill.gpu_total / GIB:.1f} GiB per GPU; GPU {gpu.index} ({gpu.name}) has "
-        f"{total / GIB:.1f} GiB{' by --gpu-limit' if case.job.gpu_limit else ''}.",
+        f"The job needs about {held(bill.gpu_allocated, bill.gpu_context) / GIB:.1f} GiB per GPU; GPU {gpu.index} "
+        f"({gpu.name}) has {total / GIB:.1f} GiB{' by --gpu-limit' if case.job.gpu_limit else ''}.",
         f"It ends in 'CUDA out of memory'. The largest terms, in GiB: {largest}.",
         hint,
         edits=edits,
@@ -62,25 +75,6 @@ def _does_not_fit(case: Case, gpu: Gpu, bill: memory.Bill, total: int, free: int
 def _word(value: Scalar) -> str:
     """As YAML writes it."""
     return "null" if value is None else str(value).lower()
-
-
-def _recomputing(case: Case, total: int, free: int) -> tuple[Edit, ...]:
-    """Edits that trade time for memory: as few blocks recompute as what is free takes, or the card if that takes none;
-    all of them where it cannot be graded."""
-    train = case.job.train
-    assert train is not None
-    graded = fused(case) and train.checkpointed_blocks is not None
-    if train.gradient_checkpointing and not graded:
-        return ()
-    why = "recomputing the blocks takes time instead of memory"
-    on = () if train.gradient_checkpointing else (Edit("train", ("gradient_checkpointing",), True, why),)
-    count = checkpointed_blocks(case, free) or checkpointed_blocks(case, total)
-    if count is not None:
-        reason = f"the first {count} blocks recompute their activations, and the others' fit"
-        return (*on, Edit("train", ("checkpointed_blocks",), count, reason))
-    if train.checkpointed_blocks is not None:
-        return (*on, Edit("train", ("checkpointed_blocks",), None, "every block recomputes its activations"))
-    return on
 
 
 def _less(case: Case) -> str:
@@ -101,7 +95,7 @@ def _less(case: Case) -> str:
     return text[0].upper() + text[1:]
 
 
-def _held(gpu: Gpu, bill: memory.Bill, free: int) -> Finding:
+def _held(case: Case, gpu: Gpu, wanted: int, free: int) -> Finding:
     used = gpu.memory_used
     named = "; ".join(
         f"process {p.pid} {p.name} of {p.user or 'another user'}"
@@ -110,11 +104,14 @@ def _held(gpu: Gpu, bill: memory.Bill, free: int) -> Finding:
         for p in gpu.processes
     )
     who = named or "no process that can be seen from here: held outside this container"
+    changes, label = _plan(case)
+    beside = f" Or take the plan that fits beside it: {label}." if changes else ""
     return error(
         f"GPU {gpu.index} has {free / GIB:.1f} of {gpu.memory_total / GIB:.1f} GiB free; the job needs about "
-        f"{bill.gpu_total / GIB:.1f} GiB. {used / GIB:.1f} GiB are in use by {who}.",
+        f"{wanted / GIB:.1f} GiB. {used / GIB:.1f} GiB are in use by {who}.",
         "It would end in 'CUDA out of memory' although the card is large enough.",
-        _SHARED_HINT,
+        f"{_SHARED_HINT}{beside}",
+        offers=changes,
         commands=("nvidia-smi --query-compute-apps=pid,name,used_memory --format=csv",),
     )
 

@@ -11,13 +11,12 @@ from xflux_trainer import memory, timing
 from xflux_trainer.config import TrainConfig
 
 from xflux_doctor import matrix as matrices
-from xflux_doctor import strategy, xflux_bill
+from xflux_doctor import planner, strategy, xflux_bill
 from xflux_doctor.batch import accumulation
-from xflux_doctor.bill import checkpointed_blocks, dataset, fused, has_triton, multiplies_fp8, need, spec_of
+from xflux_doctor.bill import dataset, fused, need, spec_of
 from xflux_doctor.check import Case, SkipCheck
 from xflux_doctor.errors import DoctorError, UsageError
 from xflux_doctor.inputs import Inputs, build
-from xflux_doctor.refused import refusals
 from xflux_doctor.report import placement, planjson
 from xflux_doctor.report.planjson import Card, Row
 from xflux_doctor.verdict import reserved
@@ -25,7 +24,6 @@ from xflux_doctor.visible import selected
 from xflux_doctor.xflux import XFlux
 
 GIB = 1 << 30
-_FLASH_4 = "flash-attn-4"
 _HOPPER = 9
 """The compute capability that it is fast on, its first number."""
 
@@ -47,10 +45,12 @@ def run(inputs: Inputs, *, gpu: str | None, form: str = "text") -> int:
     except SkipCheck as skip:
         raise DoctorError(f"There is no bill: {skip}.", "Use DDP, FSDP2, or DeepSpeed ZeRO stage 1, 2 or 3.") from skip
     name = cards[0].name if cards else ""
-    rows = _rows(case, config, bill, cards, shown=gpu is None)
-    fits = not cards or any(row.verdict(cards) != "does not fit" for row in rows)
+    visible = selected(case.facts.gpus or (), case.facts.environment, case.job.gpu_ids) if gpu is None else ()
+    found = planner.search(case, cards, visible)
+    fits = not cards or any(row.verdict(cards) != "does not fit" for row in found.rows)
     if form == "json":
-        click.echo(planjson.encode(planjson.document(case, bill, cards, rows)), nl=False)
+        rows = found.rows if bill.gpu else []
+        click.echo(planjson.encode(planjson.document(case, bill, cards, rows, found.chosen)), nl=False)
         return 0 if fits else 1
     for line in placement.lines(case):
         click.echo(line)
@@ -60,9 +60,11 @@ def run(inputs: Inputs, *, gpu: str | None, form: str = "text") -> int:
     if not cards:
         click.echo("No GPU to hold it against: name one with --gpu NAME:GIB.")
         return 0
-    _alternatives(rows, cards)
+    _alternatives(found.rows, cards, found.chosen)
     if not fits:
         click.echo("Nothing fits this card: use a larger one, or several under FSDP2 or ZeRO-3.")
+    elif found.chosen is None:
+        click.echo("Nothing that fits may be taken: name what may be lost in the training file's allow.")
     if advice := faster_attention(case):
         click.echo(f"{advice}.")
     return 0 if fits else 1
@@ -73,12 +75,12 @@ def faster_attention(case: Case) -> str:
     train, cards = case.job.train, selected(case.facts.gpus or (), case.facts.environment, case.job.gpu_ids)
     if train is None or not fused(case) or train.attention != "auto" or train.deterministic or case.job.use_cpu:
         return ""
-    if case.facts.packages is None or _FLASH_4 in case.facts.packages or not cards:
+    if case.facts.packages is None or planner.FLASH_4 in case.facts.packages or not cards:
         return ""
     if any(gpu.capability[0] != _HOPPER for gpu in cards):
         return ""
-    how = f"with it (pip install {_FLASH_4}) a step takes 25 to 30 % less time"
-    return f"{_FLASH_4} is not installed: {how} on {cards[0].name}"
+    how = f"with it (pip install {planner.FLASH_4}) a step takes 25 to 30 % less time"
+    return f"{planner.FLASH_4} is not installed: {how} on {cards[0].name}"
 
 
 def _xflux(case: Case, found: XFlux, gpu: str | None, form: str) -> int:
@@ -126,11 +128,7 @@ def _cards(case: Case, gpu: str | None) -> tuple[Card, ...]:
         if match is None or not size:
             raise UsageError(f"--gpu is {gpu!r}.", "Write NAME:GIB, such as A100:80.")
         return (Card(match[1], size, min(size, limit or size)),) * ranks
-    found = selected(case.facts.gpus or (), case.facts.environment, case.job.gpu_ids)
-    if not found:
-        return (Card("", limit, limit),) * ranks if limit else ()
-    made = [Card(one.name, one.memory_total, min(one.memory_free, limit or one.memory_free)) for one in found]
-    return tuple(made[rank % len(made)] for rank in range(ranks))
+    return planner.of_case(case)
 
 
 def _print(bill: memory.Bill) -> None:
@@ -148,27 +146,15 @@ def _print(bill: memory.Bill) -> None:
         )
 
 
-def _step(case: Case, config: TrainConfig, name: str) -> timing.Forecast | None:
-    """The time of a step, where the card is known and the ranks do what was timed."""
-    job = case.job
-    if not name or job.use_cpu or job.offloads or job.num_machines > 1:
-        return None
-    asked = dataclasses.replace(config, gradient_accumulation_steps=accumulation(job))
-    try:
-        return timing.seconds_per_step(
-            asked, spec_of(case), name, world_size=max(1, job.num_processes), strategy=job.strategy, device="cuda",
-            triton=has_triton(case), flash4=_FLASH_4 in (case.facts.packages or {}),
-        )  # fmt: skip
-    except timing.NoForecast:
-        return None
-
-
 def _duration(case: Case, config: TrainConfig, name: str) -> None:
     """A line on the time, where it is known."""
-    step = _step(case, config, name)
+    job = case.job
+    if not name or job.use_cpu or job.offloads or job.num_machines > 1:
+        return
+    asked = dataclasses.replace(config, gradient_accumulation_steps=accumulation(job))
+    step = planner.step_time(case, asked, spec_of(case), name)
     if step is None:
         return
-    asked = dataclasses.replace(config, gradient_accumulation_steps=accumulation(case.job))
     images = 0 if config.repeats else dataset(case).count  # how many repeats there are only a walk by folders says
     total = timing.hours(asked, step, world_size=max(1, case.job.num_processes), images=images)
     ending = "" if total is None else f", {total:.1f} hours in all"
@@ -199,80 +185,16 @@ def _strategies(case: Case) -> None:
     )
 
 
-def _rows(case: Case, config: TrainConfig, bill: memory.Bill, cards: tuple[Card, ...], *, shown: bool) -> list[Row]:
-    """The same job with the settings that trade time or size for memory, fastest first. `shown`: the visible cards
-    are meant, whose products may be in fp8 or not."""
-    if not bill.gpu:
-        return []
-    visible = selected(case.facts.gpus or (), case.facts.environment, case.job.gpu_ids) if shown else ()
-    some = checkpointed_blocks(case, min(card.limit for card in cards)) if cards else None
-    rows = []
-    for label, changed in variants(config, some, fp8=multiplies_fp8(case, visible)):
-        if any(refusals(changed, case.job.strategy, 1)):
-            continue
-        found = bill if changed == config else need(with_config(case, changed))
-        values = dataclasses.asdict(changed)
-        changes = {key: values[key] for key, value in dataclasses.asdict(config).items() if values[key] != value}
-        step = _step(case, changed, cards[0].name if cards else "")
-        terms = planjson.at_peak(found.gpu, found.peak_phase)
-        rows.append(Row(label, changes, terms, found.gpu_context, None if step is None else step.seconds))
-    return rows
-
-
-def with_config(case: Case, config: TrainConfig) -> Case:
-    return dataclasses.replace(case, job=dataclasses.replace(case.job, train=config))
-
-
-def _alternatives(rows: list[Row], cards: tuple[Card, ...]) -> None:
+def _alternatives(rows: list[Row], cards: tuple[Card, ...], chosen: Row | None = None) -> None:
     smallest = min(cards, key=lambda card: card.limit, default=None)
     if smallest is None:
         click.echo("\nper GPU:")
     else:
         total, limit = smallest.total or smallest.limit, smallest.limit
         of = f"{limit / GIB:.1f} of {total / GIB:.0f}" if total > limit else f"{limit / GIB:.0f}"
-        click.echo(f"\non a {smallest.name or 'GPU'} of {of} GiB:")
+        click.echo(f"\non a {smallest.name or 'GPU'} of {of} GiB, > is the plan:")
     for row in rows:
-        click.echo(f"  {row.verdict(cards) or '':<13}{row.device / GIB:7.1f} GiB  {row.label}")
-
-
-def variants(config: TrainConfig, some: int | None = None, *, fp8: bool = False) -> list[tuple[str, TrainConfig]]:
-    """The job as it is, and its neighbors, fastest first. `some`: checkpointed blocks that are enough to fit; `fp8`:
-    products can be computed in it."""
-    found = [("as it is", config)]
-    every = dataclasses.replace(config, gradient_checkpointing=True, checkpointed_blocks=None)
-    if some is not None:
-        changed = dataclasses.replace(every, checkpointed_blocks=some)
-        if changed != config:
-            found.append((f"{config.img_size} px, recomputing the first {some} blocks (checkpointed_blocks)", changed))
-    for checkpointing in (False, True):
-        for px in sorted({config.img_size, 1024, 768, 512}, reverse=True):
-            if px > config.img_size:
-                continue
-            changed = dataclasses.replace(every, gradient_checkpointing=checkpointing, img_size=px)
-            if changed != config:
-                mode = "recomputing every block" if checkpointing else "keeping every activation"
-                found.append((f"{px} px, {mode}", changed))
-    return [*found, *_smaller(config, fp8=fp8)]
-
-
-def _smaller(config: TrainConfig, *, fp8: bool) -> list[tuple[str, TrainConfig]]:
-    """The job's own size with less of the model on the device."""
-    checkpointed = dataclasses.replace(config, gradient_checkpointing=True, checkpointed_blocks=None)
-    if config.mode == "finetune":
-        own = {"optimizer": "adafactor", "step_in_backward": True, "weight_update": "stochastic"}
-        rows: dict[str, dict[str, Any]] = {"adafactor, stepped in the backward pass": own}
-    elif config.quantization == "none":
-        dynamic = {"quantization": "fp8-dynamic", "modulation": "quantize"}
-        rows = {
-            "base and products in fp8, keeping every activation": {**dynamic, "gradient_checkpointing": False},
-            "base and products in fp8": dynamic,
-        }
-        rows = (rows if fp8 else {}) | {
-            "base in int8": {"quantization": "int8"},
-            "base in nf4": {"quantization": "nf4"},
-            "base in nf4, its modulation streamed": {"quantization": "nf4", "modulation": "stream"},
-        }
-    else:
-        rows = {"its modulation streamed": {"modulation": "stream"}}
-    made = [(label, dataclasses.replace(checkpointed, **keys)) for label, keys in rows.items()]
-    return [(f"{config.img_size} px, {label}", changed) for label, changed in made if changed != config]
+        mark = ">" if row is chosen else " "
+        time = "" if row.seconds is None else f"{row.seconds:7.3f} s  "
+        lost = "" if not row.lossy else " (lossy, allowed)" if row.allowed else " (lossy)"
+        click.echo(f"{mark} {row.verdict(cards) or '':<13}{row.device / GIB:7.1f} GiB  {time}{row.label}{lost}")

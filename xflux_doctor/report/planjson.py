@@ -12,15 +12,22 @@ from xflux_trainer.memory_terms import Term
 from xflux_doctor import __version__, xflux_bill
 from xflux_doctor.check import Case
 from xflux_doctor.report.jsonreport import encode
-from xflux_doctor.verdict import fitting, gpu_entry, reserved
+from xflux_doctor.verdict import fitting, gpu_entry, held
 from xflux_doctor.xflux import XFlux
 
-__all__ = ["Card", "Row", "at_peak", "document", "encode", "xflux_document"]
+__all__ = ["Card", "Row", "at_peak", "document", "encode", "lossy_keys", "xflux_document"]
 SCHEMA = 1
-_LOSSY = frozenset({"quantization", "optimizer", "weight_update"})
-"""Settings that change the numbers which are computed."""
-_ASKED = "img_size"
-"""What is trained on is changed by the user only."""
+_LOSSY = frozenset({"quantization", "optimizer", "weight_update", "img_size"})
+"""Settings that change the numbers which are computed, by the names that the config's `allow` has for them."""
+
+
+def lossy_keys(changes: dict[str, Any]) -> frozenset[str]:
+    """Those of the changes, by the names of `allow`. A quantised modulation is a part of its base's quantisation; with
+    `backward_clip: exact` a step inside the backward pass is the step after it."""
+    found = set(_LOSSY & changes.keys())
+    found |= {"quantization"} if changes.get("modulation") == "quantize" else set()
+    inside = changes.get("step_in_backward") and changes.get("backward_clip") != "exact"
+    return frozenset(found | ({"backward_clip"} if inside else set()))
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,11 @@ class Row:
     context: int
     seconds: float | None = None
     """Of one step, where it can be foretold."""
+    order: float = 0.0
+    """What puts it among others where it cannot: the same by another card's times."""
+    allowed: bool = True
+    """Whether it may be taken without asking: what it loses is in the config's `allow`."""
+    fits: bool = False
 
     @property
     def allocated(self) -> int:
@@ -51,11 +63,11 @@ class Row:
 
     @property
     def device(self) -> int:
-        return reserved(self.allocated) + self.context
+        return held(self.allocated, self.context)
 
     @property
     def lossy(self) -> bool:
-        return bool(_LOSSY & self.changes.keys())
+        return bool(lossy_keys(self.changes))
 
     def verdict(self, cards: tuple[Card, ...]) -> str | None:
         """Of the card that has least; None without one."""
@@ -71,31 +83,31 @@ def at_peak(terms: Iterable[Term], phase: str) -> dict[str, int]:
     return found
 
 
-def document(case: Case, bill: Bill, cards: tuple[Card, ...], rows: list[Row]) -> dict[str, Any]:
+def document(case: Case, bill: Bill, cards: tuple[Card, ...], rows: list[Row], chosen: Row | None) -> dict[str, Any]:
     """The plan of the bundled trainer's job."""
     phases = bill.host_phases
     host = at_peak(bill.host, max(phases, key=lambda phase: phases[phase]))
     terms = at_peak(bill.gpu, bill.peak_phase) if bill.gpu else None
-    return _whole(case, cards, rows, terms, bill.gpu_context, host, bill.error_bar)
+    return _whole(case, cards, rows, terms, bill.gpu_context, host, bill.error_bar, chosen if cards else None)
 
 
 def xflux_document(case: Case, found: XFlux, cards: tuple[Card, ...], rows: list[Row]) -> dict[str, Any]:
     """The plan of a job of X-Flux's own scripts, whose first row is the job as it is."""
     host = {"the whole transformer, while it loads": xflux_bill.host_bytes(found)}
     terms = None if case.job.use_cpu else rows[0].terms
-    return _whole(case, cards, rows, terms, rows[0].context, host, xflux_bill.ERROR_BAR)
+    chosen = _first(rows, cards)
+    return _whole(case, cards, rows, terms, rows[0].context, host, xflux_bill.ERROR_BAR, chosen)
 
 
 def _whole(
     case: Case, cards: tuple[Card, ...], rows: list[Row], terms: dict[str, int] | None, context: int,
-    host: dict[str, int], error_bar: float,
+    host: dict[str, int], error_bar: float, chosen: Row | None,
 ) -> dict[str, Any]:  # fmt: skip
     ranks: list[dict[str, Any]] = []
     for rank in range(case.job.local_processes):
         limit = cards[rank].limit if cards else None
         gpu = None if terms is None else gpu_entry(terms, context, limit)
         ranks.append({"gpu": gpu, "host": _host(case, host)})
-    chosen = _chosen(rows, cards)
     smallest = min((card.limit for card in cards), default=None)
     others = [
         {**_row(row), "gpu": gpu_entry(row.terms, row.context, smallest), "seconds_per_step": row.seconds}
@@ -126,16 +138,18 @@ def _host(case: Case, terms: dict[str, int]) -> dict[str, Any]:
     return {"terms": terms, "peak_bytes": own, "all_ranks_bytes": every, "limit_bytes": limit, "verdict": verdict}
 
 
-def _chosen(rows: list[Row], cards: tuple[Card, ...]) -> Row | None:
-    """The first of the table that fits and computes what the job asks for; one that is tight where none fits."""
-    kept = [row for row in rows if not row.lossy and _ASKED not in row.changes]
+def _first(rows: list[Row], cards: tuple[Card, ...]) -> Row | None:
+    """The first of the table that fits; one that is tight where none fits."""
     for word in ("fits", "tight"):
-        for row in kept:
+        for row in rows:
             if row.verdict(cards) == word:
                 return row
     return None
 
 
 def _why(row: Row, cards: tuple[Card, ...]) -> str:
-    which = "the first change that" if row.changes else "as it is it"
-    return f"{which} fits" if row.verdict(cards) == "fits" else f"{which} is tight, and no other fits"
+    if row.verdict(cards) != "fits":
+        return "it is tight, and nothing else that may be taken fits"
+    if not row.changes:
+        return "as it is it fits, and nothing that may be changed makes it faster"
+    return "the fastest that fits" if row.seconds is not None else "the fastest that fits, by the times of an H100"

@@ -1,0 +1,347 @@
+"""The search for the fastest settings that fit a card: what may be changed, what it needs, how long a step then takes.
+
+Everything that only moves work and bytes about is free: which blocks recompute, which stream, how a batch is split,
+whether steps are recorded. What changes the numbers that are computed (`LOSSY`) is shown, and chosen only where the
+config's `allow` names it. Pure: from a case to rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from xflux_trainer import memory, timing
+from xflux_trainer.config import TrainConfig
+from xflux_trainer.rules import between
+from xflux_trainer.timing_cards import card_of
+
+from xflux_doctor.batch import accumulation, accumulation_places
+from xflux_doctor.bill import forecast_of, fused, has_triton, multiplies_fp8, spec_of
+from xflux_doctor.check import Case, SkipCheck
+from xflux_doctor.facts import Gpu
+from xflux_doctor.finding import Edit
+from xflux_doctor.refused import refusals
+from xflux_doctor.report.planjson import Card, Row, at_peak, lossy_keys
+from xflux_doctor.verdict import FITS, TIGHT, held
+from xflux_doctor.visible import selected
+
+FLASH_4 = "flash-attn-4"
+STAND_IN = "NVIDIA H100 80GB HBM3"
+"""Whose times put the plans of a card that was never timed in order."""
+STREAMED = (0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 48, 57)
+"""Numbers of streamed blocks that are tried."""
+COARSE = (0, 20, 36, 57)
+"""The same for plans that may not be taken, and are shown only."""
+SMALLER = (768, 512)
+"""Sizes that are offered where the job's own may not fit."""
+SAME = 0.99
+"""Share of a job's own time from which on another plan is not worth a change."""
+_PACKAGES = {"int8": "optimum-quanto", "int4": "optimum-quanto", "fp8": "optimum-quanto", "nf4": "bitsandbytes"}
+
+
+@dataclass(frozen=True)
+class Found:
+    """Plans, the quickest first, and which of them is taken."""
+
+    rows: list[Row]
+    chosen: Row | None
+    """None where none fits that may be taken."""
+    own: Row
+    """The job as it is."""
+
+
+def search(case: Case, cards: tuple[Card, ...], visible: tuple[Gpu, ...] = ()) -> Found:
+    """All plans of a job that has a bill on GPUs. `visible`: the cards that are meant, where they are those of here.
+
+    Without cards there is nothing to fit, and the job as it is alone. Raises SkipCheck where there is no bill.
+    """
+    return _Search(case, cards, visible).run()
+
+
+def plan_edits(case: Case, row: Row) -> tuple[Edit, ...]:
+    """What turns the job into that plan, in its files."""
+    edits = []
+    for key, value in row.changes.items():
+        if key == "gradient_accumulation_steps":
+            why = "as many samples a step as before"
+            edits += [Edit(file, place, value, why) for file, place in accumulation_places(case.job)]
+        else:
+            value = value if not isinstance(value, tuple) else ", ".join(map(str, value))
+            edits.append(Edit("train", (key,), value, f"the plan: {row.label}"))
+    return tuple(edits)
+
+
+def quicker(case: Case, found: Found, written: Iterable[str]) -> Row | None:
+    """The plan that is to be taken though the job as it is fits: it is faster, and changes nothing that the training
+    file itself says (`written`: its keys)."""
+    own, keys = found.own, frozenset(written)
+    if found.chosen is None or found.chosen is own or own.seconds is None:
+        return None
+    rows = [row for row in found.rows if row.seconds is not None and row.allowed and not keys & row.changes.keys()]
+    best = min((row for row in rows if row.fits), key=lambda row: row.seconds or 0.0, default=None)
+    return best if best is not None and (best.seconds or 0.0) < SAME * own.seconds else None
+
+
+class _Search:
+    def __init__(self, case: Case, cards: tuple[Card, ...], visible: tuple[Gpu, ...]) -> None:
+        assert case.job.train is not None
+        self.case, self.config, self.cards = case, case.job.train, cards
+        self.model = spec_of(case)
+        self.name = cards[0].name if cards else ""
+        self.steps = accumulation(case.job)
+        self.fp8 = multiplies_fp8(case, visible)
+        self.strategy = case.job.strategy
+        self.limit = min((card.limit for card in cards), default=0)
+        self._bills: dict[TrainConfig, memory.Bill] = {}
+
+    def run(self) -> Found:
+        own = self._row("as it is", self.config)
+        if not self.cards or not self._bill(self.config).gpu:
+            return Found([own], None if self.cards else own, own)
+        rows = {self.config: own}
+        for config in self._plans():
+            if config not in rows:
+                rows[config] = self._row(self._label(config), config)
+        ranked = sorted(rows.values(), key=lambda row: (not row.fits, _order(row)))
+        return Found(ranked, self._chosen(ranked, own), own)
+
+    def _chosen(self, rows: list[Row], own: Row) -> Row | None:
+        """The quickest that fits among those that may be taken; the job as it is where none is quicker by much. The
+        images' size changes only where nothing else fits."""
+        for word in ("fits", "tight"):
+            there = [row for row in rows if row.allowed and row.verdict(self.cards) == word]
+            for some in ([row for row in there if "img_size" not in row.changes], there):
+                if not some:
+                    continue
+                best = min(some, key=_order)
+                return own if own in some and _order(own) * SAME <= _order(best) else best
+        return None
+
+    def _row(self, label: str, config: TrainConfig) -> Row:
+        bill = self._bill(config)
+        values, mine = dataclasses.asdict(config), dataclasses.asdict(self.config)
+        changes = {key: values[key] for key, value in mine.items() if values[key] != value}
+        if config.train_batch_size != self.config.train_batch_size:
+            changes["gradient_accumulation_steps"] = self._accumulation(config)
+        seconds, order = self._seconds(config), self._order(config)
+        row = Row(label, changes, at_peak(bill.gpu, bill.peak_phase), bill.gpu_context, seconds, order)
+        fits = bool(self.cards) and row.verdict(self.cards) == "fits"
+        return dataclasses.replace(row, allowed=lossy_keys(changes) <= set(self.config.allow), fits=fits)
+
+    # What is tried --------------------------------------------------------------------------------------
+
+    def _plans(self) -> Iterator[TrainConfig]:
+        yield dataclasses.replace(self.config, gradient_checkpointing=False, checkpointed_blocks=None)
+        yield dataclasses.replace(self.config, gradient_checkpointing=True, checkpointed_blocks=None)
+        for base in self._bases(self.config):
+            found = self._best(base)
+            if found is not None:
+                yield found
+        for pixels in SMALLER:
+            if pixels < self.config.img_size:
+                small = dataclasses.replace(self.config, img_size=pixels)
+                found = self._best(small)
+                if found is not None:
+                    yield found
+
+    def _bases(self, config: TrainConfig) -> Iterator[TrainConfig]:
+        """The job as it is, then what holds it in fewer bytes at a loss."""
+        yield config
+        if config.mode == "finetune":
+            yield from self._finetunes(config)
+            return
+        if config.quantization != "none":
+            yield dataclasses.replace(config, modulation="quantize")
+            return
+        kinds = [("fp8-dynamic", "quantize"), ("fp8-dynamic", config.modulation)] if self.fp8 else []
+        kinds += [("int8", config.modulation), ("int8", "quantize"), ("int4", "quantize"), ("nf4", "quantize")]
+        for kind, modulation in kinds:
+            if self._has(_PACKAGES.get(kind, "torch")):
+                yield dataclasses.replace(config, quantization=kind, modulation=modulation)
+
+    def _finetunes(self, config: TrainConfig) -> Iterator[TrainConfig]:
+        inside = {"step_in_backward": True, "backward_clip": "exact"}
+        yield dataclasses.replace(config, **inside)
+        if config.max_grad_norm:
+            yield dataclasses.replace(config, step_in_backward=True, backward_clip="previous")
+        for optimizer, package in (("adamw8bit", "torchao"), ("adafactor", "transformers")):
+            if optimizer != config.optimizer and self._has(package):
+                other = dataclasses.replace(config, optimizer=optimizer)
+                yield from (other, dataclasses.replace(other, **inside))
+                yield dataclasses.replace(other, step_in_backward=True, backward_clip="previous")
+
+    def _has(self, package: str) -> bool:
+        """Whether it is installed, as far as that is known."""
+        packages = self.case.facts.packages
+        return packages is None or package in packages or "torch" not in packages
+
+    def _best(self, base: TrainConfig) -> TrainConfig | None:
+        """The quickest way to fit that base; where none fits, the one that is tight."""
+        changes = {key for key, value in vars(self.config).items() if getattr(base, key) != value}
+        lossy = lossy_keys({key: getattr(base, key) for key in changes})
+        streamed = STREAMED if lossy <= set(self.config.allow) else COARSE
+        for percent in (TIGHT, FITS):
+            best: tuple[float, TrainConfig] | None = None
+            # With nothing recomputed each is at its quickest: once that is slower than what was found, so is the rest.
+            ways = [
+                (self._order(_recomputing(way, 0)), number, way)
+                for number, way in enumerate(self._ways(base, streamed))
+            ]
+            for quickest, _, way in sorted(ways, key=lambda each: each[:2]):
+                if best is not None and quickest >= best[0]:
+                    break
+                found = self._least(way, percent)
+                if found is not None and (best is None or self._order(found) < best[0]):
+                    best = (self._order(found), found)
+            if best is not None:
+                return best[1]
+        return None
+
+    def _ways(self, base: TrainConfig, streamed: tuple[int, ...]) -> Iterator[TrainConfig]:
+        """What changes no number: streaming, recording, the split of a batch."""
+        for split in self._splits(base):
+            yield split
+            if split.cuda_graphs and split.mode == "lora":
+                yield dataclasses.replace(split, cuda_graphs=False)
+            if split.mode == "finetune":
+                continue
+            for modulation in dict.fromkeys((split.modulation, "stream")):
+                for count in streamed:
+                    if (modulation, count) != (split.modulation, split.stream_blocks):
+                        yield dataclasses.replace(split, modulation=modulation, stream_blocks=count)
+
+    def _splits(self, base: TrainConfig) -> Iterator[TrainConfig]:
+        yield base
+        for size in range(base.train_batch_size - 1, 0, -1):
+            if base.train_batch_size % size == 0 and not base.step_in_backward:
+                yield dataclasses.replace(base, train_batch_size=size)
+
+    def _least(self, config: TrainConfig, percent: int) -> TrainConfig | None:
+        """With as few recomputed blocks as it takes to fit; None where it takes more than there are, or is refused."""
+        if between(config) or any(refusals(config, self.strategy, self._accumulation(config))):
+            return None
+
+        def some(count: int) -> TrainConfig:
+            return _recomputing(config, count)
+
+        if self._fits(some(0), percent):
+            return some(0)
+        every = _recomputing(config, None)
+        if not fused(dataclasses.replace(self.case, job=dataclasses.replace(self.case.job, train=config))):
+            return every if self._fits(every, percent) else None  # diffusers' blocks: all or none
+        most = self.model.double_blocks + self.model.single_blocks - 1
+        if most < 1 or not self._fits(some(most), percent):
+            return every if self._fits(every, percent) else None
+        least = 1
+        while least < most:  # each further block lowers the need
+            middle = (least + most) // 2
+            least, most = (least, middle) if self._fits(some(middle), percent) else (middle + 1, most)
+        return some(most)
+
+    # What it needs and takes ------------------------------------------------------------------------------
+
+    def _bill(self, config: TrainConfig) -> memory.Bill:
+        if config not in self._bills:
+            self._bills[config] = forecast_of(self.case, config, self.model)
+        return self._bills[config]
+
+    def _fits(self, config: TrainConfig, percent: int) -> bool:
+        bill = self._bill(config)
+        return 100 * held(bill.gpu_allocated, bill.gpu_context) <= percent * self.limit
+
+    def _accumulation(self, config: TrainConfig) -> int:
+        passes: int = self.config.train_batch_size // config.train_batch_size
+        return self.steps * passes
+
+    def _seconds(self, config: TrainConfig) -> float | None:
+        """Of a step, where the card is known and the ranks do what was timed."""
+        job = self.case.job
+        if not self.name or job.use_cpu or job.offloads or job.num_machines > 1 or card_of(self.name) is None:
+            return None
+        return self._time(config, self.name)
+
+    def _order(self, config: TrainConfig) -> float:
+        """The same, by a stand-in's times where the card's own are not known."""
+        return self._time(config, self.name if card_of(self.name) else STAND_IN) or 0.0
+
+    def _time(self, config: TrainConfig, name: str) -> float | None:
+        asked = dataclasses.replace(config, gradient_accumulation_steps=self._accumulation(config))
+        found = step_time(self.case, asked, self.model, name)
+        return None if found is None else found.seconds
+
+    def _label(self, config: TrainConfig) -> str:
+        return describe(config, self.config, self.model.double_blocks + self.model.single_blocks)
+
+
+def step_time(case: Case, config: TrainConfig, model: Any, name: str) -> timing.Forecast | None:
+    """The time of a step on a card of that name; None where there is no forecast of it."""
+    try:
+        return timing.seconds_per_step(
+            config, model, name, world_size=max(1, case.job.num_processes), strategy=case.job.strategy, device="cuda",
+            triton=has_triton(case), flash4=FLASH_4 in (case.facts.packages or {}),
+        )  # fmt: skip
+    except timing.NoForecast:
+        return None
+
+
+def _recomputing(config: TrainConfig, count: int | None) -> TrainConfig:
+    """Recomputing so many blocks; None: all."""
+    if count == 0:
+        return dataclasses.replace(config, gradient_checkpointing=False, checkpointed_blocks=None)
+    return dataclasses.replace(config, gradient_checkpointing=True, checkpointed_blocks=count)
+
+
+def _order(row: Row) -> float:
+    return row.order if row.seconds is None else row.seconds
+
+
+def describe(config: TrainConfig, own: TrainConfig, blocks: int) -> str:
+    """A plan in words: the size, what is recomputed, and what is held or computed in another way than the job says."""
+    count = config.checkpointed_blocks if config.checkpointed_blocks is not None else blocks
+    again = f"recomputing {count} of {blocks} blocks" if count < blocks else "recomputing every block"
+    words = [f"{config.img_size} px", again if config.gradient_checkpointing and count else "keeping every activation"]
+    if config.train_batch_size != own.train_batch_size:
+        words.append(f"{own.train_batch_size // config.train_batch_size} passes of {config.train_batch_size} a step")
+    if config.quantization != own.quantization:
+        words.append(
+            f"base {'and products in fp8' if config.quantization == 'fp8-dynamic' else 'in ' + config.quantization}"
+        )
+    if config.modulation != own.modulation:
+        words.append({"stream": "modulation streamed", "quantize": "modulation too", "keep": "modulation kept"}[
+            config.modulation
+        ])  # fmt: skip
+    if config.stream_blocks != own.stream_blocks:
+        words.append(f"{config.stream_blocks} blocks streamed" if config.stream_blocks else "no block streamed")
+    if config.optimizer != own.optimizer:
+        words.append(config.optimizer)
+    if config.step_in_backward and not own.step_in_backward:
+        words.append("stepped in the backward pass" + (", clipped exactly" if config.backward_clip == "exact" else ""))
+    if own.cuda_graphs and not config.cuda_graphs:
+        words.append("launched kernel by kernel")
+    return ", ".join(words)
+
+
+def of_case(case: Case) -> tuple[Card, ...]:
+    """The visible card of each rank of this machine, within --gpu-limit."""
+    if case.job.use_cpu:
+        return ()
+    limit, ranks = case.job.gpu_limit, case.job.local_processes
+    found = selected(case.facts.gpus or (), case.facts.environment, case.job.gpu_ids)
+    if not found:
+        return (Card("", limit, limit),) * ranks if limit else ()
+    made = [Card(one.name, one.memory_total, min(one.memory_free, limit or one.memory_free)) for one in found]
+    return tuple(made[rank % len(made)] for rank in range(ranks))
+
+
+def known(case: Case) -> Found | None:
+    """The plans on the visible cards; None where there is no bill, or no card."""
+    if case.job.train is None or case.job.use_cpu or not case.job.bundled:
+        return None
+    try:
+        cards = of_case(case)
+        visible = selected(case.facts.gpus or (), case.facts.environment, case.job.gpu_ids)
+        return search(case, cards, visible) if cards else None
+    except (SkipCheck, OSError):
+        return None
