@@ -34,7 +34,7 @@ STREAMED = (0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 48, 57)
 """Numbers of streamed blocks that are tried."""
 COARSE = (0, 20, 36, 57)
 """The same for plans that may not be taken, and are shown only."""
-SMALLER = (768, 512)
+SMALLER = (1024, 768, 512)
 """Sizes that are offered where the job's own may not fit."""
 SAME = 0.99
 """Share of a job's own time from which on another plan is not worth a change."""
@@ -109,13 +109,13 @@ class _Search:
 
     def _chosen(self, rows: list[Row], own: Row) -> Row | None:
         """The quickest that fits among those that may be taken; the job as it is where none is quicker by much. The
-        images' size changes only where nothing else fits."""
+        images' size changes only where nothing else fits, and as little as it can."""
         for word in ("fits", "tight"):
             there = [row for row in rows if row.allowed and row.verdict(self.cards) == word]
             for some in ([row for row in there if "img_size" not in row.changes], there):
                 if not some:
                     continue
-                best = min(some, key=_order)
+                best = min(some, key=lambda row: (-row.changes.get("img_size", 0), _order(row)))
                 return own if own in some and _order(own) * SAME <= _order(best) else best
         return None
 

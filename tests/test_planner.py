@@ -1,0 +1,159 @@
+"""The planner: what it finds is the fastest that fits, it takes nothing lossy unasked, and its edits make that plan."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from conftest import GIB, XFLUX_ACCELERATE, case, gpus, job, machine, packages
+
+from xflux_doctor import planner
+from xflux_doctor.bill import need
+from xflux_doctor.check import Case, examine
+from xflux_doctor.checks import memory
+from xflux_doctor.matrix import Matrix
+from xflux_doctor.plan import make
+from xflux_doctor.planner import Found
+from xflux_doctor.report.planjson import Card, Row
+from xflux_doctor.verdict import TIGHT, held
+
+ONE = XFLUX_ACCELERATE.replace("num_processes: 8", "num_processes: 1").replace("DEEPSPEED", "NO")
+SEED = {"img_size": 1024, "lora_targets": "diffusers", "disable_sampling": True}
+
+
+def subject(matrix: Matrix, limit: float, text: str = ONE, **train: Any) -> Case:
+    """The seed's job on one H100 of which `limit` GiB may be taken, with flash-attn-4 and torchao."""
+    more = {"triton": "3.6.0", "flash-attn-4": "4.0.0", "torchao": "0.18.0", "bitsandbytes": "0.50.2"}
+    facts = machine(matrix, gpus=gpus("H100", 1, memory_free=79 * GIB), packages=packages(matrix, "cuda13", **more))
+    work = dataclasses.replace(job(text, **{**SEED, **train}), gpu_limit=int(limit * GIB))
+    return case(matrix, facts, work)
+
+
+def planned(matrix: Matrix, limit: float, text: str = ONE, **train: Any) -> Found:
+    found = planner.known(subject(matrix, limit, text, **train))
+    assert found is not None
+    return found
+
+
+def chosen(found: Found) -> Row:
+    assert found.chosen is not None and found.chosen.fits
+    return found.chosen
+
+
+def test_with_room_nothing_is_recomputed(matrix: Matrix) -> None:
+    found = planned(matrix, 78)
+    plan = chosen(found)
+    assert plan.changes == {"gradient_checkpointing": False} and not plan.lossy and plan.seconds is not None
+    assert found.own.seconds is not None and plan.seconds < 0.8 * found.own.seconds and found.own.fits
+    # What is fastest already stays.
+    kept = planned(matrix, 78, gradient_checkpointing=False)
+    assert kept.chosen is kept.own and kept.own.changes == {}
+
+
+@pytest.mark.parametrize("limit", [12, 16, 24, 32, 40, 48])
+def test_it_is_the_fastest_of_all_that_can_be_said(matrix: Matrix, limit: int) -> None:
+    """Against every number of recomputed blocks beside every number of streamed ones that is tried, one by one."""
+    found = planned(matrix, limit)
+    plan = chosen(found)
+    assert not plan.lossy and plan.seconds is not None
+    work = subject(matrix, limit)
+    seek = planner._Search(work, planner.of_case(work), ())
+    best = None
+    for way in seek._ways(seek.config, planner.STREAMED):
+        for count in (*range(58), None):
+            config = planner._recomputing(way, count)
+            if seek._fits(config, TIGHT):
+                seconds = seek._order(config)
+                best = seconds if best is None else min(best, seconds)
+    assert best is not None and plan.seconds <= 1.0001 * best
+
+
+@pytest.mark.parametrize(("limit", "allow"), [(24, ()), (12, ()), (24, ("quantization",)), (30, ())])
+def test_its_edits_make_the_plan_and_it_fits_then(matrix: Matrix, limit: int, allow: tuple[str, ...]) -> None:
+    """The job as the files say after them has the plan's own bill, and ME101 has nothing to say."""
+    work = subject(matrix, limit, gradient_checkpointing=False, allow=allow)
+    plan = make(work, lambda mended: examine(mended, [memory.gpu_memory]))
+    assert plan.blockers == () and plan.verdicts[0].status == "ok" and plan.job.train is not None
+    row = chosen(planner.known(work) or pytest.fail())
+    bill = need(case(matrix, work.facts, plan.job))
+    assert held(bill.gpu_allocated, bill.gpu_context) == row.device
+    assert (plan.job.train.quantization != "none") == bool(allow)
+
+
+def test_one_block_less_would_not_fit(matrix: Matrix) -> None:
+    plan = chosen(planned(matrix, 32))
+    work = subject(matrix, 32, **{**plan.changes, "checkpointed_blocks": plan.changes["checkpointed_blocks"] - 1})
+    bill = need(work)
+    assert plan.changes["checkpointed_blocks"] > 1
+    assert 100 * held(bill.gpu_allocated, bill.gpu_context) > TIGHT * 32 * GIB
+
+
+def test_what_loses_something_is_shown_and_taken_only_when_it_is_allowed(matrix: Matrix) -> None:
+    found = planned(matrix, 24)
+    lossy = [row for row in found.rows if row.lossy and row.fits]
+    assert any(row.changes.get("quantization") == "fp8-dynamic" for row in lossy)
+    assert not any(row.allowed for row in lossy) and not chosen(found).lossy
+    allowed = chosen(planned(matrix, 24, allow=("quantization",)))
+    assert allowed.lossy and allowed.changes["quantization"] == "fp8-dynamic"
+    assert (allowed.seconds or 9) < (chosen(found).seconds or 0)
+    # Size is what is trained on: with consent, and only where nothing else fits.
+    assert "img_size" not in chosen(planned(matrix, 24, allow=("img_size",))).changes
+
+
+def test_the_size_changes_last(matrix: Matrix) -> None:
+    """At 2560 px the blocks' inputs alone are 8.5 GiB."""
+    large = {"img_size": 2560}
+    assert planned(matrix, 14, **large).chosen is None
+    assert chosen(planned(matrix, 14, **large, allow=("img_size",))).changes["img_size"] == 1024
+    assert "img_size" not in chosen(planned(matrix, 30, **large, allow=("img_size",))).changes
+
+
+def test_a_batch_is_split_and_a_step_sees_as_many_samples(matrix: Matrix) -> None:
+    plan = chosen(planned(matrix, 16, train_batch_size=8))
+    assert plan.changes["train_batch_size"] * plan.changes["gradient_accumulation_steps"] == 8
+    edits = {edit.key[-1]: edit.value for edit in planner.plan_edits(subject(matrix, 16, train_batch_size=8), plan)}
+    assert edits["gradient_accumulation_steps"] == plan.changes["gradient_accumulation_steps"]
+
+
+FINETUNE = {"mode": "finetune"}
+
+
+@pytest.mark.parametrize(("limit", "allow", "fits"), [
+    (78, (), False),  # AdamW's moments alone are 89 GiB
+    (78, ("optimizer", "backward_clip"), True), (48, ("optimizer", "backward_clip"), True),
+    (32, ("optimizer", "backward_clip"), True), (20, ("optimizer", "backward_clip"), False),
+])  # fmt: skip
+def test_a_full_fine_tune(matrix: Matrix, limit: int, allow: tuple[str, ...], fits: bool) -> None:
+    found = planned(matrix, limit, **FINETUNE, allow=allow)
+    assert (found.chosen is not None) == fits
+    if found.chosen:
+        assert found.chosen.changes["optimizer"] in ("adamw8bit", "adafactor") and found.chosen.fits
+
+
+def test_what_the_file_says_is_not_changed_for_speed(matrix: Matrix) -> None:
+    work = subject(matrix, 78)
+    found = planner.known(work)
+    assert found is not None
+    taken = planner.quicker(work, found, ())
+    assert taken is not None and taken.changes == {"gradient_checkpointing": False}
+    assert planner.quicker(work, found, ("gradient_checkpointing",)) is None
+
+
+def test_a_card_that_was_never_timed_is_planned_by_another_s_times(matrix: Matrix) -> None:
+    found = planner.search(subject(matrix, 78), (Card("RTX 5090", 32 * GIB, 32 * GIB),))
+    plan = chosen(found)
+    assert plan.seconds is None
+    assert plan.changes["checkpointed_blocks"] == chosen(planned(matrix, 32)).changes["checkpointed_blocks"]
+
+
+def test_a_package_that_is_not_there_is_not_planned_with(matrix: Matrix) -> None:
+    work = subject(matrix, 24, allow=("quantization",))
+    less = {name: kept for name, kept in (work.facts.packages or {}).items() if name != "bitsandbytes"}
+    import msgspec
+
+    bare = case(matrix, msgspec.structs.replace(work.facts, packages=less), work.job)
+    for one, there in ((work, True), (bare, False)):
+        found = planner.known(one)
+        assert found is not None
+        assert any(row.changes.get("quantization") == "nf4" for row in found.rows) == there
