@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import GIB
-from picture_kit import TWO, Planned, planned
+import xflux_kit as kit
+from conftest import GIB, machine, record
+from picture_kit import ONE, TWO, Planned, planned
 
+from xflux_doctor.cli import main
 from xflux_doctor.matrix import Matrix
 from xflux_doctor.report.groups import GROUPS, sizes
 from xflux_doctor.report.planhtml import page, reasons_of
@@ -159,6 +161,21 @@ def test_a_plan_s_own_numbers_in_the_document_are_taken(matrix: Matrix) -> None:
     document["plan"]["gpu"] = document["alternatives"][2]["gpu"]
     text = page(document)
     assert "not in this file" not in text and text.count('role="img"') == len(job.rows)
+
+
+def test_a_page_of_x_flux_s_own_scripts(
+    tmp_path: Path, matrix: Matrix, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the command's own output."""
+    kit.job(tmp_path, data={"img_size": 1024})
+    record(tmp_path / "facts.json", machine(matrix))
+    (tmp_path / "accelerate.yaml").write_text(ONE)
+    monkeypatch.chdir(tmp_path)
+    usual = ["--accelerate-config", "accelerate.yaml", "--facts", "facts.json", "--gpu", "A100:80", "--format", "json"]
+    main(["plan", "--config", "own.yaml", "--xflux", str(tmp_path), *usual])
+    read = Read(page(json.loads(capsys.readouterr().out)))
+    assert "under DeepSpeed in bf16: the first change that fits." in read.words and "±3%" in read.words
+    assert "T5, CLIP and the autoencoder" in read.words and "distributed_type: DEEPSPEED" in read.words
 
 
 @pytest.mark.parametrize(

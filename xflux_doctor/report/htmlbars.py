@@ -140,7 +140,7 @@ def _bar(svg: Element, parts: Sequence[int], gpu: Mapping[str, Any], reach: Scal
     else:
         low, high, middle = reach.at(end - error), reach.at(end + error), _HIGH + _BELOW / 2
         line(svg, "error", low, middle, high, middle)
-        for x in (low, high):
+        for x in (low, high) if end + error <= reach.whole else (low,):
             line(svg, "error", x, middle - 2.5, x, middle + 2.5)
     if reach.limit is not None:
         line(svg, "mark", reach.at(reach.limit), 0, reach.at(reach.limit), _HIGH, 2)
