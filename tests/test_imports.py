@@ -42,6 +42,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
      "explain.*", "explain", "inputs"),
     ("guard", "supervise", "remember"),
     ("report.placement", "report.summary", "report.text", "report.jsonreport", "report.planjson", "report.difference",
+     "report.groups", "report.bars", "report.htmlparts", "report.htmlbars", "report.planhtml",
      "report"),
     ("commands.check", "commands.fix", "commands.undo", "commands.install", "commands.explain", "commands.plan",
      "commands.matrix", "commands.nodes", "commands.together", "commands.run",
