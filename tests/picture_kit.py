@@ -16,7 +16,7 @@ from xflux_trainer.memory import STRATEGIES, Bill, forecast
 from xflux_trainer.rules import between
 from xflux_trainer.spec import FLUX_DEV
 
-from xflux_doctor import xflux_bill
+from xflux_doctor import planner, xflux_bill
 from xflux_doctor.bill import need
 from xflux_doctor.check import Case
 from xflux_doctor.commands import plan
@@ -38,20 +38,15 @@ class Planned:
     bill: Bill
     cards: tuple[Card, ...]
     rows: list[Row]
+    chosen: Row | None
 
     @property
     def document(self) -> dict[str, Any]:
         """As a program reads it."""
-        made: dict[str, Any] = json.loads(
-            planjson.encode(planjson.document(self.case, self.bill, self.cards, self.rows))
-        )
+        rows = self.rows if self.bill.gpu else []
+        document = planjson.document(self.case, self.bill, self.cards, rows, self.chosen)
+        made: dict[str, Any] = json.loads(planjson.encode(document))
         return made
-
-    @property
-    def chosen(self) -> Row | None:
-        """The row that the document names, found by what it says."""
-        plan_ = self.document["plan"]
-        return next((row for row in self.rows if plan_ and row.label == plan_["label"]), None)
 
 
 def planned(
@@ -64,8 +59,8 @@ def planned(
     subject = case(matrix, machine(matrix, card=card, **own), work)
     cards = plan._cards(subject, gpu)
     bill = need(subject)
-    assert subject.job.train is not None
-    return Planned(subject, bill, cards, plan._rows(subject, subject.job.train, bill, cards, shown=gpu is None))
+    found = planner.search(subject, cards)
+    return Planned(subject, bill, cards, found.rows if bill.gpu else [], found.chosen)
 
 
 def xflux_names(matrix: Matrix, folder: Path) -> set[str]:

@@ -153,9 +153,10 @@ def run(dry_run: bool, yes: bool, wait_for_nodes: float, extra: tuple[str, ...],
 @_xflux
 @click.option("--gpu", metavar="NAME:GIB", help="Plan for a GPU that is not here, such as 'A100:80'.")
 @click.option("--format", "form", type=click.Choice(["text", "json"]), default="text")
-def plan(gpu: str | None, form: str, **options: Any) -> int:
-    """The memory bill, and the alternatives that fit."""
-    return int(_command("plan").run(inputs_of(options), gpu=gpu, form=form))
+@click.option("--html", metavar="FILE", help="Write the plan as a page as well, with its picture and the whole bill.")
+def plan(gpu: str | None, form: str, html: str | None, **options: Any) -> int:
+    """The memory bill, the fastest plan that fits, and its alternatives."""
+    return int(_command("plan").run(inputs_of(options), gpu=gpu, form=form, html=html))
 
 
 @cli.command()

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import re
+import shutil
+import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -16,8 +20,9 @@ from xflux_doctor.batch import accumulation
 from xflux_doctor.bill import dataset, fused, need, spec_of
 from xflux_doctor.check import Case, SkipCheck
 from xflux_doctor.errors import DoctorError, UsageError
+from xflux_doctor.files import write_atomic
 from xflux_doctor.inputs import Inputs, build
-from xflux_doctor.report import placement, planjson
+from xflux_doctor.report import bars, placement, planjson
 from xflux_doctor.report.planjson import Card, Row
 from xflux_doctor.verdict import reserved
 from xflux_doctor.visible import selected
@@ -28,11 +33,11 @@ _HOPPER = 9
 """The compute capability that it is fast on, its first number."""
 
 
-def run(inputs: Inputs, *, gpu: str | None, form: str = "text") -> int:
+def run(inputs: Inputs, *, gpu: str | None, form: str = "text", html: str | None = None) -> int:
     """Print the bill and the alternatives; exit 1 when none fits the card."""
     case = build(inputs, matrices.load_with(inputs.matrix))
     if case.job.xflux is not None:
-        return _xflux(case, case.job.xflux, gpu, form)
+        return _xflux(case, case.job.xflux, gpu, form, html)
     config = case.job.train
     if config is None:
         problem = next((p for p in case.job.problems if p.file == "train"), None)
@@ -48,9 +53,11 @@ def run(inputs: Inputs, *, gpu: str | None, form: str = "text") -> int:
     visible = selected(case.facts.gpus or (), case.facts.environment, case.job.gpu_ids) if gpu is None else ()
     found = planner.search(case, cards, visible)
     fits = not cards or any(row.verdict(cards) != "does not fit" for row in found.rows)
+    document = planjson.document(case, bill, cards, found.rows if bill.gpu else [], found.chosen)
+    if html:
+        _page(html, document, config.img_dir, cards, found.chosen, bill)
     if form == "json":
-        rows = found.rows if bill.gpu else []
-        click.echo(planjson.encode(planjson.document(case, bill, cards, rows, found.chosen)), nl=False)
+        click.echo(planjson.encode(document), nl=False)
         return 0 if fits else 1
     for line in placement.lines(case):
         click.echo(line)
@@ -60,7 +67,7 @@ def run(inputs: Inputs, *, gpu: str | None, form: str = "text") -> int:
     if not cards:
         click.echo("No GPU to hold it against: name one with --gpu NAME:GIB.")
         return 0
-    _alternatives(found.rows, cards, found.chosen)
+    _alternatives(found.rows if bill.gpu else [], cards, found.chosen)
     if not fits:
         click.echo("Nothing fits this card: use a larger one, or several under FSDP2 or ZeRO-3.")
     elif found.chosen is None:
@@ -83,7 +90,20 @@ def faster_attention(case: Case) -> str:
     return f"{planner.FLASH_4} is not installed: {how} on {cards[0].name}"
 
 
-def _xflux(case: Case, found: XFlux, gpu: str | None, form: str) -> int:
+def _page(
+    file: str,
+    document: dict[str, Any],
+    about: str,
+    cards: tuple[Card, ...],
+    chosen: Row | None,
+    bill: memory.Bill | None,
+) -> None:
+    planhtml = importlib.import_module("xflux_doctor.report.planhtml")  # for those alone who want a page
+    reasons = planhtml.reasons_of(bill) if bill is not None else None
+    write_atomic(Path(file), planhtml.page(document, summary=about, cards=cards, chosen=chosen, reasons=reasons))
+
+
+def _xflux(case: Case, found: XFlux, gpu: str | None, form: str, html: str | None) -> int:
     """What X-Flux's own script needs, as it is and under DeepSpeed; there are no other settings to choose from."""
     if found.config is None:
         raise DoctorError(f"{found.problem or 'No config was given'}.", "Give --config FILE.", code=2)
@@ -100,8 +120,12 @@ def _xflux(case: Case, found: XFlux, gpu: str | None, form: str) -> int:
         changes: dict[str, Any] = {} if engine is None else {"distributed_type": "DEEPSPEED", "mixed_precision": "bf16"}
         rows.append(Row(label, changes, {term.name: term.bytes for term in terms}, xflux_bill.CONTEXT))
     fits = not cards or any(row.verdict(cards) != "does not fit" for row in rows)
+    chosen = planjson.first(rows, cards)
+    document = planjson.xflux_document(case, found, cards, rows)
+    if html:
+        _page(html, document, str(found.script.path), cards, chosen, None)
     if form == "json":
-        click.echo(planjson.encode(planjson.xflux_document(case, found, cards, rows)), nl=False)
+        click.echo(planjson.encode(document), nl=False)
         return 0 if fits else 1
     commit = f" at {found.commit[:7]}" if found.commit else ""
     click.echo(f"{found.script.path}{commit} ({found.script.because}):")
@@ -113,7 +137,7 @@ def _xflux(case: Case, found: XFlux, gpu: str | None, form: str) -> int:
     ranks = case.job.local_processes
     click.echo(f"  host{xflux_bill.host_bytes(found) * ranks / GIB:9.3f} GiB  while loading, {ranks} x one whole copy")
     click.echo(f"  disk{xflux_bill.checkpoint_bytes(case, found) / GIB:9.3f} GiB  each checkpoint")
-    _alternatives(rows, cards)
+    _alternatives(rows, cards, chosen)
     return 0 if fits else 1
 
 
@@ -185,16 +209,8 @@ def _strategies(case: Case) -> None:
     )
 
 
-def _alternatives(rows: list[Row], cards: tuple[Card, ...], chosen: Row | None = None) -> None:
-    smallest = min(cards, key=lambda card: card.limit, default=None)
-    if smallest is None:
-        click.echo("\nper GPU:")
-    else:
-        total, limit = smallest.total or smallest.limit, smallest.limit
-        of = f"{limit / GIB:.1f} of {total / GIB:.0f}" if total > limit else f"{limit / GIB:.0f}"
-        click.echo(f"\non a {smallest.name or 'GPU'} of {of} GiB, > is the plan:")
-    for row in rows:
-        mark = ">" if row is chosen else " "
-        time = "" if row.seconds is None else f"{row.seconds:7.3f} s  "
-        lost = "" if not row.lossy else " (lossy, allowed)" if row.allowed else " (lossy)"
-        click.echo(f"{mark} {row.verdict(cards) or '':<13}{row.device / GIB:7.1f} GiB  {time}{row.label}{lost}")
+def _alternatives(rows: list[Row], cards: tuple[Card, ...], chosen: Row | None) -> None:
+    click.echo()
+    width = shutil.get_terminal_size().columns
+    for line in bars.lines(rows, cards, chosen, width=width, encoding=sys.stdout.encoding):
+        click.echo(line)

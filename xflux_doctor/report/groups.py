@@ -43,7 +43,7 @@ GROUPS = (
         "gradients that pass through a block",
     )),
     Group("workspaces, rest", "what matrix products and exchanges between ranks need beside their operands", (
-        "cuBLAS", "a weight in 16 bits", "a weight transposed", "reduce buckets",
+        "cuBLAS", "a weight in 16 bits", "a weight transposed", "one layer on its way", "reduce buckets",
         "DeepSpeed's bucket, 2 x reduce_bucket_size",
     )),
     Group("allocator's reserve", "what PyTorch's allocator keeps beyond its tensors"),

@@ -15,7 +15,7 @@ from xflux_doctor.report.jsonreport import encode
 from xflux_doctor.verdict import fitting, gpu_entry, held
 from xflux_doctor.xflux import XFlux
 
-__all__ = ["Card", "Row", "at_peak", "document", "encode", "lossy_keys", "xflux_document"]
+__all__ = ["Card", "Row", "at_peak", "document", "encode", "first", "lossy_keys", "xflux_document"]
 SCHEMA = 1
 _LOSSY = frozenset({"quantization", "optimizer", "weight_update", "img_size"})
 """Settings that change the numbers which are computed, by the names that the config's `allow` has for them."""
@@ -95,7 +95,7 @@ def xflux_document(case: Case, found: XFlux, cards: tuple[Card, ...], rows: list
     """The plan of a job of X-Flux's own scripts, whose first row is the job as it is."""
     host = {"the whole transformer, while it loads": xflux_bill.host_bytes(found)}
     terms = None if case.job.use_cpu else rows[0].terms
-    chosen = _first(rows, cards)
+    chosen = first(rows, cards)
     return _whole(case, cards, rows, terms, rows[0].context, host, xflux_bill.ERROR_BAR, chosen)
 
 
@@ -109,6 +109,8 @@ def _whole(
         gpu = None if terms is None else gpu_entry(terms, context, limit)
         ranks.append({"gpu": gpu, "host": _host(case, host)})
     smallest = min((card.limit for card in cards), default=None)
+    own = next((row for row in rows if not row.changes), None)
+    timed = chosen or own
     others = [
         {**_row(row), "gpu": gpu_entry(row.terms, row.context, smallest), "seconds_per_step": row.seconds}
         for row in rows
@@ -119,8 +121,14 @@ def _whole(
         "version": __version__,
         "error_bar": error_bar,
         "ranks": ranks,
-        "seconds_per_step": chosen.seconds if chosen is not None else rows[0].seconds if rows else None,
-        "plan": None if chosen is None else {**_row(chosen), "why": _why(chosen, cards)},
+        "seconds_per_step": None if timed is None else timed.seconds,
+        "plan": None
+        if chosen is None
+        else {
+            **_row(chosen),
+            "why": _why(chosen, cards),
+            "gpu": gpu_entry(chosen.terms, chosen.context, smallest),
+        },
         "alternatives": others,
     }
 
@@ -138,7 +146,7 @@ def _host(case: Case, terms: dict[str, int]) -> dict[str, Any]:
     return {"terms": terms, "peak_bytes": own, "all_ranks_bytes": every, "limit_bytes": limit, "verdict": verdict}
 
 
-def _first(rows: list[Row], cards: tuple[Card, ...]) -> Row | None:
+def first(rows: list[Row], cards: tuple[Card, ...]) -> Row | None:
     """The first of the table that fits; one that is tight where none fits."""
     for word in ("fits", "tight"):
         for row in rows:
@@ -152,4 +160,6 @@ def _why(row: Row, cards: tuple[Card, ...]) -> str:
         return "it is tight, and nothing else that may be taken fits"
     if not row.changes:
         return "as it is it fits, and nothing that may be changed makes it faster"
-    return "the fastest that fits" if row.seconds is not None else "the fastest that fits, by the times of an H100"
+    if row.seconds is not None:
+        return "the fastest that fits"
+    return "the fastest that fits, by the times of an H100" if row.order else "the first change that fits"
