@@ -2,6 +2,7 @@
 
     python benchmarks/memory.py [--rows 'lora-*,int4'] [--resume] [--limit-gib G]
     python benchmarks/memory.py --random 12 --seed 1
+    python benchmarks/memory.py --again benchmarks/results/memory-….json
 
 Weights and images are made up, everything else of a step is the trainer's own: see step_ours.py. Each row takes three
 steps (the third is recorded where steps are) from a model that is built on the device; its peak is the largest
@@ -10,7 +11,8 @@ memory in use by NVML. Predicted is the bill's phase `train`, as the doctor asks
 result: with --limit-gib the allocator is held to what a smaller card would have.
 
 Rows are written one by one to results/memory-GPU-DATE.json (--random: memory-random-…), with every term of the bill;
---resume skips those that today's file has. Exit 1 when a row failed for another reason than memory or a missing part.
+--resume skips those that today's file has. --again FILE measures nothing: it forecasts the rows of a file by the bill as it
+is now. Exit 1 when a row failed for another reason than memory or a missing part.
 """
 
 from __future__ import annotations
@@ -41,6 +43,45 @@ TIGHT = 0.97
 """Above that share of the limit a job is called tight."""
 
 
+def predict(row: Row, spec: Any, device: str, limit: int, *, triton: bool, precision: str = "bf16") -> Outcome:
+    """The forecast of a row's phase `train`, as the doctor asks for it, and its verdict on a card of `limit` bytes."""
+    made = bill(row, spec, device, triton=triton, precision=precision)
+    terms = [term for term in (made.gpu if device == "cuda" else made.host) if term.phase == "train"]
+    terms = [term for term in terms if term.name != "Python and torch"]
+    peak = sum(term.bytes for term in terms)
+    config = row.config(precision)
+    share = (peak + made.gpu_context) / limit if limit else 0.0
+    return {
+        "row": row.name, "config": row.keys, "shape": row.shape or (config.img_size, config.img_size),
+        "batch": config.train_batch_size, "predicted_bytes": peak, "predicted_context_bytes": made.gpu_context,
+        "predicted_load_bytes": made.gpu_phases.get("load"), "limit_bytes": limit,
+        "called": "fits" if share <= TIGHT else "tight" if share <= 1 else "does not fit",
+        "terms": {term.name: term.bytes for term in terms},
+    }  # fmt: skip
+
+
+def again(file: Path, options: argparse.Namespace) -> None:
+    """Forecast a file's rows anew; what was measured, and the file's machine and date, stay."""
+    whole = json.loads(file.read_text("utf-8"))
+    spec = spec_of(options.layers, options.heads)
+    for number, row in enumerate(whole["rows"]):
+        shape = tuple(row["shape"])
+        square = shape[0] == shape[1] and "bucket_by" not in row["config"]
+        keys = {key: tuple(value) if isinstance(value, list) else value for key, value in row["config"].items()}
+        made = predict(Row(row["row"], keys, None if square else shape), spec, "cuda", row["limit_bytes"], triton=True)
+        made["config"], made["shape"] = row["config"], row["shape"]
+        error = {"error": made["predicted_bytes"] / row["allocated_bytes"] - 1} if "allocated_bytes" in row else {}
+        whole["rows"][number] = {**row, **made, **error}
+    whole["summary"] = memory_report.summary(whole["rows"])
+    children.write(file, whole)
+    memory_report.draw(file.with_suffix(".svg"), whole["rows"])
+    print(
+        "\n".join(
+            [memory_report.HEAD, *map(memory_report.line, whole["rows"]), "", memory_report.said(whole["summary"])]
+        )
+    )
+
+
 # Rows, in a process that takes them one after the other -----------------------------------------------------
 
 
@@ -58,6 +99,8 @@ class Grid:
         self.triton = find_spec("triton") is not None
         self._run: Any = None
         self._base = ""
+        self._left = 0
+        """Bytes that earlier rows left behind: none, but for a fault."""
         self.limit = 0
         if self.cuda:
             torch.zeros(1, device=self.ranks.device)
@@ -88,19 +131,8 @@ class Grid:
         return {**found, "outcome": outcome, "why": why, **({"wrong": wrong} if wrong else {})}
 
     def _predict(self, row: Row) -> Outcome:
-        made = bill(row, self.spec, self.ranks.device.type, triton=self.triton, precision=self._precision)
-        terms = [term for term in (made.gpu if self.cuda else made.host) if term.phase == "train"]
-        terms = [term for term in terms if term.name != "Python and torch"]
-        peak = sum(term.bytes for term in terms)
-        config = row.config(self._precision)
-        share = (peak + made.gpu_context) / self.limit if self.limit else 0.0
-        return {
-            "row": row.name, "config": row.keys, "shape": row.shape or (config.img_size, config.img_size),
-            "batch": config.train_batch_size, "predicted_bytes": peak, "predicted_context_bytes": made.gpu_context,
-            "predicted_load_bytes": made.gpu_phases.get("load"), "limit_bytes": self.limit,
-            "called": "fits" if share <= TIGHT else "tight" if share <= 1 else "does not fit",
-            "terms": {term.name: term.bytes for term in terms},
-        }  # fmt: skip
+        kind = self.ranks.device.type
+        return predict(row, self.spec, kind, self.limit, triton=self.triton, precision=self._precision)
 
     @property
     def _precision(self) -> str:
@@ -118,7 +150,7 @@ class Grid:
         found: Outcome = {}
         if self._run is None or self._base != row.base:
             self._drop()
-            found["left_bytes"] = self._allocated()
+            self._left = found["left_bytes"] = self._allocated()
             started = time.perf_counter()
             self._run = step_ours.assemble(config, self.spec, self.ranks, row.shape)
             self._base = row.base
@@ -155,9 +187,11 @@ class Grid:
         # The card's peak: what is not the allocator's does not shrink again.
         most = device - reserved + peak["reserved"]
         spare = predicted["called"] == "does not fit" and most <= TIGHT * self.limit
+        allocated = peak["allocated"] - self._left
         return {
-            "allocated_bytes": peak["allocated"], "reserved_bytes": peak["reserved"], "device_bytes": most,
-            "context_bytes": device - reserved, "error": predicted["predicted_bytes"] / peak["allocated"] - 1,
+            "allocated_bytes": allocated, "reserved_bytes": peak["reserved"] - self._left,
+            "device_bytes": most - self._left, "context_bytes": device - reserved,
+            "error": predicted["predicted_bytes"] / allocated - 1,
             **({"wrong": "it was called does not fit"} if spare else {}),
         }  # fmt: skip
 
@@ -260,6 +294,7 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="show the rows and their forecasts, and leave")
     parser.add_argument("--random", type=int, default=0, metavar="N", help="N drawn configurations in the list's place")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument("--again", type=Path, metavar="FILE", help="forecast a file's rows anew and measure nothing")
     parser.add_argument("--resume", action="store_true", help="leave out what today's result has already")
     parser.add_argument("--limit-gib", type=float, default=0.0, metavar="G", help="hold the process to a card of G GiB")
     parser.add_argument("--deadline", type=float, default=560, metavar="S", help="seconds for all rows together")
@@ -268,6 +303,9 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.again:
+        again(options.again, options)
+        return 0
     rows = choose(options)
     if options.child:
         return child(rows, options)
