@@ -11,8 +11,8 @@ memory in use by NVML. Predicted is the bill's phase `train`, as the doctor asks
 result: with --limit-gib the allocator is held to what a smaller card would have.
 
 Rows are written one by one to results/memory-GPU-DATE.json (--random: memory-random-…), with every term of the bill;
---resume skips those that today's file has. --again FILE measures nothing: it forecasts the rows of a file by the bill as it
-is now. Exit 1 when a row failed for another reason than memory or a missing part.
+--resume skips those that today's file has. --again FILE measures nothing: it forecasts that file's rows by the bill as
+it is now. Exit 1 when a row failed for another reason than memory or a missing part.
 """
 
 from __future__ import annotations
