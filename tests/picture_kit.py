@@ -21,8 +21,8 @@ from xflux_doctor.bill import need
 from xflux_doctor.check import Case
 from xflux_doctor.commands import plan
 from xflux_doctor.matrix import Matrix
+from xflux_doctor.plans import Card, Row
 from xflux_doctor.report import planjson
-from xflux_doctor.report.planjson import Card, Row
 
 ONE = XFLUX_ACCELERATE.replace("DEEPSPEED", "NO").replace("num_processes: 8", "num_processes: 1")
 TWO = XFLUX_ACCELERATE.replace("DEEPSPEED", "MULTI_GPU").replace("num_processes: 8", "num_processes: 2")

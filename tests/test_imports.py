@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "gather.ports", "gather.machine",
         "probes.torch_import", "probes.allreduce", "probes.hub_access", "probes.wire", "probes.meeting",
         "probes.runner", "probes.level",
-        "verdict", "check", "refused", "bill", "xflux_bill", "strategy",
+        "verdict", "check", "refused", "bill", "xflux_bill", "strategy", "plans", "planner",
     ),
     ("checks.hardware", "checks.software", "checks.rules", "checks.packages", "checks.releases",
      "checks.words", "checks.sections", "checks.section_words", "checks.section_types", "checks.strategies",
@@ -50,7 +50,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )  # fmt: skip
 TORCH_STACK = {"torch", "torchvision", "transformers", "diffusers", "accelerate", "deepspeed", "peft", "optimum"}
 TORCH_FREE_TRAINER = {
-    "config", "spec", "memory", "memory_fused", "memory_terms", "timing", "samples", "lint", "layout", "bfl_spec",
+    "config", "spec", "memory", "memory_fused", "memory_terms", "rules", "timing", "timing_cards", "samples", "lint",
+    "layout", "bfl_spec",
     "find",
 }  # fmt: skip
 PACKAGE = ROOT / "xflux_doctor"

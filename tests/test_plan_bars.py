@@ -10,9 +10,9 @@ from conftest import GIB
 from picture_kit import Planned, planned, trainer_names, xflux_names
 
 from xflux_doctor.matrix import Matrix
+from xflux_doctor.plans import Card, Row
 from xflux_doctor.report import groups
 from xflux_doctor.report.bars import lines
-from xflux_doctor.report.planjson import Card, Row
 
 JOBS = {
     "free": {"free": 70, "gradient_checkpointing": False},

@@ -19,9 +19,9 @@ from picture_kit import ONE, TWO, Planned, planned
 
 from xflux_doctor.cli import main
 from xflux_doctor.matrix import Matrix
+from xflux_doctor.plans import Card
 from xflux_doctor.report.groups import GROUPS, sizes
 from xflux_doctor.report.planhtml import page, reasons_of
-from xflux_doctor.report.planjson import Card
 
 SUMMARY = "LoRA r16 of FLUX.1-dev at 1024 px, batch 1"
 JOBS: dict[str, dict[str, Any]] = {

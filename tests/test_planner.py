@@ -15,7 +15,7 @@ from xflux_doctor.checks import memory
 from xflux_doctor.matrix import Matrix
 from xflux_doctor.plan import make
 from xflux_doctor.planner import Found
-from xflux_doctor.report.planjson import Card, Row
+from xflux_doctor.plans import Card, Row, recomputing
 from xflux_doctor.verdict import TIGHT, held
 
 ONE = XFLUX_ACCELERATE.replace("num_processes: 8", "num_processes: 1").replace("DEEPSPEED", "NO")
@@ -62,7 +62,7 @@ def test_it_is_the_fastest_of_all_that_can_be_said(matrix: Matrix, limit: int) -
     best = None
     for way in seek._ways(seek.config, planner.STREAMED):
         for count in (*range(58), None):
-            config = planner._recomputing(way, count)
+            config = recomputing(way, count)
             if seek._fits(config, TIGHT):
                 seconds = seek._order(config)
                 best = seconds if best is None else min(best, seconds)

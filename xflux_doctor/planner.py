@@ -22,8 +22,8 @@ from xflux_doctor.bill import forecast_of, fused, has_triton, multiplies_fp8, sp
 from xflux_doctor.check import Case, SkipCheck
 from xflux_doctor.facts import Gpu
 from xflux_doctor.finding import Edit
+from xflux_doctor.plans import Card, Row, at_peak, describe, lossy_keys, recomputing
 from xflux_doctor.refused import refusals
-from xflux_doctor.report.planjson import Card, Row, at_peak, lossy_keys
 from xflux_doctor.verdict import FITS, TIGHT, held
 from xflux_doctor.visible import selected
 
@@ -186,8 +186,7 @@ class _Search:
             best: tuple[float, TrainConfig] | None = None
             # With nothing recomputed each is at its quickest: once that is slower than what was found, so is the rest.
             ways = [
-                (self._order(_recomputing(way, 0)), number, way)
-                for number, way in enumerate(self._ways(base, streamed))
+                (self._order(recomputing(way, 0)), number, way) for number, way in enumerate(self._ways(base, streamed))
             ]
             for quickest, _, way in sorted(ways, key=lambda each: each[:2]):
                 if best is not None and quickest >= best[0]:
@@ -224,11 +223,11 @@ class _Search:
             return None
 
         def some(count: int) -> TrainConfig:
-            return _recomputing(config, count)
+            return recomputing(config, count)
 
         if self._fits(some(0), percent):
             return some(0)
-        every = _recomputing(config, None)
+        every = recomputing(config, None)
         if not fused(dataclasses.replace(self.case, job=dataclasses.replace(self.case.job, train=config))):
             return every if self._fits(every, percent) else None  # diffusers' blocks: all or none
         most = self.model.double_blocks + self.model.single_blocks - 1
@@ -286,41 +285,8 @@ def step_time(case: Case, config: TrainConfig, model: Any, name: str) -> timing.
         return None
 
 
-def _recomputing(config: TrainConfig, count: int | None) -> TrainConfig:
-    """Recomputing so many blocks; None: all."""
-    if count == 0:
-        return dataclasses.replace(config, gradient_checkpointing=False, checkpointed_blocks=None)
-    return dataclasses.replace(config, gradient_checkpointing=True, checkpointed_blocks=count)
-
-
 def _order(row: Row) -> float:
     return row.order if row.seconds is None else row.seconds
-
-
-def describe(config: TrainConfig, own: TrainConfig, blocks: int) -> str:
-    """A plan in words: the size, what is recomputed, and what is held or computed in another way than the job says."""
-    count = config.checkpointed_blocks if config.checkpointed_blocks is not None else blocks
-    again = f"recomputing {count} of {blocks} blocks" if count < blocks else "recomputing every block"
-    words = [f"{config.img_size} px", again if config.gradient_checkpointing and count else "keeping every activation"]
-    if config.train_batch_size != own.train_batch_size:
-        words.append(f"{own.train_batch_size // config.train_batch_size} passes of {config.train_batch_size} a step")
-    if config.quantization != own.quantization:
-        words.append(
-            f"base {'and products in fp8' if config.quantization == 'fp8-dynamic' else 'in ' + config.quantization}"
-        )
-    if config.modulation != own.modulation:
-        words.append({"stream": "modulation streamed", "quantize": "modulation too", "keep": "modulation kept"}[
-            config.modulation
-        ])  # fmt: skip
-    if config.stream_blocks != own.stream_blocks:
-        words.append(f"{config.stream_blocks} blocks streamed" if config.stream_blocks else "no block streamed")
-    if config.optimizer != own.optimizer:
-        words.append(config.optimizer)
-    if config.step_in_backward and not own.step_in_backward:
-        words.append("stepped in the backward pass" + (", clipped exactly" if config.backward_clip == "exact" else ""))
-    if own.cuda_graphs and not config.cuda_graphs:
-        words.append("launched kernel by kernel")
-    return ", ".join(words)
 
 
 def of_case(case: Case) -> tuple[Card, ...]:

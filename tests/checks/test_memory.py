@@ -25,48 +25,50 @@ def test_fits(matrix: Matrix) -> None:
 
 
 def test_card_too_small_says_the_terms(matrix: Matrix) -> None:
-    (finding,) = findings(case(matrix, machine(matrix, card="T4"), job(ONE)), memory.gpu_memory)
-    assert "Tesla T4" in finding.seen and "transformer 22.2" in finding.because and finding.edits == ()
+    small = dataclasses.replace(job(ONE), gpu_limit=5 * GIB)
+    (finding,) = findings(case(matrix, machine(matrix, card="T4"), small), memory.gpu_memory)
+    assert "Tesla T4" in finding.seen and "has 5.0 GiB by --gpu-limit" in finding.seen and finding.edits == ()
+    # Of the moment of most, each term once.
+    assert "transformer 22.2, " in finding.because and finding.because.count("transformer") == 1
 
 
-KEPT = {"img_size": 1024, "train_batch_size": 3, "gradient_checkpointing": False}
+KEPT = {"img_size": 1024, "gradient_checkpointing": False}
 
 
-@pytest.mark.parametrize(("train", "card", "edits"), [
-    # As few blocks as fit recompute: 66.7 GiB are needed with none, of 44.6 that are free.
-    ({}, "L40S", {"gradient_checkpointing": True, "checkpointed_blocks": 43}),
-    ({"gradient_checkpointing": True, "checkpointed_blocks": 2}, "L40S", {"checkpointed_blocks": 43}),
-    ({"kernels": "diffusers"}, "L40S", {"gradient_checkpointing": True}),
-    ({}, "A10", {"gradient_checkpointing": True}),  # no number is enough
-    ({"gradient_checkpointing": True, "checkpointed_blocks": 2}, "A10", {"checkpointed_blocks": None}),
-    ({"gradient_checkpointing": True}, "A10", {}),
+@pytest.mark.parametrize(("train", "limit", "edits"), [
+    ({"kernels": "diffusers"}, 28, {"gradient_checkpointing": True}),
+    ({"train_batch_size": 3}, 44, {"train_batch_size": 1, "gradient_accumulation_steps": 3}),
+    ({"gradient_checkpointing": True, "checkpointed_blocks": 2, "train_batch_size": 3}, 44,
+     {"gradient_checkpointing": False, "checkpointed_blocks": None, "train_batch_size": 1,
+      "gradient_accumulation_steps": 3}),
+    ({}, 5, {}),
 ])  # fmt: skip
-def test_checkpointing_is_the_repair(matrix: Matrix, train: dict[str, Any], card: str, edits: dict[str, Any]) -> None:
-    work = job(ONE, **{**KEPT, **train})
-    (finding,) = findings(case(matrix, machine(matrix, card=card), work), memory.gpu_memory)
+def test_the_plan_is_the_repair(matrix: Matrix, train: dict[str, Any], limit: int, edits: dict[str, Any]) -> None:
+    work = dataclasses.replace(job(ONE, **{**KEPT, **train}), gpu_limit=limit * GIB)
+    (finding,) = findings(case(matrix, machine(matrix), work), memory.gpu_memory)
     assert {e.key[0]: e.value for e in finding.edits if isinstance(e, Edit)} == edits
     for key in edits:
         assert f"{key} to " in finding.hint
 
 
-def test_the_repair_is_enough_and_no_more_than_that(matrix: Matrix) -> None:
-    subject = case(matrix, machine(matrix, card="L40S"), job(ONE, **KEPT))
+@pytest.mark.parametrize("limit", [12, 20, 32])
+def test_the_repair_is_enough(matrix: Matrix, limit: int) -> None:
+    work = dataclasses.replace(job(ONE, **KEPT), gpu_limit=limit * GIB)
+    subject = case(matrix, machine(matrix), work)
     plan = make(subject, lambda mended: examine(mended, [memory.gpu_memory]))
     assert plan.blockers == () and plan.verdicts[0].status == "ok" and plan.job.train is not None
-    count = plan.job.train.checkpointed_blocks
-    assert count is not None
-    fewer = dataclasses.replace(plan.job, train=dataclasses.replace(plan.job.train, checkpointed_blocks=count - 1))
-    assert findings(case(matrix, subject.facts, fewer), memory.gpu_memory)
+    assert plan.job.train.quantization == "none" and plan.job.train.img_size == 1024
 
 
-def test_where_it_is_tight_recomputing_some_is_offered(matrix: Matrix) -> None:
-    subject = case(matrix, machine(matrix, card="L40S"), job(ONE, **{**KEPT, "train_batch_size": 2}))
+def test_where_it_is_tight_the_plan_is_offered(matrix: Matrix) -> None:
+    work = dataclasses.replace(job(ONE, **KEPT), gpu_limit=int(40.5 * GIB))
+    subject = case(matrix, machine(matrix), work)
     (finding,) = findings(subject, memory.gpu_memory)
-    assert finding.severity == "warning" and finding.edits == ()
+    assert finding.severity == "warning" and finding.edits == () and "It is tight" in finding.because
     taken = dataclasses.replace(subject, taken=frozenset({"ME101"}))
     plan = make(taken, lambda mended: examine(mended, [memory.gpu_memory]))
     assert plan.verdicts[0].status == "ok" and plan.job.train is not None
-    assert plan.job.train.gradient_checkpointing and plan.job.train.checkpointed_blocks == 30
+    assert plan.job.train.gradient_checkpointing and 0 < (plan.job.train.checkpointed_blocks or 0) < 10
 
 
 @pytest.mark.parametrize(("changes", "words"), [
@@ -75,7 +77,8 @@ def test_where_it_is_tight_recomputing_some_is_offered(matrix: Matrix) -> None:
     ({"kernels": "diffusers"}, "Set quantization to int8 or nf4"),
 ])  # fmt: skip
 def test_fp8_products_are_advised_where_they_can_be_had(matrix: Matrix, changes: dict[str, Any], words: str) -> None:
-    limited = dataclasses.replace(job(ONE, **changes), gpu_limit=15 * GIB)
+    """Where no plan that loses nothing fits."""
+    limited = dataclasses.replace(job(ONE, **changes), gpu_limit=5 * GIB)
     (finding,) = findings(case(matrix, machine(matrix), limited), memory.gpu_memory)
     assert finding.hint.startswith(words)
     (finding,) = findings(case(matrix, machine(matrix, card="A100"), limited), memory.gpu_memory)
@@ -166,7 +169,7 @@ def test_what_is_offloaded_is_not_asked_of_the_gpu(matrix: Matrix) -> None:
     text = XFLUX_ACCELERATE.replace("zero_stage: 2", "zero_stage: 3").replace("num_processes: 8", "num_processes: 2")
     subject = case(matrix, machine(matrix, count=2), job(text, mode="finetune"))
     found = findings(subject, memory.gpu_memory)
-    assert len(found) == 2 and all("Adam and fp32 weights" in finding.because for finding in found)
+    assert len(found) == 2 and all("optimizer" in finding.because for finding in found)
     text = text.replace("offload_optimizer_device: none", "offload_optimizer_device: cpu")
     subject = case(matrix, machine(matrix, count=2), job(text, mode="finetune"))
     assert subject.job.offloads == ("optimizer",) and findings(subject, memory.gpu_memory) == ()

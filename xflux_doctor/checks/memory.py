@@ -12,6 +12,7 @@ from xflux_doctor.check import Case, SkipCheck, check
 from xflux_doctor.checks.words import devices
 from xflux_doctor.facts import Gpu
 from xflux_doctor.finding import Edit, Finding, Scalar, error, warning
+from xflux_doctor.plans import at_peak
 from xflux_doctor.verdict import fitting, held
 
 GIB = 1 << 30
@@ -62,7 +63,8 @@ def _does_not_fit(case: Case, gpu: Gpu, bill: memory.Bill, total: int) -> Findin
     if edits:
         words = ", ".join(f"{edit.key[-1]} to {_word(edit.value)}" for edit in edits)
         hint = f"Take the plan that fits ({label}): set {words}."
-    largest = ", ".join(f"{t.name} {t.bytes / GIB:.1f}" for t in sorted(bill.gpu, key=lambda t: -t.bytes)[:3])
+    terms = at_peak(bill.gpu, bill.peak_phase).items()
+    largest = ", ".join(f"{name} {size / GIB:.1f}" for name, size in [*terms][:3])
     return error(
         f"The job needs about {held(bill.gpu_allocated, bill.gpu_context) / GIB:.1f} GiB per GPU; GPU {gpu.index} "
         f"({gpu.name}) has {total / GIB:.1f} GiB{' by --gpu-limit' if case.job.gpu_limit else ''}.",

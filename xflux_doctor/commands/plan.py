@@ -22,8 +22,8 @@ from xflux_doctor.check import Case, SkipCheck
 from xflux_doctor.errors import DoctorError, UsageError
 from xflux_doctor.files import write_atomic
 from xflux_doctor.inputs import Inputs, build
+from xflux_doctor.plans import Card, Row
 from xflux_doctor.report import bars, placement, planjson
-from xflux_doctor.report.planjson import Card, Row
 from xflux_doctor.verdict import reserved
 from xflux_doctor.visible import selected
 from xflux_doctor.xflux import XFlux

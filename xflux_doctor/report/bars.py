@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import click
 
+from xflux_doctor.plans import Card, Row
 from xflux_doctor.report.groups import GROUPS, gib, printable, scale, sizes
-from xflux_doctor.report.planjson import Card, Row
 
 NARROWEST, WIDEST = 60, 200
 """Columns: a terminal of fewer gets as many, and a bar across more is no clearer."""

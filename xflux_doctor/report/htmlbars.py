@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 from xml.etree.ElementTree import Element, SubElement
 
+from xflux_doctor.plans import Card
 from xflux_doctor.report.groups import GROUPS, gib, printable, scale, sizes
 from xflux_doctor.report.htmlparts import add, line, rect
-from xflux_doctor.report.planjson import Card
 
 _WIDE, _HIGH, _BELOW = 1000, 24, 8
 """Of a bar's drawing: units across, which the page stretches to its own width, pixels down, and those below the bar

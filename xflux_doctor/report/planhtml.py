@@ -13,10 +13,10 @@ from xml.etree.ElementTree import Element, SubElement
 from xflux_trainer.memory import Bill
 from xflux_trainer.memory_terms import Term
 
+from xflux_doctor.plans import Card, Row
 from xflux_doctor.report.groups import GROUPS, gib
 from xflux_doctor.report.htmlbars import Drawn, Scale, judged, picture, scale_of, tagged
 from xflux_doctor.report.htmlparts import add, after, start, table, written
-from xflux_doctor.report.planjson import Card, Row
 from xflux_doctor.verdict import gpu_entry
 
 _Item = tuple[str, int, str]

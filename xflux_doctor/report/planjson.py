@@ -2,85 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from xflux_trainer.memory import Bill
-from xflux_trainer.memory_terms import Term
 
 from xflux_doctor import __version__, xflux_bill
 from xflux_doctor.check import Case
+from xflux_doctor.plans import Card, Row, at_peak
 from xflux_doctor.report.jsonreport import encode
-from xflux_doctor.verdict import fitting, gpu_entry, held
+from xflux_doctor.verdict import fitting, gpu_entry
 from xflux_doctor.xflux import XFlux
 
-__all__ = ["Card", "Row", "at_peak", "document", "encode", "first", "lossy_keys", "xflux_document"]
+__all__ = ["document", "encode", "first", "xflux_document"]
 SCHEMA = 1
-_LOSSY = frozenset({"quantization", "optimizer", "weight_update", "img_size"})
-"""Settings that change the numbers which are computed, by the names that the config's `allow` has for them."""
-
-
-def lossy_keys(changes: dict[str, Any]) -> frozenset[str]:
-    """Those of the changes, by the names of `allow`. A quantised modulation is a part of its base's quantisation; with
-    `backward_clip: exact` a step inside the backward pass is the step after it."""
-    found = set(_LOSSY & changes.keys())
-    found |= {"quantization"} if changes.get("modulation") == "quantize" else set()
-    inside = changes.get("step_in_backward") and changes.get("backward_clip") != "exact"
-    return frozenset(found | ({"backward_clip"} if inside else set()))
-
-
-@dataclass(frozen=True)
-class Card:
-    """What one rank trains on."""
-
-    name: str
-    total: int | None
-    limit: int
-    """Bytes that the rank may hold of it: what is free, or the limit given."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """The job under one set of settings, and what a rank of it needs of its GPU at its peak."""
-
-    label: str
-    changes: dict[str, Any]
-    """{setting: value} where it differs from the job's own."""
-    terms: dict[str, int]
-    context: int
-    seconds: float | None = None
-    """Of one step, where it can be foretold."""
-    order: float = 0.0
-    """What puts it among others where it cannot: the same by another card's times."""
-    allowed: bool = True
-    """Whether it may be taken without asking: what it loses is in the config's `allow`."""
-    fits: bool = False
-
-    @property
-    def allocated(self) -> int:
-        return sum(self.terms.values())
-
-    @property
-    def device(self) -> int:
-        return held(self.allocated, self.context)
-
-    @property
-    def lossy(self) -> bool:
-        return bool(lossy_keys(self.changes))
-
-    def verdict(self, cards: tuple[Card, ...]) -> str | None:
-        """Of the card that has least; None without one."""
-        return fitting(self.device, min(card.limit for card in cards)) if cards else None
-
-
-def at_peak(terms: Iterable[Term], phase: str) -> dict[str, int]:
-    """{name: bytes} of one phase, largest first."""
-    found: dict[str, int] = {}
-    for term in sorted(terms, key=lambda term: -term.bytes):
-        if term.phase == phase:
-            found[term.name] = found.get(term.name, 0) + term.bytes
-    return found
 
 
 def document(case: Case, bill: Bill, cards: tuple[Card, ...], rows: list[Row], chosen: Row | None) -> dict[str, Any]:
