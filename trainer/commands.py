@@ -25,6 +25,7 @@ def fill_cache(config: TrainConfig) -> None:
     """Encode the captions and images of a run, and nothing else."""
     ranks = Ranks(Launch.read(os.environ))
     ranks.join()
+    ranks.keep_within(config.gpu_limit_gib)
     try:
         sets, _, said = find_sets(config)
         base, notes = model.locate(config)
@@ -43,6 +44,7 @@ def draw_samples(config: TrainConfig, trained: Path | None, image: Path | None, 
     """Draw the sample prompts with what was trained (an adapter, a ControlNet, a transformer), or without it."""
     ranks = Ranks(Launch.read(os.environ))
     ranks.join()
+    ranks.keep_within(config.gpu_limit_gib)
     try:
         prompts = [prompt] if prompt else list(config.sample_prompts)
         if not prompts:

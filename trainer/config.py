@@ -38,6 +38,11 @@ def load(path: str | Path) -> TrainConfig:
     return load_with_notes(path)[0]
 
 
+def written_keys(path: str | Path) -> frozenset[str]:
+    """The keys that the file gives a value, in `data_config` too. Raises `ConfigError` for a file that holds none."""
+    return frozenset(_flatten(read_mapping(path))[0])
+
+
 def load_with_notes(path: str | Path) -> tuple[TrainConfig, tuple[str, ...]]:
     """The config, and a sentence for every place where this trainer differs from X-Flux."""
     raw = read_mapping(path)

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.errors import Unsupported, UserError, WriteError, tell
 from xflux_trainer.files import TEMPORARY
+from xflux_trainer.memory import CUDA_CONTEXT, GIB
 
 PATIENCE = timedelta(hours=1)
 """How long a rank waits for another before it takes it for dead: samples and caches come in uneven shares."""
@@ -105,6 +106,15 @@ class Ranks:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, rank=self.rank, world_size=self.world_size, timeout=PATIENCE)
             self._joined = True
+
+    def keep_within(self, gib: float | None) -> None:
+        """Hold this process's allocator to what a card of so many GiB would leave it beside the CUDA context."""
+        if gib is None or self.device.type != "cuda":
+            return
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        room = gib * GIB - CUDA_CONTEXT
+        if room < total:
+            torch.cuda.set_per_process_memory_fraction(max(0.0, room) / total, self.device)
 
     def leave(self) -> None:
         """Part from the others; every rank must come here."""

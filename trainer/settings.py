@@ -138,6 +138,8 @@ class TrainConfig:
     """What computes the blocks: this trainer's fused kernels or diffusers; auto: fused on a GPU with Triton."""
     attention: Literal["auto", "flash-attn-4", "flash", "cudnn", "sdpa"] = "auto"
     """Attention of the fused kernels; auto: the fastest that is right here, forward and backward."""
+    gpu_limit_gib: float | None = None
+    """GiB of each GPU that this run may hold, allocator and CUDA context together; null: all that is free."""
     allow: tuple[Literal["quantization", "optimizer", "backward_clip", "img_size"], ...] = ()
     """What a plan may change for memory or time though it changes the numbers that are computed; all else it may."""
     cuda_graphs: bool = True
@@ -238,6 +240,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**63 - 1), "guidance": (0, 100), "timestep_shift": (-10, 10),
     "checkpointing_steps": (1, 1e9), "checkpoints_total_limit": (1, 1e6), "heldout_samples": (0, 1e6),
     "sample_every": (0, 1e9), "sample_width": (16, 8192), "sample_height": (16, 8192),
+    "gpu_limit_gib": (2, 4096),
     "sample_steps": (1, 1000), "sample_guidance": (0, 100), "sample_seed": (0, 2**63 - 1),
 }  # fmt: skip
 """Smallest and largest sensible value of each number, both included."""

@@ -54,6 +54,7 @@ def _train(config: TrainConfig, notes: tuple[str, ...], stop: Stop) -> tuple[boo
     gauge = Meter(ranks.device)
     gauge.start()
     ranks.join()
+    ranks.keep_within(config.gpu_limit_gib)
     run: Run | None = None
     watch: Watch | None = None
     results: list[Path] = []

@@ -69,7 +69,7 @@ class Job:
     cpu: bool = False
     """`--cpu` was given."""
     gpu_limit: int | None = None
-    """Bytes per GPU that this job may use, by `--gpu-limit`."""
+    """Bytes per GPU that this job may use, by `--gpu-limit`, else by the training file's gpu_limit_gib."""
     offline: bool = False
     """`--offline` was given: nothing may be fetched."""
     xflux: xflux_files.XFlux | None = None
@@ -282,7 +282,7 @@ def read(
         zero_text=zero.text if zero else "",
         command=command,
         cpu=cpu,
-        gpu_limit=gpu_limit,
+        gpu_limit=gpu_limit or _own_limit(config),
         offline=offline,
         xflux=checkout,
         xflux_nearby=str(nearby or ""),
@@ -300,6 +300,10 @@ def _find(named: str | None, usual: tuple[str, ...], folder: Path, what: str, fl
             raise UsageError(f"{named} is a device or a pipe.", f"Give {flag} a file, which can be read twice.")
         return path
     return next((folder / name for name in usual if (folder / name).is_file()), None)
+
+
+def _own_limit(config: TrainConfig | None) -> int | None:
+    return int(config.gpu_limit_gib * (1 << 30)) if config is not None and config.gpu_limit_gib else None
 
 
 def _read_train(path: Path | None, problems: list[Problem]) -> tuple[TrainConfig | None, tuple[str, ...]]:

@@ -73,7 +73,7 @@ def plan_edits(case: Case, row: Row) -> tuple[Edit, ...]:
     return tuple(edits)
 
 
-def quicker(case: Case, found: Found, written: Iterable[str]) -> Row | None:
+def quicker(found: Found, written: Iterable[str]) -> Row | None:
     """The plan that is to be taken though the job as it is fits: it is faster, and changes nothing that the training
     file itself says (`written`: its keys)."""
     own, keys = found.own, frozenset(written)

@@ -16,10 +16,12 @@ import click
 import msgspec
 import yaml
 from xflux_trainer import config as train_config
+from xflux_trainer.errors import ConfigError
 
-from xflux_doctor import cluster, remember
+from xflux_doctor import cluster, planner, remember
 from xflux_doctor import facts as facts_module
 from xflux_doctor import matrix as matrices
+from xflux_doctor.bill import need
 from xflux_doctor.check import Case, examine
 from xflux_doctor.checks import network
 from xflux_doctor.checks.words import devices
@@ -33,6 +35,7 @@ from xflux_doctor.facts import Meeting
 from xflux_doctor.files import write_atomic
 from xflux_doctor.finding import Change, Edit, Finding
 from xflux_doctor.inputs import Inputs, build, probed
+from xflux_doctor.job import Job
 from xflux_doctor.launch import Launch, build_rank
 from xflux_doctor.launch import build as build_launch
 from xflux_doctor.plan import Plan, lay
@@ -40,6 +43,7 @@ from xflux_doctor.report import jsonreport, text
 from xflux_doctor.report.summary import Summary
 from xflux_doctor.supervise import End
 from xflux_doctor.supervise import run as supervise
+from xflux_doctor.verdict import held
 
 GIB = 1 << 30
 _DEEPSPEED = "deepspeed.json"
@@ -53,7 +57,8 @@ def run(inputs: Inputs, *, dry_run: bool, yes: bool, extra: tuple[str, ...], wai
     if case.job.train is None and not case.job.problems:
         raise DoctorError("No training file was given, and no train.yaml lies here.", "Give --config FILE.", code=2)
     case, accelerate_text = _with_accelerate(case)
-    plan = plan_of(case)
+    repaired = plan_of(case)
+    plan, words = _planned(case, repaired)
     case = dataclasses.replace(case, job=plan.job)
     me = together.who(case)
     # Before the machines meet: what cannot be written here must not leave the others waiting for this one.
@@ -66,8 +71,8 @@ def run(inputs: Inputs, *, dry_run: bool, yes: bool, extra: tuple[str, ...], wai
             case = _probe(case, inputs, me)
         summary = summarize(case)
         if not me.quiet or summary.exit_code:
-            _show(case, plan, summary)
-        if not summary.exit_code and plan.edits and not dry_run:
+            _show(repaired, plan, summary, words)
+        if not summary.exit_code and repaired.edits and not dry_run:
             confirm(yes, "Train with these repairs? (Your files stay as they are.)")
         log = None if summary.exit_code or dry_run or copies is None else _make_folder(copies.folder)
         if meeting is not None and case.facts.meeting is not None and case.facts.meeting.met:
@@ -109,10 +114,41 @@ def _copies(case: Case, plan: Plan, accelerate_text: str, me: Self) -> _Copies:
     return _Copies(folder, accelerate, train, texts, own)
 
 
-def _show(case: Case, plan: Plan, summary: Summary) -> None:
+def _planned(case: Case, plan: Plan) -> tuple[Plan, str]:
+    """With the fastest settings that fit and change no number that is computed, where the training file does not say
+    otherwise, and with the limit that the command line sets; and a sentence on the plan. Nobody need be asked."""
+    mended = dataclasses.replace(case, job=plan.job)
+    train, limit = plan.job.train, plan.job.gpu_limit
+    if plan.blockers or train is None or not plan.job.bundled or plan.job.use_cpu:
+        return plan, ""
+    edits: list[Change] = []
+    if limit is not None and train.gpu_limit_gib != limit / GIB:
+        edits.append(Edit("train", ("gpu_limit_gib",), limit / GIB, "--gpu-limit"))
+    found, words = planner.known(mended), ""
+    row = planner.quicker(found, _written(plan.job)) if found is not None else None
+    if found is not None and row is not None:
+        edits += planner.plan_edits(mended, row)
+        words = f"{row.label}: {row.seconds:.3f} s a step instead of {found.own.seconds:.3f}, and it computes the same"
+    if not edits:
+        return plan, ""
+    job = lay(plan.job, edits)
+    mended = dataclasses.replace(mended, job=job)
+    return dataclasses.replace(plan, edits=(*plan.edits, *edits), job=job, bill=need(mended)), words
+
+
+def _written(job: Job) -> frozenset[str]:
+    try:
+        return train_config.written_keys(job.train_path) if job.train_path is not None else frozenset()
+    except ConfigError:  # a file that could not be read has no config either
+        return frozenset()
+
+
+def _show(repaired: Plan, plan: Plan, summary: Summary, words: str) -> None:
     click.echo(text.render(summary), nl=False)
-    for edit in plan.edits:
+    for edit in repaired.edits:
         click.echo(f"  repaired in memory: {text.describe(edit)}")
+    if words:
+        click.echo(f"  planned: {words}")
     _show_bill(plan)
 
 
@@ -156,7 +192,7 @@ def _probe(case: Case, inputs: Inputs, me: Self) -> Case:
 def _show_bill(plan: Plan) -> None:
     if plan.bill is None:
         return
-    on_gpu = plan.bill.gpu_total
+    on_gpu = held(plan.bill.gpu_allocated, plan.bill.gpu_context) if plan.bill.gpu else 0
     what = f"{on_gpu / GIB:.1f} GiB per GPU, " if on_gpu else ""
     click.echo(
         f"  forecast (±{plan.bill.error_bar:.0%}): {what}{plan.bill.host_per_rank / GIB:.1f} GiB of host memory "

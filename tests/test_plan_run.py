@@ -1,0 +1,77 @@
+"""`run` takes the planner's plan: it says so, hands it to the trainer, and leaves what the file says alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import GIB, XFLUX_ACCELERATE, gpus, machine, packages, record
+from PIL import Image
+
+from xflux_doctor.cli import main
+from xflux_doctor.commands import run as command
+from xflux_doctor.commands.fix import plan_of
+from xflux_doctor.inputs import Inputs, build
+from xflux_doctor.matrix import Matrix
+from xflux_doctor.plan import Plan
+
+ONE = XFLUX_ACCELERATE.replace("num_processes: 8", "num_processes: 1").replace("DEEPSPEED", "NO")
+USUAL = ["--config", "train.yaml", "--accelerate-config", "accelerate.yaml", "--facts", "facts.json"]
+
+
+@pytest.fixture
+def place(tmp_path: Path, matrix: Matrix, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The seed's job beside one H100."""
+    found = packages(matrix, "cuda13", triton="3.6.0")
+    record(tmp_path / "facts.json", machine(matrix, gpus=gpus("H100", 1, memory_free=79 * GIB), packages=found))
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (1024, 1024)).save(tmp_path / "images" / "a.png")
+    (tmp_path / "images" / "a.json").write_text('{"caption": "a"}')
+    (tmp_path / "accelerate.yaml").write_text(ONE)
+    monkeypatch.chdir(tmp_path)
+    train(tmp_path)
+    return tmp_path
+
+
+def train(folder: Path, **values: Any) -> None:
+    text = {"img_dir": "images", "img_size": 1024, "output_dir": "out", "disable_sampling": True, **values}
+    (folder / "train.yaml").write_text(yaml.safe_dump(text))
+
+
+def planned(matrix: Matrix, **more: Any) -> tuple[Plan, str]:
+    case = build(Inputs(config="train.yaml", accelerate_config="accelerate.yaml", facts="facts.json", **more), matrix)
+    return command._planned(case, plan_of(case))
+
+
+def test_a_run_is_as_fast_as_the_card_lets_it(place: Path, matrix: Matrix, capsys: pytest.CaptureFixture[str]) -> None:
+    plan, words = planned(matrix)
+    assert plan.job.train is not None and plan.bill is not None
+    assert plan.job.train.gradient_checkpointing is False and "keeping every activation" in words
+    assert plan.bill.gpu_allocated > 37 * GIB
+    assert main(["run", "--dry-run", *USUAL]) == 0
+    said = capsys.readouterr().out
+    assert f"planned: {words}" in said and "GiB per GPU" in said and "repaired in memory" not in said
+
+
+def test_what_the_file_says_stays(place: Path, matrix: Matrix) -> None:
+    train(place, gradient_checkpointing=True)
+    plan, words = planned(matrix)
+    assert plan.edits == () and words == ""
+
+
+def test_the_limit_reaches_the_trainer(place: Path, matrix: Matrix) -> None:
+    plan, words = planned(matrix, gpu_limit=24.0)
+    assert plan.job.train is not None and plan.job.train.gpu_limit_gib == 24 and words == ""
+    # The repair is the plan already: nothing that may be taken is faster.
+    assert plan.job.train.stream_blocks > 0
+    train(place, gpu_limit_gib=41.0)
+    plan, words = planned(matrix)
+    assert plan.job.gpu_limit == 41 * GIB and plan.job.train is not None and plan.job.train.gpu_limit_gib == 41
+    assert plan.job.train.checkpointed_blocks or plan.job.train.gradient_checkpointing is False
+
+
+def test_a_job_that_cannot_start_is_not_planned(place: Path, matrix: Matrix) -> None:
+    plan, words = planned(matrix, gpu_limit=5.0)
+    assert plan.blockers and words == ""
