@@ -1,0 +1,228 @@
+"""The planner under limits: does `xflux-doctor run` start and train by the plan it chose, and is that the fastest?
+
+    python benchmarks/limits.py --work DIR [--limits 12,16,24,…] [--mode finetune] [--resume]
+    python benchmarks/limits.py --work DIR --time [--resume]
+
+The job is a LoRA of rank 16 (or a fine-tune of all weights) at 1024 px on a transformer of FLUX.1-dev's size with random
+weights (23.8 GB, kept in DIR). For each limit, once with nothing in `allow` and once with everything: what `plan`
+chooses, then `run --gpu-limit` with it for five steps, the allocator held to the limit. --time takes every plan that was
+shown for any limit, without a limit, in the trainer's own loop: seconds of a step, and what NVML shows of the card. The
+table says for each limit the chosen plan's time beside that of the fastest plan that fits by its measured memory.
+
+Appends to benchmarks/results/limits-GPU-DATE.json. Exit 1 where a plan did not train, where there was one and none was
+chosen, or where the chosen one takes more than 1.05 times as long as the fastest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import children
+import start
+from children import GIB, RESULTS, Outcome
+
+LIMITS = {"lora": (12, 16, 24, 32, 40, 48, 78), "finetune": (32, 48, 78)}
+LOSSY = ["quantization", "optimizer", "backward_clip"]
+STEPS, SLOWEST = 5, 1.05
+
+
+# What is run ---------------------------------------------------------------------------------------------
+
+
+def job(work: Path, mode: str, allow: list[str]) -> dict[str, Any]:
+    own = {"lora_targets": "diffusers"} if mode == "lora" else {"mode": "finetune"}
+    return {**start.settings(work), "max_train_steps": STEPS, "checkpointing_steps": 10**6, "allow": allow, **own}
+
+
+def doctor(work: Path, command: list[str], limit: int, deadline: float) -> subprocess.CompletedProcess[str]:
+    files = ["--config", str(work / "train.yaml"), "--accelerate-config", str(work / "accelerate.yaml")]
+    argv = [sys.executable, "-m", "xflux_doctor.cli", *command, *files, "--gpu-limit", str(limit)]
+    return subprocess.run(argv, capture_output=True, text=True, timeout=deadline, cwd=work, check=False)
+
+
+def under(work: Path, mode: str, limit: int, allow: list[str], options: argparse.Namespace) -> Outcome:
+    """Plan, then run."""
+    (work / "train.yaml").write_text(json.dumps(job(work, mode, allow)), encoding="utf-8")  # JSON is YAML
+    (work / "accelerate.yaml").write_text('distributed_type: "NO"\nnum_processes: 1\n', encoding="utf-8")
+    planned = doctor(work, ["plan", "--format", "json"], limit, 60)
+    document = json.loads(planned.stdout)
+    plan = document["plan"]
+    rows = [*([plan] if plan else []), *document["alternatives"]]
+    found: Outcome = {
+        "mode": mode, "limit_gib": limit, "allow": allow, "plan": plan,
+        "rows": [{key: row[key] for key in ("label", "changes", "lossy")} for row in rows],
+        "predicted_seconds": document["seconds_per_step"],
+    }  # fmt: skip
+    with Watched() as card:
+        done = doctor(work, ["run", "--yes", "--quick"], limit, options.deadline)
+    said = (done.stdout + done.stderr).strip().splitlines()
+    if plan is None:
+        refused = done.returncode == 1 and any("ME101" in line for line in said)
+        return {**found, "outcome": "refused" if refused else "failed", "said": said[-12:]}
+    if done.returncode:
+        return {**found, "outcome": "failed", "said": said[-12:]}
+    metrics = json.loads((work / "out" / "metrics.json").read_text(encoding="utf-8"))
+    peaks = metrics["peak_device_bytes"]["overall"]
+    return {
+        **found, "outcome": "trained", "seconds_per_step": metrics["seconds_per_step"], "peak": peaks,
+        "nvml_gib": card.most / GIB, "within": card.most <= limit * GIB, "notes": metrics.get("notes"),
+    }  # fmt: skip
+
+
+class Watched:
+    """The most that NVML shows of the first card while something runs on it, less what was held before."""
+
+    def __enter__(self) -> Watched:
+        self.most = 0
+        self._before = _used()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+        self._thread.start()
+        return self
+
+    def _look(self) -> None:
+        while not self._ended.wait(0.05):
+            self.most = max(self.most, _used() - self._before)
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+
+def _used() -> int:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).used)
+    except Exception:  # noqa: BLE001 - no card: nothing is watched
+        return 0
+
+
+# Times without a limit -----------------------------------------------------------------------------------
+
+
+def key(mode: str, changes: dict[str, Any]) -> str:
+    return json.dumps({"mode": mode, **{name: changes[name] for name in sorted(changes)}})
+
+
+def plans(rows: list[Outcome]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Every plan that was shown, by its key: the mode and what it changes. Other sizes of image do other work."""
+    return {
+        key(row["mode"], one["changes"]): (row["mode"], one["changes"])
+        for row in rows for one in row["rows"] if "img_size" not in one["changes"]
+    }  # fmt: skip
+
+
+def time_one(options: argparse.Namespace) -> int:
+    """In a process of its own: seconds of a step, and the most that NVML showed."""
+    import step_ours
+    from random_flux import spec_of
+    from xflux_trainer.ranks import Launch, Ranks
+
+    mode, changes = json.loads(options.child)
+    own = {"lora_targets": "diffusers"} if mode == "lora" else {"mode": "finetune"}
+    size = changes.get("train_batch_size", 1)
+    with tempfile.TemporaryDirectory() as folder, Watched() as card:
+        left_out = ("img_size", "train_batch_size")
+        keys = {**own, **{name: value for name, value in changes.items() if name not in left_out}}
+        config = dataclasses.replace(step_ours.config_of({"rank": 16, **keys}, 1024, size, Path(folder)))
+        ranks = Ranks(Launch())
+        ranks.join()
+        run = step_ours.assemble(config, spec_of((19, 38), 24), ranks)
+        found = step_ours.take_steps(run, options.steps)
+    seconds = statistics.median(found["seconds"])
+    children.write(options.result, {"outcome": "measured", "seconds": seconds, "nvml_gib": card.most / GIB,
+                                    "allocated_gib": found["allocated_gib"]})  # fmt: skip
+    return 0
+
+
+# The table -----------------------------------------------------------------------------------------------
+
+
+def judge(row: Outcome, times: dict[str, Outcome]) -> tuple[str, bool]:
+    """A line, and whether it is as promised."""
+    lossy = "all" if row["allow"] else "none"
+    head = f"| {row['mode']} | {row['limit_gib']} | {lossy} | "
+    allowed = [
+        (times[each]["seconds"], one["label"])
+        for one in row["rows"] if not one["lossy"] or row["allow"]
+        if (each := key(row["mode"], one["changes"])) in times
+        and times[each].get("outcome") == "measured" and times[each]["nvml_gib"] <= row["limit_gib"]
+    ]  # fmt: skip
+    best = min(allowed, default=None)
+    if row["plan"] is None:
+        return f"{head}nothing fits: {row['outcome']} | – | – | – |", row["outcome"] == "refused" and best is None
+    own = times.get(key(row["mode"], row["plan"]["changes"]), {}).get("seconds")
+    ratio = own / best[0] if own and best else None
+    shown = [f"{value:.3f}" if value else "–" for value in (row.get("seconds_per_step"), own, ratio)]
+    good = row["outcome"] == "trained" and row.get("within", False) and (ratio is None or ratio <= SLOWEST)
+    return f"{head}{row['plan']['label']}: {row['outcome']} | {' | '.join(shown)} |", good
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--work", type=Path, help="a folder on a local disk with 25 GB free")
+    parser.add_argument("--limits", type=children.numbers, help="GiB; by default those of the mode")
+    parser.add_argument("--mode", choices=[*LIMITS], default="lora")
+    parser.add_argument("--allow", choices=["none", "all", "both"], default="both")
+    parser.add_argument("--time", action="store_true", help="time the plans that earlier calls were shown")
+    parser.add_argument("--resume", action="store_true", help="go on with today's file")
+    parser.add_argument("--steps", type=int, default=4, help="measured steps of a timed plan, after three that are not")
+    parser.add_argument("--deadline", type=float, default=150, metavar="S", help="seconds for each run")
+    parser.add_argument("--total", type=float, default=540, metavar="S", help="seconds for all of this call")
+    parser.add_argument("--tiny", action="store_true", help="the demo's transformer, to try the script itself")
+    parser.add_argument("--layers", help=argparse.SUPPRESS)
+    parser.add_argument("--device", default="cuda", help="where the random weights are drawn")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        return time_one(options)
+    if options.work is None:
+        parser.error("--work DIR is needed")
+    options.work = options.work.absolute()
+    ends = time.monotonic() + options.total
+    file = children.place(options.results, "limits")[0]
+    known = json.loads(file.read_text("utf-8")) if options.resume and file.exists() else {}
+    rows: list[Outcome] = known.get("rows", [])
+    times: dict[str, Outcome] = known.get("times", {})
+    if options.time:
+        for name, (mode, changes) in plans(rows).items():
+            if name not in times and time.monotonic() < ends:
+                argv = [sys.executable, str(Path(__file__).resolve()), "--steps", str(options.steps)]
+                times[name] = children.run([*argv, "--child", json.dumps([mode, changes])], options.deadline)
+                print(f"{times[name].get('seconds', times[name]['outcome'])} {name}", flush=True)
+                children.save(options.results, "limits", "limits.py", {"rows": rows, "times": times})
+    else:
+        start.make(options.work, options)
+        ways = {"none": [[]], "all": [LOSSY], "both": [[], LOSSY]}[options.allow]
+        have = {(row["mode"], row["limit_gib"], bool(row["allow"])) for row in rows}
+        for limit in options.limits or LIMITS[options.mode]:
+            for allow in ways:
+                if (options.mode, limit, bool(allow)) in have or time.monotonic() > ends:
+                    continue
+                rows.append(under(options.work, options.mode, limit, allow, options))
+                print(judge(rows[-1], times)[0], *rows[-1].get("said", []), sep="\n  ", flush=True)
+                children.save(options.results, "limits", "limits.py", {"rows": rows, "times": times})
+    print("\n| mode | limit, GiB | lossy | plan | s/step in the run | timed alone | of the fastest that fits |")
+    print("|---|---|---|---|---|---|---|")
+    judged = [judge(row, times) for row in rows]
+    print("\n".join(line for line, _ in judged), f"\nwritten to {file.name}")
+    return 0 if all(good for _, good in judged) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
