@@ -3,11 +3,11 @@
     python benchmarks/limits.py --work DIR [--limits 12,16,24,…] [--mode finetune] [--resume]
     python benchmarks/limits.py --work DIR --time [--resume]
 
-The job is a LoRA of rank 16 (or a fine-tune of all weights) at 1024 px on a transformer of FLUX.1-dev's size with random
+The job is a LoRA of rank 16 (or a fine-tune of all weights) at 1024 px on a FLUX.1-dev-sized transformer with made-up
 weights (23.8 GB, kept in DIR). For each limit, once with nothing in `allow` and once with everything: what `plan`
-chooses, then `run --gpu-limit` with it for five steps, the allocator held to the limit. --time takes every plan that was
-shown for any limit, without a limit, in the trainer's own loop: seconds of a step, and what NVML shows of the card. The
-table says for each limit the chosen plan's time beside that of the fastest plan that fits by its measured memory.
+chooses, then `run --gpu-limit` with it for five steps, the allocator held to the limit. --time takes every plan shown
+for any limit, without a limit, in the trainer's own loop: seconds of a step, and what NVML shows of the card. The
+table has for each limit the chosen plan's time beside that of the fastest plan that fits by its measured memory.
 
 Appends to benchmarks/results/limits-GPU-DATE.json. Exit 1 where a plan did not train, where there was one and none was
 chosen, or where the chosen one takes more than 1.05 times as long as the fastest.
