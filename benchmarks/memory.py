@@ -39,6 +39,7 @@ from memory_rows import ROWS, Row, bill, drawn, spec_of
 
 STEPS = 3
 """Two are launched kernel by kernel, then one is recorded."""
+CALIBRATION = children.REPO / "trainer" / "calibration.json"
 TIGHT = 0.97
 """Above that share of the limit a job is called tight."""
 
@@ -80,6 +81,16 @@ def again(file: Path, options: argparse.Namespace) -> None:
             [memory_report.HEAD, *map(memory_report.line, whole["rows"]), "", memory_report.said(whole["summary"])]
         )
     )
+
+
+def calibrate(file: Path) -> None:
+    """Write what only a card can tell into the trainer's data, with where it was measured: the most that NVML showed
+    beside the allocator's memory."""
+    whole = json.loads(file.read_text("utf-8"))
+    most = max(row["context_bytes"] for row in whole["rows"] if "context_bytes" in row)
+    source = {"result": file.name, **{key: whole[key] for key in ("date", "machine", "versions")}}
+    children.write(CALIBRATION, {"context_bytes": most, "source": source})
+    print(f"context_bytes: {most:,} ({most / GIB:.2f} GiB), written to {CALIBRATION.name}")
 
 
 # Rows, in a process that takes them one after the other -----------------------------------------------------
@@ -295,6 +306,7 @@ def main() -> int:
     parser.add_argument("--random", type=int, default=0, metavar="N", help="N drawn configurations in the list's place")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
     parser.add_argument("--again", type=Path, metavar="FILE", help="forecast a file's rows anew and measure nothing")
+    parser.add_argument("--calibrate", type=Path, metavar="FILE", help="write what a file measured into trainer/")
     parser.add_argument("--resume", action="store_true", help="leave out what today's result has already")
     parser.add_argument("--limit-gib", type=float, default=0.0, metavar="G", help="hold the process to a card of G GiB")
     parser.add_argument("--deadline", type=float, default=560, metavar="S", help="seconds for all rows together")
@@ -303,6 +315,9 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.calibrate:
+        calibrate(options.calibrate)
+        return 0
     if options.again:
         again(options.again, options)
         return 0

@@ -5,8 +5,10 @@ The forecast is of allocated tensors; the CUDA context stands beside it, because
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from xflux_trainer import memory_fused
@@ -38,9 +40,10 @@ ERROR_BAR = 0.03
 """What is promised of one process and of DDP; 68 configurations on an H200 were within 1.2 % (benchmarks/memory.py)."""
 UNMEASURED_BAR = 0.15
 """Where the weights or states are cut up among ranks, and on the CPU."""
-CUDA_CONTEXT = 1540 * MIB
-"""What NVML shows beside the allocator's memory, once the fused kernels, cuBLAS and flash-attn-4 are loaded: 1.46 to
-1.54 GiB on an H200 (torch 2.11, CUDA 13)."""
+_CALIBRATION = json.loads(Path(__file__).with_name("calibration.json").read_text(encoding="utf-8"))
+CUDA_CONTEXT: int = _CALIBRATION["context_bytes"]
+"""What NVML shows beside the allocator's memory, once the fused kernels, cuBLAS and flash-attn-4 are loaded: the most
+that was measured on the machine that the file names; `benchmarks/memory.py --calibrate` writes it anew."""
 PYTHON_CUDA = 2_000 * MIB
 PYTHON_CPU = 600 * MIB
 
