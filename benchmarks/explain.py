@@ -1,12 +1,12 @@
-"""How often `xflux-doctor explain` names the true cause of a failure: a corpus of logs, and a table of what it took for what.
+"""How often `xflux-doctor explain` names the true cause of a failure, over a corpus of logs; and how fast it reads one.
 
     python benchmarks/explain.py --corpus DIR
     python benchmarks/explain.py --megabytes 1000
 
 DIR holds logs and an index.tsv with the columns `path` and `cause`; `none` is a healthy run, of which a diagnosis is a
-false alarm. Prints the share of true causes, every log that was taken for something else, and the causes that were
-confused. --megabytes writes a log of that size, a healthy run's with one failure at its end, and measures how fast it is
-read and in how much memory. Exit 1 below 95 %, at a false alarm, below 100 MB/s or above 300 MB.
+false alarm. Prints every log that was taken for something else, each cause with what it was taken for, and the share
+of true causes. --megabytes writes a log of that size, a healthy run's with a failure at its end, and measures how fast
+it is read and in how much memory. Exit 1 below 95 %, at a false alarm, below 100 MB/s or above 300 MB.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ PROGRESS = "steps:  {0:>7}/1000000 [{1}<2:10:11,  2.61it/s, lr=1e-5, step_loss=0
 FAILURE = (
     "Traceback (most recent call last):\n"
     '  File "/x/train.py", line 3, in <module>\n    loss.backward()\n'
-    "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of 79.11 GiB of "
-    "which 812.50 MiB is free. Process 4711 has 78.30 GiB memory in use. Of the allocated memory 76.20 GiB is allocated "
-    "by PyTorch, and 1.40 GiB is reserved by PyTorch but unallocated.\n"
+    "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of 79.11 GiB "
+    "of which 812.50 MiB is free. Process 4711 has 78.30 GiB memory in use. Of the allocated memory 76.20 GiB is "
+    "allocated by PyTorch, and 1.40 GiB is reserved by PyTorch but unallocated.\n"
 )
 
 
@@ -54,7 +54,8 @@ def corpus(folder: Path) -> bool:
     print("\n| true cause | logs | named | taken for |\n|---|---|---|---|")
     for cause, count in sorted(Counter(cause for _, cause, _ in found).items()):
         others = Counter(said for _, true, said in wrong if true == cause)
-        print(f"| {cause} | {count} | {right.count(cause)} | {', '.join(f'{n} x {name}' for name, n in others.items())} |")
+        taken = ", ".join(f"{n} x {name}" for name, n in others.items())
+        print(f"| {cause} | {count} | {right.count(cause)} | {taken} |")
     healthy = sum(cause == "none" for _, cause, _ in found)
     share = len(right) / max(1, len(found))
     print(f"\n{len(right)} of {len(found)} ({share:.1%}); {len(alarms)} false alarms on {healthy} healthy logs")
@@ -78,7 +79,8 @@ def large(megabytes: int) -> bool:
         seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1000
     named = '"cuda-oom' in done.stdout
-    print(f"{size:,.0f} MB in {seconds:.1f} s: {size / seconds:.0f} MB/s, {peak:.0f} MB of memory; cause named: {named}")
+    speed = f"{size:,.0f} MB in {seconds:.1f} s: {size / seconds:.0f} MB/s"
+    print(f"{speed}, {peak:.0f} MB of memory; cause named: {named}")
     return named and size / seconds >= SPEED and peak <= MEMORY
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,13 @@ import click
 import msgspec
 
 from xflux_doctor.errors import DoctorError
-from xflux_doctor.explain.diagnosis import Diagnosis, diagnose
-from xflux_doctor.explain.log import file_lines, stream_lines
+from xflux_doctor.explain.diagnosis import Diagnosis, diagnose_file, diagnose_stream
 from xflux_doctor.report import jsonreport
 
 
 def run(log: str, *, form: str) -> int:
     """Exit 1 when a cause was found, 0 when the log shows none."""
-    diagnosis = diagnose(_lines(log))
+    diagnosis = _diagnosed(log)
     if form == "json":
         click.echo(jsonreport.encode({"schema": 1, **as_dict(diagnosis)}), nl=False)
     else:
@@ -43,7 +41,7 @@ def as_dict(diagnosis: Diagnosis | None) -> dict[str, Any]:
 
 def of_file(path: Path) -> Diagnosis | None:
     """The cause that one log shows."""
-    return diagnose(file_lines(path))
+    return diagnose_file(path)
 
 
 def log_of(folder: Path) -> Path | None:
@@ -52,12 +50,11 @@ def log_of(folder: Path) -> Path | None:
     return logs[-1] if logs else None
 
 
-def _lines(log: str) -> Iterator[str]:
+def _diagnosed(log: str) -> Diagnosis | None:
     if log == "-":
         if sys.stdin is None:
             raise DoctorError("Standard input is closed.", "Name a log, or pipe one in.", code=2)
-        yield from stream_lines(sys.stdin.buffer)
-        return
+        return diagnose_stream(sys.stdin.buffer)
     path = Path(log)
     if path.is_dir():
         found = log_of(path)
@@ -66,7 +63,7 @@ def _lines(log: str) -> Iterator[str]:
         path = found
     if not path.is_file():
         raise DoctorError(f"There is no log at {log}.", "Name a log, a run folder, or - for standard input.", code=2)
-    yield from file_lines(path)
+    return diagnose_file(path)
 
 
 def words(diagnosis: Diagnosis | None) -> str:

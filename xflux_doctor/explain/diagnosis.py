@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
 
@@ -17,6 +18,7 @@ from xflux_doctor.explain import log
 from xflux_doctor.explain.reader import Mark, Reader
 from xflux_doctor.explain.rule import LEVELS, Level, Rule
 from xflux_doctor.explain.rules import RULES
+from xflux_doctor.explain.skimmer import Skimmer
 
 _SECRET = re.compile(
     r"\bhf_[A-Za-z0-9]{8,}|\b(?:sk|pypi|ghp|gho)[-_][A-Za-z0-9_-]{16,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
@@ -58,7 +60,20 @@ def diagnose(source: str | Iterable[str], rules: tuple[Rule, ...] = RULES) -> Di
 
 
 def diagnose_file(path: Path, rules: tuple[Rule, ...] = RULES) -> Diagnosis | None:
-    return diagnose(log.file_lines(path), rules)
+    """The same of a file, however large."""
+    with path.open("rb") as file:
+        return diagnose_stream(file, rules)
+
+
+def diagnose_stream(file: BinaryIO, rules: tuple[Rule, ...] = RULES) -> Diagnosis | None:
+    """The same of what is open already, such as `sys.stdin.buffer`."""
+    reader, made = Reader(rules), log.Lines()
+    skimmer = Skimmer(reader, made)
+    for piece in log.pieces(file):
+        if not skimmer.skim(piece):
+            for line in made.of(log.text_of(piece)):
+                reader.take(line)
+    return _verdict(reader)
 
 
 def _verdict(seen: Reader) -> Diagnosis | None:

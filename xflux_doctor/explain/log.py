@@ -5,12 +5,12 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 MAX_LINE = 6000
 """Longer lines are cut: no known mark stands that far to the right."""
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
+_LONGEST = 1 << 20
 _ESCAPE = re.compile(r"\x1b(?:\[[0-9;:?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])")
 _STAMP = re.compile(r"\d{4}-\d\d-\d\dT[\d:.,]+(?:Z|[+-]\d\d:\d\d) (?:std(?:out|err) [FP] )?")
 """What `docker logs -t`, `kubectl logs --timestamps` and container runtimes put before each line."""
@@ -27,44 +27,67 @@ class Line(NamedTuple):
     """Without line end, colors and the mark of the rank."""
 
 
-def lines(source: str | Iterable[str]) -> Iterator[Line]:
-    """Lines of a text, or of lines as a file gives them, with or without their line ends."""
-    number = 1
-    hosts: list[str] = []
-    for text in [source] if isinstance(source, str) else source:
+class Lines:
+    """Makes lines of pieces of a log, one after the other."""
+
+    def __init__(self) -> None:
+        self.number = 1
+        """Of the line that comes next."""
+        self._hosts: list[str] = []
+
+    def of(self, text: str) -> Iterator[Line]:
+        """Lines of a text that begins and ends where lines do, the last one with or without its end."""
         start = 0
         while True:
             end = text.find("\n", start)
-            yield from _line(number, text[start : end if end >= 0 else len(text)], hosts)
-            number += 1
+            yield from _line(self.number, text[start : end if end >= 0 else len(text)], self._hosts)
+            self.number += 1
             start = end + 1
             if end < 0 or start == len(text):
                 break
 
+    def last(self, text: str) -> Iterator[Line]:
+        """The same of lines that were counted already, under the number of the one that comes next."""
+        for part in filter(None, text.split("\n")):
+            yield from _line(self.number, part, self._hosts)
 
-def file_lines(path: Path) -> Iterator[str]:
-    """The lines of a file, one at a time and never longer than a chunk."""
-    with path.open("rb") as file:
-        yield from stream_lines(file)
+
+def lines(source: str | Iterable[str]) -> Iterator[Line]:
+    """Lines of a text, or of lines as a file gives them, with or without their line ends."""
+    made = Lines()
+    for text in [source] if isinstance(source, str) else source:
+        yield from made.of(text)
 
 
-def stream_lines(file: BinaryIO) -> Iterator[str]:
-    """The same for what is open already, such as `sys.stdin.buffer`."""
-    start = file.read(4)
-    encoding = "utf-8"
-    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        encoding = "utf-16"  # PowerShell's `> train.log`
-    decoder = codecs.getincrementaldecoder(encoding)(errors="replace")
-    rest = decoder.decode(start)
-    while chunk := file.read(_CHUNK):
-        *whole, rest = (rest + decoder.decode(chunk)).split("\n")
-        for line in whole:
-            yield line + "\n"
-        if len(rest) > _CHUNK:  # a gigabyte without a line end is no log; keep its beginning and its end
-            rest = rest[:MAX_LINE] + "\r" + rest[-MAX_LINE:]
-    rest += decoder.decode(b"", final=True)
+def pieces(file: BinaryIO) -> Iterator[bytes]:
+    """A log in UTF-8, in pieces that end where lines do (the last one but for that) and are never longer than a few
+    chunks, whatever it is. One in UTF-16 comes in UTF-8."""
+    rest = b""
+    for chunk in _chunks(file):
+        whole = rest + chunk
+        end = whole.rfind(b"\n") + 1
+        if end:
+            yield whole[:end]
+        rest = whole[end:]
+        if len(rest) > _LONGEST:  # a gigabyte without a line end is no log; keep its beginning and its end
+            rest = rest[: 4 * MAX_LINE] + b"\r" + rest[-4 * MAX_LINE :]
     if rest:
         yield rest
+
+
+def _chunks(file: BinaryIO) -> Iterator[bytes]:
+    start = file.read(4)
+    utf_16 = start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # PowerShell's `> train.log`
+    decoder = codecs.getincrementaldecoder("utf-16")(errors="replace")
+    chunk = start + file.read(_CHUNK)
+    while chunk:
+        yield decoder.decode(chunk).encode() if utf_16 else chunk
+        chunk = file.read(_CHUNK)
+
+
+def text_of(piece: bytes) -> str:
+    """A piece as text."""
+    return piece.decode("utf-8", errors="replace")
 
 
 def _line(number: int, text: str, hosts: list[str]) -> Iterator[Line]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
+from collections.abc import Iterable
 from functools import cache
 from typing import NamedTuple
 
@@ -193,6 +194,25 @@ class Reader:
                 self._match(line, block, rule, sign)
         if block.open:
             self._close(line, block)
+
+    def passed(self, steady: int, printed: int, last: Iterable[log.Line]) -> None:
+        """Lines without a mark have gone by: how far they move the clock, and the last of them."""
+        self.recent.extend(line.text for line in last)
+        if steady or printed:
+            self.nan = None
+            self.clock = self.clock._replace(steady=self.clock.steady + steady, printed=self.clock.printed + printed)
+
+    def progress_of(self, line: log.Line) -> Clock | None:
+        """How far such a line alone moves the clock; None for one that says more than a loss that is a number."""
+        found = self._look(line.text)
+        if not found.any:
+            return Clock()
+        if found.lively != "loss" or found.keys:
+            return None
+        alone = Reader(())
+        alone.nan_rule = self.nan_rule
+        alone._progress(line)
+        return None if alone.nan is not None else alone.clock
 
     def _look(self, text: str) -> _Found:
         """Which of the known texts are in the line.
