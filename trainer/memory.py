@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from xflux_trainer import memory_fused
+from xflux_trainer import memory_fused, memory_host
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.memory_terms import (
     GRADIENTS,
@@ -27,7 +27,6 @@ from xflux_trainer.memory_terms import (
     weights,
     width,
 )
-from xflux_trainer.savings import held
 from xflux_trainer.spec import FluxSpec
 from xflux_trainer.trained import trained
 
@@ -36,8 +35,6 @@ MIB = 1 << 20
 ERROR_BAR = 0.15
 """What is promised. Measured so far on an H100 and an H200, 7 to 47 GiB, in all modes: within 6 %."""
 CUDA_CONTEXT = 550 * MIB
-PYTHON_CUDA = 2_000 * MIB
-PYTHON_CPU = 600 * MIB
 
 Device = Literal["cuda", "cpu"]
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp")
@@ -54,6 +51,7 @@ class Bill:
     gpu_context: int
     world_size: int
     error_bar: float = ERROR_BAR
+    host_error_bar: float = memory_host.ERROR_BAR
 
     @property
     def gpu_phases(self) -> dict[str, int]:
@@ -96,11 +94,11 @@ class Bill:
 
 def forecast(
     config: TrainConfig, spec: FluxSpec, *, world_size: int, strategy: str, device: Device, samples: int = 0,
-    offload: Collection[str] = (), triton: bool = True,
+    offload: Collection[str] = (), triton: bool = True, encoded: bool = False,
 ) -> Bill:  # fmt: skip
     """The bill of one run. `samples` is the number of images, for the cache's size; 0: not known.
 
-    `triton`: whether it works there; without it diffusers' own blocks compute.
+    `triton`: whether it works there; without it diffusers' own blocks compute. `encoded`: nothing is left to encode.
     `offload` names what waits in the host's memory: `optimizer` (DeepSpeed), `param` (ZeRO-3), both for FSDP.
     """
     if strategy not in STRATEGIES:
@@ -108,26 +106,10 @@ def forecast(
     terms = _compute_terms(config, spec, world_size, strategy, offload, device, triton=triton)
     compute, moved = _split(terms, config, spec, world_size, offload)
     written = tuple(disk(config, spec, samples, strategy))
-    if device == "cuda":
-        host: tuple[Term, ...] = tuple(
-            Term("Python, torch and CUDA", PYTHON_CUDA, phase, "measured, nearly the same for every model")
-            for phase in PHASES
-        )
-        staging = Term(
-            "one tensor on its way",
-            spec.largest_tensor * 4,
-            "load",
-            "weights go to the device tensor by tensor",
-        )
-        waiting = held(config, spec, width(config)).host
-        pinned = tuple(
-            Term("streamed blocks", waiting, phase, "pinned; the device fetches them when their turn comes")
-            for phase in ("load", "train", "sample")
-            if waiting
-        )
-        return Bill(compute, (*host, staging, *pinned, *moved), written, CUDA_CONTEXT, world_size)
-    python = tuple(Term("Python and torch", PYTHON_CPU, phase, "measured") for phase in PHASES)
-    return Bill((), (*python, *compute, *moved), written, 0, world_size)
+    on_cpu = device == "cpu"
+    host = memory_host.terms(config, spec, strategy, compute, on_cpu=on_cpu, encoded=encoded)
+    gpu = () if on_cpu else compute
+    return Bill(gpu, (*host, *moved), written, 0 if on_cpu else CUDA_CONTEXT, world_size)
 
 
 def adapter_parameters(config: TrainConfig, spec: FluxSpec) -> int:

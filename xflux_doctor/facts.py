@@ -256,6 +256,8 @@ class Host(msgspec.Struct, frozen=True):
     memory_available: int = 0
     memory_limit: int | None = None
     """The cgroup's limit, where there is one."""
+    memory_held: int | None = None
+    """What processes of that group hold and the kernel cannot drop."""
     shm_total: int | None = None
     shm_free: int | None = None
     container: str = ""
