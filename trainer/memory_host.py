@@ -133,10 +133,16 @@ def _weights(config: TrainConfig, spec: FluxSpec, strategy: str, whole: Term) ->
     if config.mixed_precision != "bf16" or cut:
         why = "this rank's part" if cut else "converted: the file has bf16"
         yield Term(TRANSFORMER, whole.bytes + held(config, spec, width(config)).host, whole.phase, why)
+        if whole.phase == "load" and not cut and config.quantization == "none":
+            lines = spec.linears()
+            laid = sum(line.parameters for line in lines if _packed(line.name) and line.name.startswith("single_"))
+            after = sum(line.parameters for line in lines if line.name.startswith(("norm_out", "proj_out")))
+            size = (laid // max(1, spec.single_blocks) - after) * width(config)
+            yield Term("laid together", max(0, size), "load", "the last block's, beside what it is copied from")
         return
     kept = held(config, spec)
     streamed = set(streamed_blocks(spec.double_blocks, spec.single_blocks, config.stream_blocks))
-    copied, left = kept.host + kept.slots, 0
+    copied, left = kept.host + kept.slots * (whole.phase != "load"), 0  # the slots are made at the first step
     what = trained(config, spec).layers if config.mode == "finetune" else frozenset()
     for linear in spec.linears():
         block = ".".join(linear.name.split(".")[:2])
@@ -145,7 +151,7 @@ def _weights(config: TrainConfig, spec: FluxSpec, strategy: str, whole: Term) ->
             left += linear.parameters * 2 * (linear.name in what)
         elif config.quantization != "none" and (not modulates or config.modulation == "quantize"):
             copied += stored(linear, config.quantization)
-        elif linear.name.rpartition(".")[2] in PACKED:
+        elif _packed(linear.name):
             copied += linear.parameters * 2
         else:
             left += linear.parameters * 2 * (linear.name in what)
@@ -154,3 +160,7 @@ def _weights(config: TrainConfig, spec: FluxSpec, strategy: str, whole: Term) ->
     yield Term(TRANSFORMER, copied, whole.phase, why)
     if left and whole.phase != "load":
         yield Term("weights that were stepped", left, whole.phase, "pages of the file become the process's own")
+
+
+def _packed(name: str) -> bool:
+    return name.rpartition(".")[2] in PACKED

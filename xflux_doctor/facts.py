@@ -256,8 +256,6 @@ class Host(msgspec.Struct, frozen=True):
     memory_available: int = 0
     memory_limit: int | None = None
     """The cgroup's limit, where there is one."""
-    memory_held: int | None = None
-    """What processes of that group hold and the kernel cannot drop."""
     shm_total: int | None = None
     shm_free: int | None = None
     container: str = ""
@@ -279,6 +277,8 @@ class Host(msgspec.Struct, frozen=True):
     """Devices under /sys/class/infiniband."""
     named: bool | None = None
     """Whether /etc/hosts knows this host's own name."""
+    memory_held: int | None = None
+    """What the processes of the group that sets `memory_limit` hold and the kernel cannot drop."""
 
 
 class TorchFacts(msgspec.Struct, frozen=True):
