@@ -132,7 +132,7 @@ def test_without_a_gpu_there_is_no_verdict(place: Path, matrix: Matrix, capsys: 
     (limited,) = planned(capsys, "--gpu-limit", "78")["ranks"]
     assert limited["gpu"]["verdict"] == "fits"
     (cpu,) = planned(capsys, "--cpu")["ranks"]
-    assert cpu["gpu"] is None and cpu["host"]["peak_bytes"] > 20 * GIB
+    assert cpu["gpu"] is None and cpu["host"]["peak_bytes"] > 9 * GIB  # the rest stays in the weights' file
 
 
 def test_more_needs_more(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import click
-from xflux_trainer import kernelcache
+from xflux_trainer import heap, kernelcache
 from xflux_trainer.config import load_with_notes
 from xflux_trainer.errors import CheckpointError, Interrupted, UserError, tell
 from xflux_trainer.signals import Stop, ignore
@@ -39,6 +39,7 @@ def train(path: Path) -> None:
     stop.install()
     config, notes = load_with_notes(path)
     kernelcache.persist(os.environ)
+    heap.give_back()
     from xflux_trainer.train import train as run
 
     run(config, notes, stop)
@@ -50,6 +51,7 @@ def cache(path: Path) -> None:
     """Only encode the images and captions."""
     Stop().install()
     config, _ = load_with_notes(path)
+    heap.give_back()
     from xflux_trainer.commands import fill_cache
 
     fill_cache(config)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from xflux_trainer import memory_fused
+from xflux_trainer import memory_fused, memory_host
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.memory_terms import (
     GRADIENTS,
@@ -30,22 +30,19 @@ from xflux_trainer.memory_terms import (
     weights,
     width,
 )
-from xflux_trainer.savings import held
 from xflux_trainer.spec import FluxSpec
 from xflux_trainer.trained import trained
 
 GIB = 1 << 30
 MIB = 1 << 20
 ERROR_BAR = 0.03
-"""What is promised of one process and of DDP; 68 configurations on an H200 were within 1.2 % (benchmarks/memory.py)."""
+"""What is promised of one process and of DDP: 97 configurations on an H200 were within 1.6 % (benchmarks/memory.py)."""
 UNMEASURED_BAR = 0.15
 """Where the weights or states are cut up among ranks, and on the CPU."""
 _CALIBRATION = json.loads(Path(__file__).with_name("calibration.json").read_text(encoding="utf-8"))
 CUDA_CONTEXT: int = _CALIBRATION["context_bytes"]
 """What NVML shows beside the allocator's memory, once the fused kernels, cuBLAS and flash-attn-4 are loaded: the most
 that was measured on the machine that the file names; `benchmarks/memory.py --calibrate` writes it anew."""
-PYTHON_CUDA = 2_000 * MIB
-PYTHON_CPU = 600 * MIB
 
 Device = Literal["cuda", "cpu"]
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp")
@@ -62,6 +59,7 @@ class Bill:
     gpu_context: int
     world_size: int
     error_bar: float = ERROR_BAR
+    host_error_bar: float = memory_host.ERROR_BAR
 
     @property
     def gpu_phases(self) -> dict[str, int]:
@@ -104,11 +102,11 @@ class Bill:
 
 def forecast(
     config: TrainConfig, spec: FluxSpec, *, world_size: int, strategy: str, device: Device, samples: int = 0,
-    offload: Collection[str] = (), triton: bool = True,
+    offload: Collection[str] = (), triton: bool = True, encoded: bool = False,
 ) -> Bill:  # fmt: skip
     """The bill of one run. `samples` is the number of images, for the cache's size; 0: not known.
 
-    `triton`: whether it works there; without it diffusers' own blocks compute.
+    `triton`: whether it works there; without it diffusers' own blocks compute. `encoded`: nothing is left to encode.
     `offload` names what waits in the host's memory: `optimizer` (DeepSpeed), `param` (ZeRO-3), both for FSDP.
     """
     if strategy not in STRATEGIES:
@@ -116,27 +114,12 @@ def forecast(
     terms = _compute_terms(config, spec, world_size, strategy, offload, device, triton=triton)
     compute, moved = _split(terms, config, spec, world_size, offload)
     written = tuple(disk(config, spec, samples, strategy))
-    if device == "cuda":
-        host: tuple[Term, ...] = tuple(
-            Term("Python, torch and CUDA", PYTHON_CUDA, phase, "measured, nearly the same for every model")
-            for phase in PHASES
-        )
-        staging = Term(
-            "one tensor on its way",
-            spec.largest_tensor * 4,
-            "load",
-            "weights go to the device tensor by tensor",
-        )
-        waiting = held(config, spec, width(config)).host
-        pinned = tuple(
-            Term("streamed blocks", waiting, phase, "pinned; the device fetches them when their turn comes")
-            for phase in ("load", "train", "sample")
-            if waiting
-        )
-        bar = ERROR_BAR if strategy in ("single", "ddp") else UNMEASURED_BAR
-        return Bill(compute, (*host, staging, *pinned, *moved), written, CUDA_CONTEXT, world_size, bar)
-    python = tuple(Term("Python and torch", PYTHON_CPU, phase, "measured") for phase in PHASES)
-    return Bill((), (*python, *compute, *moved), written, 0, world_size, UNMEASURED_BAR)
+    on_cpu = device == "cpu"
+    host = memory_host.terms(config, spec, strategy, compute, on_cpu=on_cpu, encoded=encoded)
+    bar = ERROR_BAR if not on_cpu and strategy in ("single", "ddp") else UNMEASURED_BAR
+    return Bill(
+        () if on_cpu else compute, (*host, *moved), written, 0 if on_cpu else CUDA_CONTEXT, world_size, bar
+    )  # fmt: skip
 
 
 def adapter_parameters(config: TrainConfig, spec: FluxSpec) -> int:

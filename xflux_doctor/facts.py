@@ -277,6 +277,8 @@ class Host(msgspec.Struct, frozen=True):
     """Devices under /sys/class/infiniband."""
     named: bool | None = None
     """Whether /etc/hosts knows this host's own name."""
+    memory_held: int | None = None
+    """What the processes of the group that sets `memory_limit` hold and the kernel cannot drop."""
 
 
 class TorchFacts(msgspec.Struct, frozen=True):

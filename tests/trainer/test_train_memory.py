@@ -258,10 +258,10 @@ def test_the_host_holds_no_copy_of_the_model() -> None:
 
 
 def test_on_the_cpu_the_host_pays() -> None:
-    on_cpu = bill(device="cpu")
+    on_cpu = bill(device="cpu", mixed_precision="no")
     assert on_cpu.gpu == ()
     assert on_cpu.gpu_total == 0
-    assert on_cpu.host_per_rank > bill().gpu_allocated
+    assert on_cpu.host_per_rank > bill(mixed_precision="no").gpu_allocated
     assert on_cpu.peak_phase == "train"
 
 

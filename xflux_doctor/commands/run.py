@@ -16,7 +16,6 @@ import click
 import msgspec
 import yaml
 from xflux_trainer import config as train_config
-from xflux_trainer.errors import ConfigError
 
 from xflux_doctor import cluster, planner, remember
 from xflux_doctor import facts as facts_module
@@ -139,7 +138,7 @@ def _planned(case: Case, plan: Plan) -> tuple[Plan, str]:
 def _written(job: Job) -> frozenset[str]:
     try:
         return train_config.written_keys(job.train_path) if job.train_path is not None else frozenset()
-    except ConfigError:  # a file that could not be read has no config either
+    except train_config.ConfigError:  # a file that could not be read has no config either
         return frozenset()
 
 

@@ -11,6 +11,9 @@ from xflux_doctor.facts import Host
 
 _NO_LIMIT = 1 << 60
 """cgroup v1 writes a number near 2**63 where there is no limit."""
+_MEMORY = ("memory.max", "memory.limit_in_bytes")
+_HELD = ("total_rss", "total_shmem"), ("anon", "shmem")
+"""Of memory.stat, with the groups inside: in cgroup 1, whose plain `shmem` is without them, and in cgroup 2."""
 _LIMITS = {"memlock": "RLIMIT_MEMLOCK", "stack": "RLIMIT_STACK", "nofile": "RLIMIT_NOFILE", "nproc": "RLIMIT_NPROC"}
 
 
@@ -20,6 +23,7 @@ def host_facts(root: Path = Path("/")) -> Host:
     shm = _statvfs(root / "dev/shm")
     groups = _cgroup_folders(root)
     quota = _cpu_quota(groups)
+    limit, held = _memory_limit(groups)
     return Host(
         system=platform.system(),
         machine=platform.machine(),
@@ -28,7 +32,8 @@ def host_facts(root: Path = Path("/")) -> Host:
         cpus=_cpus(quota),
         memory_total=memory.get("MemTotal", 0),
         memory_available=memory.get("MemAvailable", 0),
-        memory_limit=_least(groups, ("memory.max", "memory.limit_in_bytes")),
+        memory_limit=limit,
+        memory_held=held,
         shm_total=shm[0] if shm else None,
         shm_free=shm[1] if shm else None,
         container=_container(root),
@@ -76,6 +81,17 @@ def _cgroup_folders(root: Path) -> list[Path]:
     for controller in ("", "memory", "cpu", "pids"):
         folders[base / controller] = None
     return [folder for folder in folders if folder.is_dir()]
+
+
+def _memory_limit(folders: list[Path]) -> tuple[int | None, int | None]:
+    """The tightest group's limit, and what its processes hold beside caches of files."""
+    found = [(limit, folder) for folder in folders if (limit := _least([folder], _MEMORY)) is not None]
+    if not found:
+        return None, None
+    limit, folder = min(found, key=lambda pair: pair[0])
+    lines = (line.split() for line in _read(folder / "memory.stat").splitlines())
+    counts = {pair[0]: int(pair[1]) for pair in lines if len(pair) == 2 and pair[1].isdigit()}
+    return limit, next((sum(counts.get(name, 0) for name in names) for names in _HELD if names[0] in counts), None)
 
 
 def _least(folders: list[Path], names: tuple[str, ...]) -> int | None:

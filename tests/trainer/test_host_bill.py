@@ -1,0 +1,155 @@
+"""The host's part of the bill: what was measured, and what it is made of."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from xflux_trainer import memory_host
+from xflux_trainer.config import TrainConfig
+from xflux_trainer.memory import GIB, Bill, forecast
+from xflux_trainer.spec import FLUX_DEV
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+BASE = TrainConfig(img_dir="x", img_size=1024)
+MEASURED = [
+    pytest.param(result, row, id=f"{file.stem}-{row['start']}")
+    for file in sorted(RESULTS.glob("host_memory-*.json"))
+    for result in [json.loads(file.read_text("utf-8"))]
+    for row in result["rows"]
+]
+
+
+def bill(device: Any = "cuda", *, encoded: bool = False, **changes: Any) -> Bill:
+    config = replace(BASE, **changes)
+    return forecast(config, FLUX_DEV, world_size=1, strategy="single", device=device, encoded=encoded)
+
+
+def named(made: Bill, name: str, phase: str) -> int:
+    return sum(term.bytes for term in made.host if (term.name, term.phase) == (name, phase))
+
+
+@pytest.mark.parametrize(("result", "row"), MEASURED)
+def test_what_was_measured_by_phase(result: dict[str, Any], row: dict[str, Any]) -> None:
+    """benchmarks/host_memory.py: real runs, encoding and encoded, against today's forecast of the same."""
+    double, single = result["layers"]
+    config = {"img_dir": "x", **result["config"]}
+    made = forecast(
+        TrainConfig(**config), replace(FLUX_DEV, double_blocks=double, single_blocks=single), world_size=1,
+        strategy="single", device="cpu" if result["device"] == "cpu" else "cuda", encoded=row["start"] == "encoded",
+    )  # fmt: skip
+    assert made.host_phases == pytest.approx(row["measured"], rel=made.host_error_bar)
+
+
+def test_what_a_start_at_full_size_was_measured_at() -> None:
+    """benchmarks/start.py on an H200: the most of the whole run, with a filled cache and no samples."""
+    file = RESULTS / "start-nvidia-h200-2026-11-28.json"
+    most = bill(encoded=True, disable_sampling=True).host_per_rank
+    for row in json.loads(file.read_text("utf-8"))["rows"]:
+        assert most == pytest.approx(row["host_bytes"], rel=0.10)
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("full_size_lora-*.json")), ids=lambda file: file.stem)
+def test_what_encoding_and_loading_at_full_size_were_measured_at(file: Path) -> None:
+    """Runs of a trainer that had no staging buffers. In one of them everything was encoded before."""
+    measured = json.loads(file.read_text("utf-8"))["measured"]["host_own_gib"]
+    made = bill(encoded=file.stem.endswith("-second"))
+    for phase in ("cache", "load"):
+        found = made.host_phases[phase] - named(made, "staging buffers", phase)
+        assert found / GIB == pytest.approx(measured[phase], rel=0.10)
+
+
+def test_what_streaming_was_measured_to_add() -> None:
+    """benchmarks/full_size.py on an H200, each row a process of its own: the streamed one beside the same without."""
+    rows = json.loads((RESULTS / "full_size-nvidia-h200-2026-11-28.json").read_text("utf-8"))["rows"]
+    peaks = {row["row"]: row["host_peak_gib"] for row in rows if row["outcome"] == "measured"}
+    for name, plain, config in (
+        ("lora-stream-19", "lora", {"stream_blocks": 19}),
+        ("lora-nf4-stream", "lora-nf4", {"quantization": "nf4", "modulation": "stream"}),
+    ):
+        more = named(bill(**config), "streamed blocks", "train") / GIB
+        assert more == pytest.approx(peaks[name] - peaks[plain], rel=0.03)
+
+
+def test_numbers_of_other_modules() -> None:
+    pytest.importorskip("torch")
+    from xflux_trainer import ahead, fast, readahead
+
+    window = readahead.Window()
+    assert window.buffers * window.size == memory_host.STAGING
+    assert memory_host.AHEAD == ahead.DEPTH + 1
+    source = Path(fast.__file__).read_text("utf-8").partition("class Packed")[2]
+    assert all(f".{name}" in source for name in memory_host.PACKED)
+
+
+def test_streamed_blocks_wait_in_the_host_s_memory() -> None:
+    plain, streamed = bill(), bill(stream_blocks=19)
+    more = named(streamed, "streamed blocks", "train")
+    assert more > 7 << 30
+    for phase in ("load", "train", "sample"):
+        assert streamed.host_phases[phase] - plain.host_phases[phase] == more
+    assert streamed.host_phases["cache"] == plain.host_phases["cache"]
+
+
+def test_on_a_cpu_what_is_used_as_the_file_has_it_costs_nothing() -> None:
+    kept, converted = bill("cpu"), bill("cpu", mixed_precision="no")
+    assert named(converted, "transformer", "load") == 4 * FLUX_DEV.transformer_parameters
+    # q, k, v of 19 blocks for image and text, and of 38 blocks with the first layer of the MLP: 3 + 3 and 7 hidden².
+    laid = 2 * (19 * 6 * (3072**2 + 3072) + 38 * 7 * (3072**2 + 3072))
+    assert named(kept, "transformer", "load") == laid
+    # A full fine-tune writes into those pages, which makes them the process's own.
+    tuned = bill("cpu", mode="finetune")
+    own = named(tuned, "transformer", "train") + named(tuned, "weights that were stepped", "train")
+    assert own == pytest.approx(2 * FLUX_DEV.transformer_parameters, rel=0.001)
+    assert named(tuned, "weights that were stepped", "load") == 0
+
+
+def test_every_term_says_why() -> None:
+    for device in ("cuda", "cpu"):
+        made = bill(device, stream_blocks=3)
+        assert all(term.why and term.bytes >= 0 for term in made.host)
+        assert set(made.host_phases) == {"cache", "load", "train", "sample"}
+
+
+HEAP = """
+import sys
+from pathlib import Path
+from xflux_trainer import heap
+
+def own():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon:")) // 1024
+
+if sys.argv[1] == "back":
+    heap.give_back()
+import ctypes
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+def take(size):
+    place = libc.malloc(size)
+    ctypes.memset(place, 1, size)
+    return place
+libc.free(take(31 << 20))  # after which glibc takes everything smaller out of its heap
+before = own()
+pieces = [take(8 << 20) for _ in range(20)]
+last = take(500 << 10)  # above them, so that the heap cannot be cut off at its end
+for piece in pieces:
+    libc.free(piece)
+print(own() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_freed_memory_is_the_system_s_again() -> None:
+    held = [
+        int(subprocess.run([sys.executable, "-c", HEAP, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("keep", "back")
+    ]
+    assert held[1] < 16
+    if held[0] < 100:
+        pytest.skip("this C library gives freed memory back by itself")

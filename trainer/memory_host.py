@@ -1,0 +1,166 @@
+"""The host's part of a bill: what one rank holds of the host's memory, phase by phase, each with its reason.
+
+Counted is what is the process's own, RssAnon and RssShmem. Pages of mapped files are not: the kernel drops them when
+it wants the memory. Weights that are used as the files have them therefore cost a CPU run nothing. The numbers of the
+process itself are measured by benchmarks/host_memory.py, with memory that is given back once it is freed (see `heap`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+from xflux_trainer.config import TrainConfig
+from xflux_trainer.memory_terms import TRANSFORMER, Term, width
+from xflux_trainer.savings import held, is_block, is_modulation, stored, streamed_blocks
+from xflux_trainer.spec import FluxSpec, image_tokens
+from xflux_trainer.trained import trained
+
+MIB = 1 << 20
+ERROR_BAR = 0.10
+"""Measured so far: within 10 % in every phase of benchmarks/results/host_memory-*.json."""
+
+PROCESS = {
+    # (all is to be encoded, the cache is filled)
+    "cpu": {"cache": (315, 230), "load": (315, 297), "train": (355, 346), "sample": (358, 346)},
+    "cuda": {"cache": (1_400, 510), "load": (1_500, 720), "train": (1_510, 1_080), "sample": (1_570, 1_140)},
+}
+"""MiB of Python, torch, diffusers and transformers; on a GPU with the CUDA context and the libraries' kernels. Encoding
+leaves some of its own behind: modules, and on a GPU the VAE's kernels.
+
+Sources: on a CPU the demo's model, which has nearly no weights, by torch 2.4.0 and 2.13.0 (which differ by 25 MiB).
+On a GPU, torch 2.11.0+cu130, benchmarks/results/start-nvidia-h200-2026-11-28.json for the most of a start with a
+filled cache (1,708 to 1,737 MiB, with the terms below), and full_size_lora-nvidia-*-2026-11-24*.json for what the
+phases differ by; these are of a trainer that held 180 MiB more while it trained, and had no staging buffers."""
+STAGING = 16 * (16 << 20)
+"""The buffers of `readahead.Window`. Pinned memory stays torch's until the process ends."""
+AHEAD = 4 + 1
+"""Batches that are read ahead, `ahead.DEPTH`, and the one that is trained on."""
+PACKED = ("to_q", "to_k", "to_v", "proj_mlp", "add_q_proj", "add_k_proj", "add_v_proj")
+"""Layers of a block whose weights are laid one below the other when it is loaded."""
+MAPPED = ("text encoders", "VAE beyond the text encoders", "VAE", "cuBLAS")
+"""Terms of a device that are none of a CPU's: encoders stay in their files' pages, and there is no cuBLAS."""
+FORWARD, DECODING = "one block forward", "VAE activations"
+PASSES = ("load", "train", "sample")
+
+
+def terms(
+    config: TrainConfig, spec: FluxSpec, strategy: str, compute: Iterable[Term], *, on_cpu: bool, encoded: bool = False
+) -> Iterator[Term]:
+    """What one rank holds of the host. `compute` are the terms of the device that computes, `encoded`: the cache is
+    filled, so that no encoder is loaded."""
+    if on_cpu:
+        yield from _process("cpu", "Python and torch", encoded=encoded)
+        yield from _cpu(config, spec, strategy, list(compute), encoded=encoded)
+    else:
+        yield from _process("cuda", "Python, torch and CUDA", encoded=encoded)
+        yield from _cuda(config, spec)
+    yield from _batches(config, spec, on_cpu=on_cpu)
+    yield from _written(config, spec, on_cpu=on_cpu)
+
+
+def _process(device: str, name: str, *, encoded: bool) -> Iterator[Term]:
+    for phase, sizes in PROCESS[device].items():
+        yield Term(name, sizes[encoded] * MIB, phase, "measured, nearly the same for every model")
+
+
+def _cuda(config: TrainConfig, spec: FluxSpec) -> Iterator[Term]:
+    waiting = held(config, spec, width(config)).host
+    for phase in PASSES:
+        kept = "" if phase == "load" else "; torch keeps them"
+        yield Term("staging buffers", STAGING, phase, f"16 of 16 MiB, pinned: weights are read ahead into them{kept}")
+        if waiting:
+            yield Term("streamed blocks", waiting, phase, "pinned; the device fetches them when their turn comes")
+
+
+def _batches(config: TrainConfig, spec: FluxSpec, *, on_cpu: bool) -> Iterator[Term]:
+    side = max(config.sizes)
+    tokens = image_tokens(side, side)
+    one = config.max_text_tokens * spec.text_dim * 2 + 2 * tokens * spec.in_channels * 4  # latents and their noise
+    if config.mode == "controlnet":
+        one += 3 * side * side
+    size = AHEAD * config.train_batch_size * one
+    yield Term("batches ahead", size, "train", f"{AHEAD} of them{'' if on_cpu else ', pinned'}")
+
+
+def _written(config: TrainConfig, spec: FluxSpec, *, on_cpu: bool) -> Iterator[Term]:
+    """Beside what is there all the time: on a CPU the activations, which have gone by then, are more."""
+    if config.mode == "lora" and not on_cpu:
+        size = 3 * 4 * trained(config, spec).parameters
+        yield Term("adapter files", size, "train", "fp32, at the end: tensors, their bytes, and the file of them")
+
+
+# A run on the CPU ----------------------------------------------------------------------------------------
+
+
+def _cpu(config: TrainConfig, spec: FluxSpec, strategy: str, compute: list[Term], *, encoded: bool) -> Iterator[Term]:
+    if not encoded:
+        pixels = max(config.sizes) ** 2
+        yield Term("VAE", spec.vae_parameters * 4, "cache", "fp32; its file and the text encoders' have bf16")
+        yield Term("VAE activations", 5 * 128 * pixels * 4, "cache", "fp32, one image")
+    drawing: list[Term] = []
+    for term in compute:
+        if term.phase == "cache" or term.name in MAPPED:
+            continue
+        if term.name == TRANSFORMER:
+            yield from _weights(config, spec, strategy, term)
+        elif term.name in (FORWARD, DECODING):
+            drawing.append(term)
+        else:
+            yield term
+    yield from _draw(config, spec, drawing)
+
+
+def _draw(config: TrainConfig, spec: FluxSpec, drawing: list[Term]) -> Iterator[Term]:
+    """The transformer's passes and the VAE's, of which each is gone when the other comes."""
+    if not drawing:
+        return
+    passes = [
+        replace(term, bytes=term.bytes // 2, why="half of a GPU's: no convolution has a workspace")
+        if term.name == DECODING
+        else term
+        for term in drawing
+    ]
+    if width(config) == 4:
+        yield Term("VAE", spec.vae_parameters * 4, "sample", "converted: its file has bf16")
+        passes = [replace(term, bytes=term.bytes * 2) if term.name == DECODING else term for term in passes]
+    yield max(passes, key=lambda term: term.bytes)
+
+
+def _weights(config: TrainConfig, spec: FluxSpec, strategy: str, whole: Term) -> Iterator[Term]:
+    """Of the transformer what does not stay in its file's pages."""
+    cut = strategy in ("zero3", "fsdp")
+    if config.mixed_precision != "bf16" or cut:
+        why = "this rank's part" if cut else "converted: the file has bf16"
+        yield Term(TRANSFORMER, whole.bytes + held(config, spec, width(config)).host, whole.phase, why)
+        if whole.phase == "load" and not cut and config.quantization == "none":
+            lines = spec.linears()
+            laid = sum(line.parameters for line in lines if _packed(line.name) and line.name.startswith("single_"))
+            after = sum(line.parameters for line in lines if line.name.startswith(("norm_out", "proj_out")))
+            size = (laid // max(1, spec.single_blocks) - after) * width(config)
+            yield Term("laid together", max(0, size), "load", "the last block's, beside what it is copied from")
+        return
+    kept = held(config, spec)
+    streamed = set(streamed_blocks(spec.double_blocks, spec.single_blocks, config.stream_blocks))
+    copied, left = kept.host + kept.slots * (whole.phase != "load"), 0  # the slots are made at the first step
+    what = trained(config, spec).layers if config.mode == "finetune" else frozenset()
+    for linear in spec.linears():
+        block = ".".join(linear.name.split(".")[:2])
+        modulates = is_modulation(linear.name)
+        if not is_block(block) or block in streamed or (modulates and config.modulation == "stream"):
+            left += linear.parameters * 2 * (linear.name in what)
+        elif config.quantization != "none" and (not modulates or config.modulation == "quantize"):
+            copied += stored(linear, config.quantization)
+        elif _packed(linear.name):
+            copied += linear.parameters * 2
+        else:
+            left += linear.parameters * 2 * (linear.name in what)
+    mapped = max(0, spec.transformer_parameters * 2 - copied) // MIB
+    why = f"what is laid together, quantised or streamed; {mapped:,} MiB at the most stay in the file's pages"
+    yield Term(TRANSFORMER, copied, whole.phase, why)
+    if left and whole.phase != "load":
+        yield Term("weights that were stepped", left, whole.phase, "pages of the file become the process's own")
+
+
+def _packed(name: str) -> bool:
+    return name.rpartition(".")[2] in PACKED
