@@ -36,7 +36,7 @@ def place(tmp_path: Path, matrix: Matrix, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 
 def train(folder: Path, **values: Any) -> None:
-    text = {"img_dir": "images", "img_size": 1024, "output_dir": "out", "disable_sampling": True, **values}
+    text = {"img_dir": str(folder / "images"), "img_size": 1024, "output_dir": "out", "disable_sampling": True, **values}
     (folder / "train.yaml").write_text(yaml.safe_dump(text))
 
 
