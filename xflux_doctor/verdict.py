@@ -5,12 +5,24 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from xflux_doctor.facts import Host
+
 RESERVED = 0.02
 """What PyTorch's allocator keeps beyond the peak of its tensors: rounding and holes. 0.3 to 2 % were measured in steps
 of the bundled trainer on an H200; x-flux#12 leaves 2.5 %. It keeps more where nothing is short, and gives that back."""
 TIGHT, FITS = 97, 100
 """Percent of the limit up to which a job fits with room for the forecast's own error, and up to which it fits at all:
 between the two it is tight."""
+
+
+LAUNCHER = 250 << 20
+"""`accelerate launch`, which imports torch, and the doctor. Measured: 185 MiB by torch 2.13 and 310 by torch 2.4."""
+
+
+def host_room(host: Host) -> tuple[int, int]:
+    """Bytes that all processes of this container, or host, may hold, and what they hold already; 0: not known."""
+    limit = min((size for size in (host.memory_limit, host.memory_total) if size), default=0)
+    return limit, host.memory_held or 0 if limit == host.memory_limit else 0
 
 
 def reserved(allocated: int) -> int:

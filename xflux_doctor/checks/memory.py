@@ -13,11 +13,9 @@ from xflux_doctor.checks.words import devices
 from xflux_doctor.facts import Gpu
 from xflux_doctor.finding import Edit, Finding, Scalar, error, warning
 from xflux_doctor.plans import at_peak
-from xflux_doctor.verdict import fitting, held
+from xflux_doctor.verdict import LAUNCHER, fitting, held, host_room
 
 GIB = 1 << 30
-_LAUNCHER = 250 << 20
-"""`accelerate launch`, which imports torch, and the doctor. Measured: 185 MiB by torch 2.13 and 310 by torch 2.4."""
 _SHARED_HINT = "End it if it is yours (the doctor never does), or choose another GPU by CUDA_VISIBLE_DEVICES."
 
 
@@ -126,22 +124,21 @@ def host_memory(case: Case) -> Iterator[Finding]:
     assert case.facts.host
     host = case.facts.host
     bill, ranks = need(case), case.job.local_processes
-    wanted = bill.host_per_rank * ranks + _LAUNCHER
+    wanted = bill.host_per_rank * ranks + LAUNCHER
     words = f"{ranks} ranks and their launcher need" if ranks > 1 else "1 rank and its launcher need"
     words = f"{words} about {_gib(wanted)} GiB of host memory"
-    limit = min(n for n in (host.memory_limit, host.memory_total) if n) if host.memory_total else 0
+    limit, used = host_room(host)
     by_container = limit == host.memory_limit
-    held = host.memory_held or 0 if by_container else 0
     what = f"{'the container' if by_container else 'the host'}'s {'limit' if by_container else 'memory'} is"
-    there = f"{what} {_gib(limit)} GiB" + (f", of which {_gib(held)} are in use" if held > _LAUNCHER else "")
-    if limit and wanted * (1 - bill.host_error_bar) > limit - held:
+    there = f"{what} {_gib(limit)} GiB" + (f", of which {_gib(used)} are in use" if used > LAUNCHER else "")
+    if limit and wanted * (1 - bill.host_error_bar) > limit - used:
         make = error if by_container else warning  # MemTotal alone may be small now and grow
         yield make(
             f"{words}; {there}.",
             "The kernel kills ranks without a word: exit code -9.",
             "Start fewer ranks, or give the container more memory.",
         )
-    elif by_container and limit and wanted > limit - held:
+    elif by_container and limit and wanted > limit - used:
         yield warning(
             f"{words} (±{bill.host_error_bar:.0%}); {there}.",
             "It is tight: the kernel may kill ranks without a word, exit code -9.",

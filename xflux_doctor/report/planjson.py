@@ -10,7 +10,7 @@ from xflux_doctor import __version__, xflux_bill
 from xflux_doctor.check import Case
 from xflux_doctor.plans import Card, Row, at_peak
 from xflux_doctor.report.jsonreport import encode
-from xflux_doctor.verdict import fitting, gpu_entry
+from xflux_doctor.verdict import LAUNCHER, fitting, gpu_entry, host_room
 from xflux_doctor.xflux import XFlux
 
 __all__ = ["document", "encode", "first", "xflux_document"]
@@ -72,12 +72,14 @@ def _row(row: Row) -> dict[str, Any]:
 
 
 def _host(case: Case, terms: dict[str, int]) -> dict[str, Any]:
-    """One rank's host memory; the limit is that of all ranks of this machine together, as they share it."""
-    facts, own = case.facts.host, sum(terms.values())
-    known = (facts.memory_limit, facts.memory_total) if facts else ()
-    limit, every = min((size for size in known if size), default=None), own * case.job.local_processes
-    verdict = None if limit is None else fitting(every, limit)
-    return {"terms": terms, "peak_bytes": own, "all_ranks_bytes": every, "limit_bytes": limit, "verdict": verdict}
+    """One rank's host memory; the limit is that of all ranks of this machine and their launcher together, less what the
+    container's processes hold already."""
+    own = sum(terms.values())
+    every = own * case.job.local_processes
+    limit, used = host_room(case.facts.host) if case.facts.host else (0, 0)
+    verdict = fitting(every + LAUNCHER + used, limit) if limit else None
+    return {"terms": terms, "peak_bytes": own, "all_ranks_bytes": every, "limit_bytes": limit or None,
+            "verdict": verdict}  # fmt: skip
 
 
 def first(rows: list[Row], cards: tuple[Card, ...]) -> Row | None:
