@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,13 @@ def place(tmp_path: Path, matrix: Matrix, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 
 def train(folder: Path, **values: Any) -> None:
-    text = {"img_dir": str(folder / "images"), "img_size": 1024, "output_dir": "out", "disable_sampling": True, **values}
+    text = {
+        "img_dir": str(folder / "images"),
+        "img_size": 1024,
+        "output_dir": "out",
+        "disable_sampling": True,
+        **values,
+    }
     (folder / "train.yaml").write_text(yaml.safe_dump(text))
 
 
@@ -70,6 +77,38 @@ def test_the_limit_reaches_the_trainer(place: Path, matrix: Matrix) -> None:
     plan, words = planned(matrix)
     assert plan.job.gpu_limit == 41 * GIB and plan.job.train is not None and plan.job.train.gpu_limit_gib == 41
     assert plan.job.train.checkpointed_blocks or plan.job.train.gradient_checkpointing is False
+
+
+OOM = (
+    'Traceback (most recent call last):\n  File "/x/train.py", line 3, in <module>\n    loss.backward()\n'
+    "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of 79.11 GiB "
+    "of which 812.50 MiB is free. Including non-PyTorch memory, this process has 78.30 GiB memory in use.\n"
+)
+
+
+def test_after_a_run_that_was_out_of_memory_comes_a_lighter_plan(
+    place: Path, matrix: Matrix, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By what the run folder has of it: the facts, the effective files and the log."""
+    train(place, gradient_checkpointing=False)
+    run = place / "out"
+    (run / "logs").mkdir(parents=True)
+    for name in ("facts.json", "train.yaml", "accelerate.yaml"):
+        (run / name).write_text((place / name).read_text())
+    (run / "logs" / "run-1.log").write_text(OOM)
+    for named in (run, run / "logs" / "run-1.log"):
+        assert main(["explain", str(named), "--format", "json"]) == 1
+        found = json.loads(capsys.readouterr().out)
+        memory = found["remedy"]["memory"]
+        assert found["cause"].startswith("cuda-oom") and "activations" in memory["terms"]
+        assert memory["plan"]["device_bytes"] <= 0.93 * memory["foreseen_device_bytes"]
+        assert memory["plan"]["changes"] and not {"quantization", "img_size"} & memory["plan"]["changes"].keys()
+    assert main(["explain", str(run)]) == 1
+    assert "The bill had foreseen 39." in capsys.readouterr().out
+    # Of a log alone nothing is known but the log.
+    (place / "alone.log").write_text(OOM)
+    assert main(["explain", str(place / "alone.log"), "--format", "json"]) == 1
+    assert "memory" not in json.loads(capsys.readouterr().out)["remedy"]
 
 
 def test_a_job_that_cannot_start_is_not_planned(place: Path, matrix: Matrix) -> None:

@@ -301,6 +301,13 @@ def of_case(case: Case) -> tuple[Card, ...]:
     return tuple(made[rank % len(made)] for rank in range(ranks))
 
 
+def under(case: Case, limit: int) -> Row | None:
+    """The plan that would be taken on these cards if each had no more than so many bytes."""
+    cards = tuple(Card(card.name, card.total, min(card.limit, limit)) for card in of_case(case))
+    visible = selected(case.facts.gpus or (), case.facts.environment, case.job.gpu_ids)
+    return search(case, cards, visible).chosen if cards else None
+
+
 def known(case: Case) -> Found | None:
     """The plans on the visible cards; None where there is no bill, or no card."""
     if case.job.train is None or case.job.use_cpu or not case.job.bundled:

@@ -9,6 +9,7 @@ from typing import Any
 import click
 import msgspec
 
+from xflux_doctor.commands.lighter import Lighter, after
 from xflux_doctor.errors import DoctorError
 from xflux_doctor.explain.diagnosis import Diagnosis, diagnose_file, diagnose_stream
 from xflux_doctor.report import jsonreport
@@ -17,14 +18,22 @@ from xflux_doctor.report import jsonreport
 def run(log: str, *, form: str) -> int:
     """Exit 1 when a cause was found, 0 when the log shows none."""
     diagnosis = _diagnosed(log)
+    lighter = next_plan(diagnosis, Path(log)) if log != "-" else None
     if form == "json":
-        click.echo(jsonreport.encode({"schema": 1, **as_dict(diagnosis)}), nl=False)
+        click.echo(jsonreport.encode({"schema": 1, **as_dict(diagnosis, lighter)}), nl=False)
     else:
-        click.echo(words(diagnosis))
+        click.echo(words(diagnosis, lighter))
     return 1 if diagnosis else 0
 
 
-def as_dict(diagnosis: Diagnosis | None) -> dict[str, Any]:
+def next_plan(diagnosis: Diagnosis | None, path: Path) -> Lighter | None:
+    """The plan after a run that was out of the card's memory, by its run folder, or by the log in that."""
+    if diagnosis is None or not diagnosis.cause.startswith("cuda-oom"):
+        return None
+    return after(path if path.is_dir() else path.absolute().parent.parent)
+
+
+def as_dict(diagnosis: Diagnosis | None, lighter: Lighter | None = None) -> dict[str, Any]:
     """The diagnosis as JSON has it. `cause` is the cause's id, `unknown`, or `none` for a healthy log."""
     if diagnosis is None:
         return {"cause": "none", "title": "", "because": "", "evidence": [], "rank": None, "remedy": {}, "others": []}
@@ -34,7 +43,12 @@ def as_dict(diagnosis: Diagnosis | None) -> dict[str, Any]:
         "because": diagnosis.because,
         "evidence": msgspec.to_builtins(diagnosis.evidence),
         "rank": diagnosis.rank,
-        "remedy": {"hint": diagnosis.hint, "commands": list(diagnosis.commands), "docs": diagnosis.docs},
+        "remedy": {
+            "hint": diagnosis.hint,
+            "commands": list(diagnosis.commands),
+            "docs": diagnosis.docs,
+            **({"memory": lighter.document} if lighter else {}),
+        },
         "others": list(diagnosis.others),
     }
 
@@ -66,12 +80,13 @@ def _diagnosed(log: str) -> Diagnosis | None:
     return diagnose_file(path)
 
 
-def words(diagnosis: Diagnosis | None) -> str:
+def words(diagnosis: Diagnosis | None, lighter: Lighter | None = None) -> str:
     """The diagnosis for a person."""
     if diagnosis is None:
         return "No known cause of failure stands in this log."
     lines = [click.style(f"✗ {diagnosis.title} ({diagnosis.cause})", fg="red", bold=True)]
     lines += [f"    line {evidence.line}: {evidence.text}" for evidence in diagnosis.evidence]
     lines += [f"    {diagnosis.because}", f"    → {diagnosis.hint}"]
+    lines += [f"    → {lighter.words}"] if lighter else []
     lines += [f"    $ {command}" for command in diagnosis.commands]
     return "\n".join(lines)

@@ -322,9 +322,10 @@ def _finish(folder: Path, log: Path, end: End, *, quiet: bool = False) -> None:
     if end.exit_code != 0 and not end.interrupted:
         explain: Any = importlib.import_module("xflux_doctor.commands.explain")  # not for every start of the doctor
         diagnosis = explain.of_file(log)
-        cause = explain.as_dict(diagnosis)
+        lighter = explain.next_plan(diagnosis, log)
+        cause = explain.as_dict(diagnosis, lighter)
         click.echo(f"\nThe training ended with {end.exit_code} after {end.seconds:.0f} s.")
-        click.echo(explain.words(diagnosis))
+        click.echo(explain.words(diagnosis, lighter))
         click.echo(f"    log: {log}")
     elif quiet:
         pass
