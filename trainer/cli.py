@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import click
-from xflux_trainer import heap, kernelcache
+from xflux_trainer import allocator, heap, kernelcache
 from xflux_trainer.config import load_with_notes
 from xflux_trainer.errors import CheckpointError, Interrupted, UserError, tell
 from xflux_trainer.signals import Stop, ignore
@@ -29,6 +29,7 @@ _A_MOMENT = 2.0
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def commands() -> None:
     """Train FLUX.1: adapters, the model itself or a ControlNet, from a YAML file that X-Flux would also read."""
+    allocator.prefer(os.environ)
 
 
 @commands.command()
