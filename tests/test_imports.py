@@ -44,8 +44,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("report.placement", "report.summary", "report.text", "report.jsonreport", "report.planjson", "report.difference",
      "report.groups", "report.bars", "report.htmlparts", "report.htmlbars", "report.planhtml",
      "report"),
-    ("commands.check", "commands.fix", "commands.undo", "commands.install", "commands.lighter", "commands.explain",
-     "commands.plan",
+    ("commands.check", "commands.planned", "commands.fix", "commands.undo", "commands.install", "commands.lighter",
+     "commands.explain", "commands.plan",
      "commands.matrix", "commands.nodes", "commands.together", "commands.run",
      "commands", "cli"),
 )  # fmt: skip

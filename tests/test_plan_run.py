@@ -62,6 +62,19 @@ def test_a_run_is_as_fast_as_the_card_lets_it(place: Path, matrix: Matrix, capsy
     assert f"planned: {words}" in said and "GiB per GPU" in said and "repaired in memory" not in said
 
 
+def test_fix_says_so_and_writes_it_when_it_is_asked_to(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (place / "train.yaml").read_text()
+    assert main(["fix", *USUAL]) == 0
+    said = capsys.readouterr().out
+    assert "? PLAN 1024 px, keeping every activation" in said and "The files need no repair" in said
+    assert main(["fix", *USUAL, "--write-config", "--yes"]) == 0 and (place / "train.yaml").read_text() == before
+    assert main(["fix", *USUAL, "--take", "PLAN", "--write-config", "--yes"]) == 0
+    assert yaml.safe_load((place / "train.yaml").read_text())["gradient_checkpointing"] is False
+    capsys.readouterr()
+    # And then there is nothing left to be had.
+    assert main(["fix", *USUAL]) == 0 and "PLAN" not in capsys.readouterr().out
+
+
 def test_what_the_file_says_stays(place: Path, matrix: Matrix) -> None:
     train(place, gradient_checkpointing=True)
     plan, words = planned(matrix)

@@ -46,7 +46,12 @@ def shared(command: F) -> F:
             click.option("--cpu", is_flag=True, help="Train on CPU ranks."),
             click.option("--offline", is_flag=True, help="Nothing may be fetched."),
             click.option("--accept", multiple=True, metavar="CODE", help="Take this finding as a warning."),
-            click.option("--take", multiple=True, metavar="CODE", help="Make the changes that this finding offers."),
+            click.option(
+                "--take",
+                multiple=True,
+                metavar="CODE",
+                help="Make the changes that this finding offers; PLAN: the plan's.",
+            ),
             click.option(
                 "--timeout", type=click.FloatRange(min=1), default=60.0, metavar="S", help="Deadline of the probes."
             ),
@@ -82,7 +87,7 @@ def inputs_of(options: dict[str, Any]) -> Inputs:
             )
     for name in ("accept", "take"):
         for code in options.get(name, ()):
-            if code not in _codes():
+            if code not in _codes() and (name, code) != ("take", "PLAN"):
                 raise click.BadParameter(f"There is no check {code!r}; see -v for the codes.", param_hint=f"--{name}")
     names = Inputs.__dataclass_fields__
     return Inputs(**{name: value for name, value in options.items() if name in names})

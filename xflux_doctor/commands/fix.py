@@ -17,6 +17,7 @@ from xflux_doctor import matrix as matrices
 from xflux_doctor.check import Case, examine
 from xflux_doctor.checks import ALL
 from xflux_doctor.checks.words import devices
+from xflux_doctor.commands import planned
 from xflux_doctor.commands.check import summarize
 from xflux_doctor.errors import DoctorError
 from xflux_doctor.finding import Change, Finding, Verdict
@@ -58,6 +59,8 @@ class Look:
     refusal: Finding | None
     """Why nothing may be written, if there is a reason."""
     files: list[FileRepair]
+    faster: planned.Faster | None = None
+    """What `run` would do beside the repairs."""
 
 
 def plan_of(case: Case) -> Plan:
@@ -152,14 +155,21 @@ def run(inputs: Inputs, *, form: str, write: bool, yes: bool) -> int:
     if not write and not looks[-1].refusal:
         _show(looks[-1].files)
     _offers(before.verdicts, looks[-1].plan, written=bool(written))
+    if looks[-1].faster:
+        click.echo(click.style(f"? {planned.TAKE} {looks[-1].faster.words}", fg="yellow"))
+        click.echo(f"    `run` does so by itself; `fix --take {planned.TAKE} --write-config` writes it down.")
     _last_words(looks, bool(written))
     return code
 
 
 def _look(case: Case) -> Look:
-    plan = plan_of(_with_launch(case))
+    case = _with_launch(case)
+    plan = plan_of(case)
+    found = planned.faster(case, plan)
+    if found is not None and planned.TAKE in case.taken:
+        plan, found = planned.laid(case, plan, found.edits), None
     refusal = _refusal(plan, case)
-    return Look(plan, refusal, [] if refusal or plan.conflicts else repairs(case, plan.edits))
+    return Look(plan, refusal, [] if refusal or plan.conflicts else repairs(case, plan.edits), found)
 
 
 def _refusal(plan: Plan, case: Case) -> Finding | None:

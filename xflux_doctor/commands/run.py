@@ -17,14 +17,13 @@ import msgspec
 import yaml
 from xflux_trainer import config as train_config
 
-from xflux_doctor import cluster, planner, remember
+from xflux_doctor import cluster, remember
 from xflux_doctor import facts as facts_module
 from xflux_doctor import matrix as matrices
-from xflux_doctor.bill import need
 from xflux_doctor.check import Case, examine
 from xflux_doctor.checks import network
 from xflux_doctor.checks.words import devices
-from xflux_doctor.commands import together
+from xflux_doctor.commands import planned, together
 from xflux_doctor.commands.check import summarize
 from xflux_doctor.commands.fix import confirm, edited, new_accelerate, plan_of
 from xflux_doctor.commands.together import Self
@@ -34,7 +33,6 @@ from xflux_doctor.facts import Meeting
 from xflux_doctor.files import write_atomic
 from xflux_doctor.finding import Change, Edit, Finding
 from xflux_doctor.inputs import Inputs, build, probed
-from xflux_doctor.job import Job
 from xflux_doctor.launch import Launch, build_rank
 from xflux_doctor.launch import build as build_launch
 from xflux_doctor.plan import Plan, lay
@@ -114,32 +112,15 @@ def _copies(case: Case, plan: Plan, accelerate_text: str, me: Self) -> _Copies:
 
 
 def _planned(case: Case, plan: Plan) -> tuple[Plan, str]:
-    """With the fastest settings that fit and change no number that is computed, where the training file does not say
-    otherwise, and with the limit that the command line sets; and a sentence on the plan. Nobody need be asked."""
-    mended = dataclasses.replace(case, job=plan.job)
+    """With the fastest settings that fit, and with the limit that the command line sets; and a sentence on the plan.
+    Nobody need be asked."""
     train, limit = plan.job.train, plan.job.gpu_limit
     if plan.blockers or train is None or not plan.job.bundled or plan.job.use_cpu:
         return plan, ""
-    edits: list[Change] = []
     if limit is not None and train.gpu_limit_gib != limit / GIB:
-        edits.append(Edit("train", ("gpu_limit_gib",), limit / GIB, "--gpu-limit"))
-    found, words = planner.known(mended), ""
-    row = planner.quicker(found, _written(plan.job)) if found is not None else None
-    if found is not None and row is not None:
-        edits += planner.plan_edits(mended, row)
-        words = f"{row.label}: {row.seconds:.3f} s a step instead of {found.own.seconds:.3f}, and it computes the same"
-    if not edits:
-        return plan, ""
-    job = lay(plan.job, edits)
-    mended = dataclasses.replace(mended, job=job)
-    return dataclasses.replace(plan, edits=(*plan.edits, *edits), job=job, bill=need(mended)), words
-
-
-def _written(job: Job) -> frozenset[str]:
-    try:
-        return train_config.written_keys(job.train_path) if job.train_path is not None else frozenset()
-    except train_config.ConfigError:  # a file that could not be read has no config either
-        return frozenset()
+        plan = planned.laid(case, plan, (Edit("train", ("gpu_limit_gib",), limit / GIB, "--gpu-limit"),))
+    faster = planned.faster(case, plan)
+    return (plan, "") if faster is None else (planned.laid(case, plan, faster.edits), faster.words)
 
 
 def _show(repaired: Plan, plan: Plan, summary: Summary, words: str) -> None:
