@@ -45,7 +45,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
      "report.groups", "report.bars", "report.htmlparts", "report.htmlbars", "report.planhtml",
      "report"),
     ("commands.check", "commands.planned", "commands.fix", "commands.undo", "commands.install", "commands.lighter",
-     "commands.explain", "commands.plan",
+     "commands.again", "commands.explain", "commands.plan",
      "commands.matrix", "commands.nodes", "commands.together", "commands.run",
      "commands", "cli"),
 )  # fmt: skip

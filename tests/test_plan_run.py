@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from conftest import GIB, XFLUX_ACCELERATE, gpus, machine, packages, record
 from PIL import Image
 
 from xflux_doctor.cli import main
+from xflux_doctor.commands import lighter
 from xflux_doctor.commands import run as command
 from xflux_doctor.commands.fix import plan_of
 from xflux_doctor.inputs import Inputs, build
@@ -122,6 +124,37 @@ def test_after_a_run_that_was_out_of_memory_comes_a_lighter_plan(
     (place / "alone.log").write_text(OOM)
     assert main(["explain", str(place / "alone.log"), "--format", "json"]) == 1
     assert "memory" not in json.loads(capsys.readouterr().out)["remedy"]
+
+
+def test_every_retry_after_an_out_of_memory_needs_less(place: Path) -> None:
+    """The run folder's own files are edited; the samples of a step stay, and nothing that loses anything is taken."""
+    from xflux_doctor.commands import again
+    from xflux_doctor.explain.diagnosis import diagnose
+
+    train(place, gradient_checkpointing=False, train_batch_size=2)
+    run = place / "out"
+    run.mkdir()
+    for name in ("facts.json", "train.yaml", "accelerate.yaml"):
+        (run / name).write_text((place / name).read_text())
+    files = {"train": run / "train.yaml", "accelerate": run / "accelerate.yaml"}
+    tried: set[str] = set()
+    held: list[int] = []
+    while (attempt := again.following(run, diagnose(OOM), tried)) is not None and len(tried) < 20:
+        tried.add(attempt.mark)
+        again.write(attempt, files)
+        made = yaml.safe_load(files["train"].read_text())
+        assert made["resume_from_checkpoint"] == "latest" and made.get("quantization", "none") == "none"
+        assert made["train_batch_size"] * made.get("gradient_accumulation_steps", 1) == 2
+        found = lighter.after(run)
+        assert found is not None
+        held.append(found.failed.device)
+    assert len(held) >= 3 and all(later < 0.95 * sooner for sooner, later in itertools.pairwise(held))
+    # What cannot pass by itself is not tried again, and what may only once.
+    assert again.following(run, diagnose("KeyError: 'caption'\nTraceback (most recent call last):\n"), set()) is None
+    once = again.following(run, diagnose("Segmentation fault (core dumped)\n"), set())
+    assert (
+        once is not None and again.following(run, diagnose("Segmentation fault (core dumped)\n"), {once.mark}) is None
+    )
 
 
 def test_a_job_that_cannot_start_is_not_planned(place: Path, matrix: Matrix) -> None:

@@ -196,3 +196,53 @@ def test_a_killed_rank_is_told(tmp_path: Path, model: Path) -> None:
     assert told["trainer_exit_code"] == -9 and told["signal"] == 9
     assert told["cause"]["cause"] == "host-oom-kill" and told["cause"]["remedy"]["hint"]
     assert ranks_of(tmp_path) == []
+
+
+def test_a_run_that_was_killed_goes_on_from_its_checkpoint(tmp_path: Path, model: Path) -> None:
+    """Once: the same death a second time is not tried again."""
+    one = two_ranks().replace("num_processes: 2", "num_processes: 1").replace("DEEPSPEED", "NO")
+    quick = {"mixed_precision": "no", "gradient_accumulation_steps": 1, "heldout_samples": 0, "disable_sampling": True}
+    one = one.replace("mixed_precision: bf16", "mixed_precision: 'no'")
+    write_job(tmp_path, model, accelerate=one, max_train_steps=4000, checkpointing_steps=2, **quick)
+    process = start(tmp_path, "--retries", "2")
+    killed = [_kill_after_a_checkpoint(tmp_path, process)]
+    killed.append(_kill_after_a_checkpoint(tmp_path, process, after=killed[0]))
+    output = finish(process)
+    assert process.returncode == 137, output
+    assert output.count("retry 1 of 2") == 1 and "retry 2 of 2" not in output, output
+    assert "resumed" in output or "resuming" in output.lower(), output
+    assert killed[1] > killed[0]
+    logs = sorted((tmp_path / "out" / "logs").glob("run-*.log"))
+    assert len(logs) == 2 and "retry-1" in logs[1].name
+
+
+def _kill_after_a_checkpoint(place: Path, process: subprocess.Popen[str], after: int = 0) -> int:
+    """SIGKILL the trainer once a checkpoint later than `after` is whole; the step of the last one."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.stdout.read() if process.stdout else ""
+        steps = [int(path.name.rpartition("-")[2]) for path in (place / "out").glob("checkpoint-*[0-9]")]
+        trainers = _trainers(place)
+        if steps and max(steps) > after and trainers:
+            os.kill(trainers[-1], signal.SIGKILL)
+            return max(steps)
+        time.sleep(0.05)
+    raise AssertionError("no checkpoint came")
+
+
+def _trainers(place: Path) -> list[int]:
+    """Processes that run this job's trainer itself, and not its launchers."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (entry / "cmdline").read_bytes().decode().split("\0")
+        except OSError:
+            continue
+        ours = any(str(place) in word for word in words) and "xflux_trainer" in words
+        if (
+            ours
+            and not any("accelerate" in word and "launch" in word for word in words)
+            and "guard" not in " ".join(words)
+        ):
+            found.append(int(entry.name))
+    return sorted(found)

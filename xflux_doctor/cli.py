@@ -146,10 +146,15 @@ def fix(form: str, write_config: bool, install: bool, undo: bool, yes: bool, **o
     metavar="S",
     help="How long the machines of a job wait for each other before the launch; 0: not at all.",
 )
+@click.option(
+    "--retries", type=click.IntRange(0, 100), default=0, metavar="N",
+    help="Go on from the last checkpoint after a death, each time by another way, at most N times.",
+)  # fmt: skip
 @click.argument("extra", nargs=-1, type=click.UNPROCESSED)
-def run(dry_run: bool, yes: bool, wait_for_nodes: float, extra: tuple[str, ...], **options: Any) -> int:
+def run(dry_run: bool, yes: bool, wait_for_nodes: float, retries: int, extra: tuple[str, ...], **options: Any) -> int:
     """Validate, repair in memory, launch the trainer. EXTRA after -- goes to the trainer."""
-    return int(_command("run").run(inputs_of(options), dry_run=dry_run, yes=yes, extra=extra, wait=wait_for_nodes))
+    how = {"dry_run": dry_run, "yes": yes, "extra": extra, "wait": wait_for_nodes, "retries": retries}
+    return int(_command("run").run(inputs_of(options), **how))
 
 
 @cli.command()

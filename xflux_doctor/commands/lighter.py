@@ -9,6 +9,7 @@ from typing import Any
 from xflux_doctor import matrix as matrices
 from xflux_doctor import planner
 from xflux_doctor.errors import DoctorError
+from xflux_doctor.finding import Edit
 from xflux_doctor.inputs import Inputs, build
 from xflux_doctor.plans import Row
 
@@ -23,6 +24,8 @@ class Lighter:
 
     failed: Row
     next: Row | None
+    edits: tuple[Edit, ...] = ()
+    """What turns the run folder's files into the next one."""
 
     @property
     def words(self) -> str:
@@ -60,4 +63,5 @@ def after(folder: Path) -> Lighter | None:
     found = planner.known(case)
     if found is None:
         return None
-    return Lighter(found.own, planner.under(case, int(LESS * found.own.device)))
+    row = planner.under(case, int(LESS * found.own.device))
+    return Lighter(found.own, row, planner.plan_edits(case, row) if row is not None else ())

@@ -46,8 +46,11 @@ GIB = 1 << 30
 _DEEPSPEED = "deepspeed.json"
 
 
-def run(inputs: Inputs, *, dry_run: bool, yes: bool, extra: tuple[str, ...], wait: float = 20.0) -> int:
-    """The gate, then the training. Exit 1 and nothing started when the gate refuses, here or on another machine."""
+def run(
+    inputs: Inputs, *, dry_run: bool, yes: bool, extra: tuple[str, ...], wait: float = 20.0, retries: int = 0
+) -> int:
+    """The gate, then the training, and after a death up to `retries` more from its last checkpoint. Exit 1 and nothing
+    started when the gate refuses, here or on another machine."""
     if inputs.facts and not dry_run:
         raise UsageError("Recorded facts are of another machine or another time.", "Give --dry-run with --facts.")
     case = build(inputs, matrices.load_with(inputs.matrix))
@@ -80,7 +83,7 @@ def run(inputs: Inputs, *, dry_run: bool, yes: bool, extra: tuple[str, ...], wai
         if case.job.train is not None and not dry_run:
             _refused(me.folder(Path(case.job.train.output_dir)), summary)
         return summary.exit_code
-    return _launch(case, plan, summary, copies, me, log, extra=extra)
+    return _launch(case, plan, summary, copies, me, log, extra=extra, retries=retries)
 
 
 @dataclass(frozen=True)
@@ -181,8 +184,9 @@ def _show_bill(plan: Plan) -> None:
 
 
 def _launch(
-    case: Case, plan: Plan, summary: Summary, copies: _Copies, me: Self, log: Path | None, *, extra: tuple[str, ...]
-) -> int:
+    case: Case, plan: Plan, summary: Summary, copies: _Copies, me: Self, log: Path | None, *, extra: tuple[str, ...],
+    retries: int,
+) -> int:  # fmt: skip
     """Write the run folder and start. Without a `log` nothing is written or started: the launch is shown."""
     assert case.job.train is not None and case.facts.python is not None
     folder, python, seen = copies.folder, case.facts.python.executable, devices(case)
@@ -200,13 +204,31 @@ def _launch(
     _record(folder, case, plan, summary, launch)
     if not me.quiet:
         click.echo(f"\n$ {launch.shell}\n  log: {log}\n")
-    end = supervise(launch, log, _echo)
+    end, log = _supervised(launch, copies, log, retries)
     try:
         _finish(folder, log, end, quiet=me.quiet)
         write_atomic(folder / "report.txt", _report(summary, plan, launch, folder, end))
     except (DoctorError, OSError) as error:  # the training's own end is what counts
         click.echo(f"The run folder could not be completed: {error}", err=True)
     return end.exit_code
+
+
+def _supervised(launch: Launch, copies: _Copies, log: Path, retries: int) -> tuple[End, Path]:
+    """Start, and start again while that may help; how the last one ended, and its log."""
+    end, tried = supervise(launch, log, _echo), set[str]()
+    files = {"accelerate": copies.accelerate, "train": copies.train, "deepspeed": copies.folder / _DEEPSPEED}
+    while end.exit_code and not end.interrupted and len(tried) < retries:
+        explain: Any = importlib.import_module("xflux_doctor.commands.explain")
+        again: Any = importlib.import_module("xflux_doctor.commands.again")
+        attempt = again.following(copies.folder, explain.of_file(log), tried)
+        if attempt is None:
+            break
+        tried.add(attempt.mark)
+        again.write(attempt, {name: path for name, path in files.items() if path.is_file()})
+        click.echo(f"\nretry {len(tried)} of {retries} after {end.seconds:.0f} s: {attempt.words}\n")
+        log = _make_folder(copies.folder, len(tried))
+        end = supervise(launch, log, _echo)
+    return end, log
 
 
 def _own_deepspeed(case: Case, plan: Plan, folder: Path) -> list[Change]:
@@ -238,10 +260,10 @@ def _report(summary: Summary, plan: Plan, launch: Launch, folder: Path, end: End
     return "\n".join(lines) + "\n"
 
 
-def _make_folder(folder: Path) -> Path:
+def _make_folder(folder: Path, retry: int = 0) -> Path:
     """The run folder and the name of this run's log."""
     stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d-%H%M%S")
-    log = folder / "logs" / f"run-{stamp}.log"
+    log = folder / "logs" / f"run-{stamp}{f'-retry-{retry}' if retry else ''}.log"
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
         log.touch()
