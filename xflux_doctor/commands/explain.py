@@ -12,6 +12,7 @@ import msgspec
 from xflux_doctor.commands.lighter import Lighter, after
 from xflux_doctor.errors import DoctorError
 from xflux_doctor.explain.diagnosis import Diagnosis, diagnose_file, diagnose_stream
+from xflux_doctor.explain.folder import diagnose_folder, logs_in
 from xflux_doctor.report import jsonreport
 
 
@@ -36,12 +37,14 @@ def next_plan(diagnosis: Diagnosis | None, path: Path) -> Lighter | None:
 def as_dict(diagnosis: Diagnosis | None, lighter: Lighter | None = None) -> dict[str, Any]:
     """The diagnosis as JSON has it. `cause` is the cause's id, `unknown`, or `none` for a healthy log."""
     if diagnosis is None:
-        return {"cause": "none", "title": "", "because": "", "evidence": [], "rank": None, "remedy": {}, "others": []}
+        return {"cause": "none", "title": "", "because": "", "evidence": [], "file": "", "rank": None, "remedy": {},
+                "others": []}  # fmt: skip
     return {
         "cause": diagnosis.cause,
         "title": diagnosis.title,
         "because": diagnosis.because,
         "evidence": msgspec.to_builtins(diagnosis.evidence),
+        "file": diagnosis.file,
         "rank": diagnosis.rank,
         "remedy": {
             "hint": diagnosis.hint,
@@ -72,8 +75,12 @@ def _diagnosed(log: str) -> Diagnosis | None:
     path = Path(log)
     if path.is_dir():
         found = log_of(path)
+        if found is None and not logs_in(path):
+            raise DoctorError(
+                f"{log} holds no logs.", "Name a run folder (output_dir), logs of ranks, or a log.", code=2
+            )
         if found is None:
-            raise DoctorError(f"{log} holds no logs/run-*.log.", "Name a run folder (output_dir) or a log.", code=2)
+            return diagnose_folder(path)
         path = found
     if not path.is_file():
         raise DoctorError(f"There is no log at {log}.", "Name a log, a run folder, or - for standard input.", code=2)
@@ -85,7 +92,8 @@ def words(diagnosis: Diagnosis | None, lighter: Lighter | None = None) -> str:
     if diagnosis is None:
         return "No known cause of failure stands in this log."
     lines = [click.style(f"✗ {diagnosis.title} ({diagnosis.cause})", fg="red", bold=True)]
-    lines += [f"    line {evidence.line}: {evidence.text}" for evidence in diagnosis.evidence]
+    at = f"{diagnosis.file}, line" if diagnosis.file else "line"
+    lines += [f"    {at} {evidence.line}: {evidence.text}" for evidence in diagnosis.evidence]
     lines += [f"    {diagnosis.because}", f"    → {diagnosis.hint}"]
     lines += [f"    → {lighter.words}"] if lighter else []
     lines += [f"    $ {command}" for command in diagnosis.commands]

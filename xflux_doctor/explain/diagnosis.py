@@ -49,6 +49,10 @@ class Diagnosis(msgspec.Struct, frozen=True):
     docs: str = ""
     others: tuple[str, ...] = ()
     """Other causes that left marks, most of them consequences of this one."""
+    level: Level = "error"
+    """How near to the root its mark stands."""
+    file: str = ""
+    """Where it stands, of several logs."""
 
 
 def diagnose(source: str | Iterable[str], rules: tuple[Rule, ...] = RULES) -> Diagnosis | None:
@@ -61,7 +65,7 @@ def diagnose(source: str | Iterable[str], rules: tuple[Rule, ...] = RULES) -> Di
 
 def diagnose_file(path: Path, rules: tuple[Rule, ...] = RULES) -> Diagnosis | None:
     """The same of a file, however large."""
-    with path.open("rb") as file:
+    with log.opened(path) as file:
         return diagnose_stream(file, rules)
 
 
@@ -132,6 +136,7 @@ def _told(seen: Reader, mark: Mark, marks: list[Mark]) -> Diagnosis:
         commands=rule.commands,
         docs=rule.docs,
         others=tuple(name for name in dict.fromkeys(others) if name != rule.id),
+        level=mark.level,
     )
 
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import bz2
 import codecs
+import gzip
+import lzma
 import re
-from collections.abc import Iterable, Iterator
-from typing import BinaryIO, NamedTuple
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, cast
 
 MAX_LINE = 6000
 """Longer lines are cut: no known mark stands that far to the right."""
@@ -57,6 +63,37 @@ def lines(source: str | Iterable[str]) -> Iterator[Line]:
     made = Lines()
     for text in [source] if isinstance(source, str) else source:
         yield from made.of(text)
+
+
+_PACKED: tuple[tuple[bytes, Callable[[BinaryIO], BinaryIO]], ...] = (
+    (b"\x1f\x8b", lambda file: cast(BinaryIO, gzip.GzipFile(fileobj=file))),
+    (b"BZh", lambda file: cast(BinaryIO, bz2.BZ2File(file))),
+    (b"\xfd7zXZ\x00", lambda file: cast(BinaryIO, lzma.LZMAFile(file))),  # noqa: SIM115 - the file in it is closed
+)
+"""How rotated logs begin, by what they are packed with."""
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """A log, unpacked where it is packed; what of a packed one is broken off or damaged is left out."""
+    with path.open("rb") as file:
+        start = file.read(6)
+        file.seek(0)
+        unpack = next((unpack for mark, unpack in _PACKED if start.startswith(mark)), None)
+        yield file if unpack is None else cast(BinaryIO, _Whole(unpack(file)))
+
+
+class _Whole:
+    """Reads to where a packed file is whole."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def read(self, size: int) -> bytes:
+        try:
+            return self._file.read(size)
+        except (EOFError, OSError, zlib.error, lzma.LZMAError):
+            return b""
 
 
 def pieces(file: BinaryIO) -> Iterator[bytes]:
