@@ -11,6 +11,7 @@ import msgspec
 
 from xflux_doctor.commands.lighter import Lighter, after
 from xflux_doctor.errors import DoctorError
+from xflux_doctor.explain.codes import CODES
 from xflux_doctor.explain.diagnosis import Diagnosis, diagnose_file, diagnose_stream
 from xflux_doctor.explain.folder import diagnose_folder, logs_in
 from xflux_doctor.report import jsonreport
@@ -37,10 +38,12 @@ def next_plan(diagnosis: Diagnosis | None, path: Path) -> Lighter | None:
 def as_dict(diagnosis: Diagnosis | None, lighter: Lighter | None = None) -> dict[str, Any]:
     """The diagnosis as JSON has it. `cause` is the cause's id, `unknown`, or `none` for a healthy log."""
     if diagnosis is None:
-        return {"cause": "none", "title": "", "because": "", "evidence": [], "file": "", "rank": None, "remedy": {},
-                "others": []}  # fmt: skip
+        return {"cause": "none", "code": None, "confidence": "high", "title": "", "because": "", "evidence": [],
+                "file": "", "rank": None, "remedy": {}, "others": []}  # fmt: skip
     return {
         "cause": diagnosis.cause,
+        "code": CODES.get(diagnosis.cause),
+        "confidence": confidence(diagnosis),
         "title": diagnosis.title,
         "because": diagnosis.because,
         "evidence": msgspec.to_builtins(diagnosis.evidence),
@@ -54,6 +57,14 @@ def as_dict(diagnosis: Diagnosis | None, lighter: Lighter | None = None) -> dict
         },
         "others": list(diagnosis.others),
     }
+
+
+def confidence(diagnosis: Diagnosis) -> str:
+    """`high` where a program or the hardware says so itself and nothing else left such a mark, `low` where only what
+    follows from a cause was seen, or nothing that is known."""
+    if diagnosis.cause == "unknown" or diagnosis.level in ("consequence", "warning"):
+        return "low"
+    return "medium" if diagnosis.level == "killed" or diagnosis.others else "high"
 
 
 def of_file(path: Path) -> Diagnosis | None:
@@ -91,7 +102,9 @@ def words(diagnosis: Diagnosis | None, lighter: Lighter | None = None) -> str:
     """The diagnosis for a person."""
     if diagnosis is None:
         return "No known cause of failure stands in this log."
-    lines = [click.style(f"✗ {diagnosis.title} ({diagnosis.cause})", fg="red", bold=True)]
+    code = CODES.get(diagnosis.cause)
+    known = f"{diagnosis.cause}, {code}" if code else diagnosis.cause
+    lines = [click.style(f"✗ {diagnosis.title} ({known}; confidence {confidence(diagnosis)})", fg="red", bold=True)]
     at = f"{diagnosis.file}, line" if diagnosis.file else "line"
     lines += [f"    {at} {evidence.line}: {evidence.text}" for evidence in diagnosis.evidence]
     lines += [f"    {diagnosis.because}", f"    → {diagnosis.hint}"]
