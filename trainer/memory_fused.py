@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.memory_terms import (
@@ -69,7 +70,7 @@ def checkpointed(config: TrainConfig, spec: FluxSpec) -> int:
 def copies(config: TrainConfig, spec: FluxSpec, *, recorded: bool) -> Iterator[Term]:
     """What stands beside the trained weights for these blocks' sake."""
     what = trained(config, spec)
-    inside = sum(one.parameters(config.rank) for one in what.adapters if not is_modulation(one.name))
+    inside = _inside(what, config.rank)
     if what.adapters:
         yield Term("adapters' copies", what.parameters * width(config), "train", "in the format of the products")
     if inside and config.quantization == "none":
@@ -77,6 +78,12 @@ def copies(config: TrainConfig, spec: FluxSpec, *, recorded: bool) -> Iterator[T
         yield Term("adapters beside weights", beside, "train", "in one matrix with them, filled up with zeros")
     if inside and recorded and config.gradient_accumulation_steps > 1:
         yield Term("gradients of one pass", inside * 4, "train", "fp32: a recorded pass writes them to their own place")
+
+
+@functools.lru_cache(maxsize=64)
+def _inside(what: Trained, rank: int) -> int:
+    """Parameters of the adapters that the blocks' own products take."""
+    return sum(one.parameters(rank) for one in what.adapters if not is_modulation(one.name))
 
 
 @functools.lru_cache(maxsize=64)
@@ -168,6 +175,20 @@ def _products(config: TrainConfig, spec: FluxSpec, *, recorded: bool) -> Iterato
 
 def _blocks(config: TrainConfig, spec: FluxSpec, tokens: int, growing: int = 0) -> Iterator[Passed]:
     """The blocks from the first one that a gradient passes through."""
+    again = checkpointed(config, spec)
+    for number, whole, inputs in _either_way(replace(config, **_ASIDE), spec, tokens, growing):
+        yield inputs if number < again else whole
+
+
+_ASIDE: dict[str, Any] = {"gradient_checkpointing": True, "checkpointed_blocks": None, "cuda_graphs": True}
+"""Which blocks are computed again does not change what either way takes."""
+
+
+@functools.lru_cache(maxsize=64)
+def _either_way(
+    config: TrainConfig, spec: FluxSpec, tokens: int, growing: int
+) -> tuple[tuple[int, Passed, Passed], ...]:
+    """Of each block its number, and its bytes where it keeps what it needs and where it keeps its inputs alone."""
     what = trained(config, spec)
     rows = config.train_batch_size * tokens
     unit = rows * spec.hidden * width(config)
@@ -176,9 +197,9 @@ def _blocks(config: TrainConfig, spec: FluxSpec, tokens: int, growing: int = 0) 
     time = any(name.startswith("time_text_embed.") for name in what.layers)
     reached = any(name in what.layers for name in ends) or time or config.mode == "controlnet"
     streamed = set(streamed_blocks(spec.double_blocks, spec.single_blocks, config.stream_blocks))
-    again = checkpointed(config, spec)
     names, layers, adapters = _by_block(what, spec)
     sizes = parameters_by_block(config, spec) if growing else {}
+    found = []
     for number, name in enumerate(names):
         own = layers[name]
         reached = reached or bool(own)
@@ -189,13 +210,13 @@ def _blocks(config: TrainConfig, spec: FluxSpec, tokens: int, growing: int = 0) 
         # Half of a double block's adapters see the text alone, the others the image.
         low = adapters[name] * rows * config.rank * width(config) // (1 if name.startswith(SINGLE) else 2)
         units = shape.single if name.startswith(SINGLE) else shape.double
-        kept, made, needed = units(again=number < again)
-        if number < again:
-            needs = int((made + needed) * unit) + lse + low
-            yield Passed(int(kept * unit), needs, checkpointed=True, grads=sizes.get(name, 0) * growing)
-        else:
-            keeps = int((kept + made) * unit) + lse + low
-            yield Passed(keeps, int(needed * unit), checkpointed=False, grads=sizes.get(name, 0) * growing)
+        grads = sizes.get(name, 0) * growing
+        kept, made, needed = units(again=False)
+        whole = Passed(int((kept + made) * unit) + lse + low, int(needed * unit), checkpointed=False, grads=grads)
+        kept, made, needed = units(again=True)
+        inputs = Passed(int(kept * unit), int((made + needed) * unit) + lse + low, checkpointed=True, grads=grads)
+        found.append((number, whole, inputs))
+    return tuple(found)
 
 
 @functools.lru_cache(maxsize=16)

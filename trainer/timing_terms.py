@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from xflux_trainer import memory_fused
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.memory_terms import width
-from xflux_trainer.savings import is_modulation, stored, streamed_blocks
+from xflux_trainer.savings import is_block, is_modulation, stored, streamed_blocks
 from xflux_trainer.spec import FluxSpec, image_tokens
 from xflux_trainer.speed import step_flops, tokens_of
 from xflux_trainer.timing_cards import Card
@@ -79,12 +79,17 @@ class Job:
         """Of what is trained."""
         return _shapes(self.config, self.spec, self.what)
 
-    @functools.cached_property
+    @property
     def matrices(self) -> tuple[int, int]:
         """Numbers in the blocks' weights: those of the products, and the modulation's."""
-        inside = [linear for linear in self.spec.linears() if "transformer_blocks." in linear.name]
-        sizes = [(is_modulation(linear.name), linear.inputs * linear.outputs) for linear in inside]
-        return sum(n for mod, n in sizes if not mod), sum(n for mod, n in sizes if mod)
+        return _matrices(self.spec)
+
+
+@functools.lru_cache(maxsize=16)
+def _matrices(spec: FluxSpec) -> tuple[int, int]:
+    inside = [linear for linear in spec.linears() if "transformer_blocks." in linear.name]
+    sizes = [(is_modulation(linear.name), linear.inputs * linear.outputs) for linear in inside]
+    return sum(n for mod, n in sizes if not mod), sum(n for mod, n in sizes if mod)
 
 
 def _shapes(config: TrainConfig, spec: FluxSpec, what: Trained) -> dict[str, tuple[int, ...]]:
@@ -265,13 +270,26 @@ def arriving(job: Job) -> tuple[int, int]:
 def _arriving(quantization: str, modulated: str, count: int, spec: FluxSpec, each: int) -> tuple[int, int]:
     streamed = set(streamed_blocks(spec.double_blocks, spec.single_blocks, count))
     there = back = 0
+    for block, (products, modulation) in _stored_blocks(quantization, modulated, spec, each).items():
+        if block in streamed:
+            there += products + modulation
+            back += products
+        elif modulated == "stream":
+            there += modulation
+    return there, back
+
+
+@functools.lru_cache(maxsize=16)
+def _stored_blocks(quantization: str, modulated: str, spec: FluxSpec, each: int) -> dict[str, tuple[int, int]]:
+    """Bytes of each block's products' weights and of its modulation's, as they wait on the host."""
+    found: dict[str, tuple[int, int]] = {}
     for linear in spec.linears():
         block = ".".join(linear.name.split(".")[:2])
-        modulation = is_modulation(linear.name) and "transformer_blocks." in linear.name
-        if block not in streamed and not (modulation and modulated == "stream"):
+        if not is_block(block):
             continue
+        modulation = is_modulation(linear.name)
         plain = quantization == "none" or (modulation and modulated != "quantize")
         size = stored(linear, "none" if plain else quantization, each)
-        there += size
-        back += 0 if modulation else size
-    return there, back
+        products, own = found.get(block, (0, 0))
+        found[block] = (products, own + size) if modulation else (products + size, own)
+    return found
