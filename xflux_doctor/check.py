@@ -67,7 +67,6 @@ _NOT_PROBED = {
     "hub": "the hub was not asked",
     "torch": "torch was not imported (quick level)",
     "allreduce": "no all-reduce was run (quick level)",
-    "bandwidth": "no bandwidth was measured (check --deep)",
     "cluster": "the job is for one machine, or names no main_process_ip",
     "meeting": "no launch over several machines was begun",
     "train": "no readable training file was given (--config)",

@@ -434,11 +434,6 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     unknown: dict[str, str] = {}
     timings: dict[str, float] = {}
 
-    @property
-    def bandwidth(self) -> tuple[Bandwidth, ...] | None:
-        """The timed sweep, where there was one."""
-        return (self.allreduce.bandwidth or None) if self.allreduce else None
-
 
 def to_json(facts: Facts) -> str:
     return msgspec.json.format(msgspec.json.encode(facts), indent=2).decode()

@@ -44,11 +44,13 @@ FLOORS: tuple[Floor, ...] = (
 """Public numbers, none measured by us. A800 is left out: its NVLink is cut down."""
 
 
-@check("NE105", "the all-reduce is as fast as cards like these can be", needs=("bandwidth", "torch"))
+@check("NE105", "the all-reduce is as fast as cards like these can be", needs=("allreduce", "torch"))
 def fast_enough(case: Case) -> Iterator[Finding]:
     """`check --deep` times it; less than half of a public number for such cards is a warning (busbw of nccl-tests)."""
     result, torch = case.facts.allreduce, case.facts.torch
     assert result and torch
+    if not result.bandwidth:
+        raise SkipCheck("it failed (NE101)" if not result.ok else "it was not timed (check --deep)")
     if result.backend != "nccl":
         raise SkipCheck("bandwidth is judged on GPUs; CPU ranks are timed and not judged")
     largest = max(result.bandwidth, key=lambda one: one.bytes)

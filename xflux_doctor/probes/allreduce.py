@@ -15,6 +15,7 @@ import datetime
 import faulthandler
 import json
 import os
+import socket
 import sys
 import time
 from collections import Counter
@@ -82,6 +83,7 @@ class Rank:
         self.report.say(doing=f"reach {at}")
         if at.startswith("tcp://"):
             host, _, port = at.removeprefix("tcp://").rpartition(":")
+            socket.getaddrinfo(host, int(port))  # TCPStore asks again and again without a word
             first = self.rank == 0
             self.store = self.dist.TCPStore(host, int(port), self.world, first, self.left(), wait_for_workers=False)
         else:
