@@ -66,7 +66,8 @@ class Ended:
         """The least is the cause: a rank that died, that was stopped, that says what is wrong with itself, that fell
         silent; last those that complain of others. Then the one that got least far."""
         code, stages = self.outcome.code, int(self.own.get("steps") or 0)
-        complains = bool(_OF_OTHERS.search(f"{self.detail}\n{self.outcome.stderr}"))
+        words = self.detail if self.own.get("failed") else self.outcome.stderr
+        complains = bool(_OF_OTHERS.search(words))
         if code is not None and code < 0 and not (code == -6 and complains):  # NCCL's watchdog aborts with SIGABRT
             kind = 0
         elif code is None and self.state in ("T", "t"):
