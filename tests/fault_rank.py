@@ -12,6 +12,7 @@ import json
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import time
 from typing import Any
@@ -68,6 +69,8 @@ def patch(probe: Any, fault: dict[str, Any]) -> None:
             for name in fault["names"]:
                 sicken(dist, name, fault["dtype"], giver=kind == "gives")
         if reached == fault.get("stage"):
+            if kind == "command":
+                subprocess.run(fault["command"], check=True)
             strike(kind)
 
     probe.Report.say = say

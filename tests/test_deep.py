@@ -104,6 +104,9 @@ WORDS = [
      "peer-to-peer"),
     ("misc/ibvwrap.cc:252 NCCL WARN Call to ibv_reg_mr failed", "InfiniBand"),
     ("ncclUnhandledCudaError: Call to CUDA function failed.", "unhandled cuda error"),
+    ("connect: (errno: 101 - Network is unreachable).", "no way to the other rank"),
+    ("[unbound_buffer.cc:81] Timed out waiting 9302ms for recv operation to complete", "nothing arrives"),
+    ("Watchdog caught collective operation timeout: WorkNCCL(SeqNum=1, OpType=ALLREDUCE)", "nothing arrives"),
     ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", "out of GPU memory"),
 ]  # fmt: skip
 

@@ -20,6 +20,8 @@ PLACES = ("", "/dev/shm")  # noqa: S108 - a folder with a name of its own is mad
 """Where the ranks' files may lie, in order; empty is the temporary folder of this environment."""
 _GRACE = 2.0
 """Seconds that the others have to speak when one rank has failed."""
+_GONE = 3.0
+"""Seconds in which killed ranks must be gone, all together: one that hangs in the kernel never is."""
 # What ranks say of others that do not come or are gone; the cause is with those.
 _OF_OTHERS = re.compile(
     r"[Cc]onnection (?:closed|reset|was|timed)|closed by peer|[Bb]roken pipe|[Tt]imed? ?out|"
@@ -125,10 +127,11 @@ def _run(
         if not failed:
             _wait(children, deadline)
         states = [child.state() for child in children]
-        outcomes = [child.finish(time.monotonic()) for child in children]
+        gone_by = time.monotonic() + _GONE
+        outcomes = [child.finish(time.monotonic(), gone_by) for child in children]
     finally:
         for child in children:
-            child.kill()
+            child.kill(time.monotonic())
     ended = [Ended(n, outcome, _own(folder, n, outcome), states[n]) for n, outcome in enumerate(outcomes)]
     return ended + [Ended(n, outcome, {}, "") for n, outcome in failed.items()]
 

@@ -105,7 +105,7 @@ class Child:
             return Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()[0]
         return ""
 
-    def finish(self, deadline: float) -> Outcome:
+    def finish(self, deadline: float, gone_by: float | None = None) -> Outcome:
         """Wait until `deadline` (time.monotonic), then kill the group, and collect what was said."""
         code: int | None
         try:
@@ -113,7 +113,7 @@ class Child:
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            self.kill()
+            self.kill(gone_by)
         seconds = time.monotonic() - self._started
         lines, said = _json_lines(_read(self._out))
         outcome = Outcome(code, lines, _read(self._err)[-_LAST_WORDS:], seconds, said[-_LAST_WORDS:])
@@ -121,12 +121,15 @@ class Child:
         self._err.close()
         return outcome
 
-    def kill(self) -> None:
-        """End what is left of the child's group; nothing outlives its probe."""
+    def kill(self, gone_by: float | None = None) -> None:
+        """End what is left of the child's group; nothing outlives its probe, but what hangs in the kernel.
+
+        For such a one we wait five seconds, or until `gone_by`, which many children can share.
+        """
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=5)
+            self._process.wait(timeout=5 if gone_by is None else max(0.0, gone_by - time.monotonic()))
 
 
 def run(python: str, name: str, arguments: tuple[str, ...], environment: Mapping[str, str], seconds: float) -> Outcome:

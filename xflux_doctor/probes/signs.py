@@ -113,6 +113,20 @@ SIGNS: tuple[Sign, ...] = (
         "End what holds the card's memory (HW names it).",
         "CUDA runtime API, cudaErrorMemoryAllocation", variables=False,
     ),
+    Sign(
+        "no way to the other rank", r"Network is unreachable|No route to host",
+        "This machine has no route to where the other rank is.",
+        "See `ip -br addr` and `ip route`: the link is down, or the address is of another network.",
+        "errno(3) ENETUNREACH, EHOSTUNREACH",
+    ),
+    Sign(
+        "nothing arrives",
+        r"Timed out waiting \d+ms for (?:recv|send)|collective operation timeout|Connection timed out",
+        "A rank sent or waited, and the other's data never came.",
+        "Between machines, see the cable and the firewalls (all ports must be open); between cards, `nvidia-smi topo "
+        "-p2p r`.",
+        "gloo/transport/tcp/unbound_buffer.cc; torch's ProcessGroupNCCL watchdog",
+    ),
 )  # fmt: skip
 
 
