@@ -26,6 +26,8 @@ from xflux_doctor.inputs import Inputs
 
 _MOST = 1e6
 """Seconds or GiB: more is a slip of the finger."""
+DEEP_SECONDS = 180.0
+"""Deadline of the deep level, which may have to wait out a hang and try again."""
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -107,8 +109,22 @@ def cli() -> None:
 @click.option("--output", metavar="FILE", help="Write the report there instead of to the terminal.")
 @click.option("--strict", is_flag=True, help="Warnings count as errors.")
 @click.option("-v", "--verbose", is_flag=True, help="Also what passed, what was skipped and why.")
-def check(form: str, output: str | None, strict: bool, verbose: bool, **options: Any) -> int:
+@click.option(
+    "--deep",
+    is_flag=True,
+    help=f"Also time the all-reduce; if it fails, try what might help. {DEEP_SECONDS:.0f} s unless --timeout says.",
+)
+@click.pass_context
+def check(
+    context: click.Context, /, form: str, output: str | None, strict: bool, verbose: bool, deep: bool, **options: Any
+) -> int:
     """Say what would stop the job on this machine."""
+    if deep and (options["quick"] or options["facts"]):
+        other = "--quick starts no child" if options["quick"] else "--facts judges a recorded machine"
+        raise click.UsageError(f"--deep looks at this machine with children of its own, and {other}: give one of them.")
+    if deep and context.get_parameter_source("timeout") is click.core.ParameterSource.DEFAULT:
+        options["timeout"] = DEEP_SECONDS
+    options["deep"] = deep
     return int(_command("check").run(inputs_of(options), form=form, output=output, strict=strict, verbose=verbose))
 
 

@@ -293,18 +293,47 @@ class TorchFacts(msgspec.Struct, frozen=True):
     seconds: float = 0.0
 
 
+class Bandwidth(msgspec.Struct, frozen=True):
+    """One size of the timed sweep."""
+
+    bytes: int
+    seconds: float
+    """Of one all-reduce, by the slowest rank's clock."""
+    busbw: float
+    """GB/s as nccl-tests has it: bytes / seconds · 2(n-1)/n."""
+
+
 class AllReduce(msgspec.Struct, frozen=True):
-    """The outcome of one all-reduce over the job's ranks."""
+    """The outcome of the collectives over the job's ranks."""
 
     backend: str
     ranks: int
     ok: bool
     stage: str = ""
-    """The last stage reached: import, rendezvous, init, tiny, values, done."""
+    """The last stage that `rank` reached: start, import, rendezvous, versions, init, tiny, values, collectives,
+    sweep, done."""
     rank: int | None = None
-    """The first rank that failed or fell silent."""
+    """The rank that is the cause, or the first that failed or fell silent; None: none of them, or not known."""
     detail: str = ""
     seconds: float = 0.0
+    doing: str = ""
+    """What that rank was at, after its stage."""
+    frame: str = ""
+    """Where its Python stood when it fell silent."""
+    said: str = ""
+    """What the libraries of that rank wrote: the end of it."""
+    stages: tuple[str, ...] = ()
+    """The last stage of each rank."""
+    versions: tuple[str, ...] = ()
+    """The libraries of each rank, as far as it came to say."""
+    skipped: tuple[str, ...] = ()
+    """Collectives that the backend does not have, sizes for which no time was left."""
+    bandwidth: tuple[Bandwidth, ...] = ()
+    """The timed sweep (deep level)."""
+    tried: tuple[str, ...] = ()
+    """After a failure, each alone: variables that did not help (deep level)."""
+    helped: tuple[str, ...] = ()
+    """The variable under which all stages passed."""
 
 
 class Cluster(msgspec.Struct, frozen=True):

@@ -41,6 +41,7 @@ class Inputs:
     stack: str | None = None
     python: str | None = None
     quick: bool = False
+    deep: bool = False
     facts: str | None = None
     gpu_limit: float | None = None
     cpu: bool = False
@@ -179,7 +180,7 @@ def _recorded(path: str) -> Facts:
 
 
 def probed(case: Case, inputs: Inputs) -> Case:
-    """The case with the default level's facts. Recorded facts are taken as they are."""
+    """The case with the facts of the default level or the deep one. Recorded facts are taken as they are."""
     if inputs.quick or inputs.facts:
         return case
-    return dataclasses.replace(case, facts=probe(case.facts, case.job, os.environ, inputs.timeout))
+    return dataclasses.replace(case, facts=probe(case.facts, case.job, os.environ, inputs.timeout, deep=inputs.deep))

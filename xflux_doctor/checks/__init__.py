@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from xflux_doctor.check import Check
 from xflux_doctor.checks import (
+    bandwidth,
     cards,
     data,
     deepspeed,
@@ -213,6 +214,7 @@ ALL: tuple[Check, ...] = (
     weights.hub_answers,
     network.all_reduce,
     *network.MEETING,
+    bandwidth.fast_enough,
     xflux.checkout_whole,
     xflux.keys_given,
     xflux.keys_read,

@@ -6,41 +6,72 @@ from collections.abc import Iterator
 
 from xflux_doctor.check import Case, Check, check
 from xflux_doctor.cluster import task
-from xflux_doctor.facts import Meeting
+from xflux_doctor.facts import AllReduce, Meeting
 from xflux_doctor.finding import Finding, error
+from xflux_doctor.probes import signs
+from xflux_doctor.probes.retry import cost
+from xflux_doctor.probes.signs import Sign
 
 _MEANING = {
     "start": "the rank did not come as far as to import torch",
     "import": "torch was imported, and the place to meet was not reached",
-    "rendezvous": "the place to meet was reached, and the ranks did not form a group",
+    "rendezvous": "the place to meet was reached, and not all ranks came there with the same libraries",
+    "versions": "all ranks came, and did not form a group",
     "init": "the group was made, and the first reduction did not end",
     "tiny": "a reduction of one element worked, and the larger ones did not",
-    "values": "this rank's sums were right, and another rank's never came",
+    "values": "the sums were right, and another collective was not",
+    "collectives": "this rank's values were right, and what follows them did not end",
+    "sweep": "everything was right and timed, and another rank did not end",
 }
 
 
 @check("NE101", "an all-reduce over the job's ranks gives the right values", needs=("allreduce",))
 def all_reduce(case: Case) -> Iterator[Finding]:
-    """NCCL on GPUs, gloo on CPU ranks, with rank-dependent values, odd lengths, fp32 and bf16, and a deadline."""
+    """NCCL on GPUs, gloo on CPU ranks: all-reduce, all-gather, reduce-scatter and broadcast in stages, with
+    rank-dependent values, odd lengths, fp32 and bf16, and a deadline. `check --deep` also tries, after a failure, one
+    variable at a time, and proposes what helped."""
     result = case.facts.allreduce
     assert result
     if result.ok:
         return
-    silent = "was killed" in result.detail
+    sign = signs.named(f"{result.detail}\n{result.said}")
+    who = f"Rank {result.rank} of {result.ranks}" if result.rank is not None else f"The {result.ranks} ranks"
+    doing = f", at '{result.doing}'" if result.doing else ""
+    frame = f"; its Python stood in {result.frame}" if result.frame else ""
     stage = _MEANING.get(result.stage, result.stage)
-    hint = "Run again with NCCL_DEBUG=INFO for NCCL's own account."
-    if result.backend == "gloo":
-        hint = "Check that this host's name resolves, and that GLOO_SOCKET_IFNAME, if set, names a live interface."
-        if case.facts.host is not None and case.facts.host.named is False:
-            hint = f"This host's own name is not in /etc/hosts, which gloo looks up: add it there. {hint}"
-    elif silent:
-        hint += " If ranks hang, NCCL_P2P_DISABLE=1 tells whether the link between the cards is the cause."
+    because = f"{stage[0].upper()}{stage[1:]}: training would hang or stop at the same place."
     yield error(
-        f"Rank {result.rank} of {result.ranks} failed a {result.backend} all-reduce after stage "
-        f"'{result.stage}' in {result.seconds:.0f} s: {result.detail}",
-        f"{stage[0].upper()}{stage[1:]}: training would hang or stop at the same place.",
-        hint,
+        f"{who} failed a {result.backend} all-reduce after stage '{result.stage}'{doing} in {result.seconds:.0f} s: "
+        f"{result.detail}{frame}",
+        f"{sign.name[0].upper()}{sign.name[1:]}: {sign.because} {because}" if sign else because,
+        " ".join(_hints(case, result, sign)),
     )
+
+
+def _hints(case: Case, result: AllReduce, sign: Sign | None) -> Iterator[str]:
+    """What helped when it was tried; else what the signs say; else where to look."""
+    for assignment in result.helped:
+        name = assignment.partition("=")[0]
+        yield f"With {assignment}, and nothing else changed, all stages passed: {cost(assignment)}. Set it to go on;"
+        yield f"without {name} this machine has a fault to mend."
+    if result.tried:
+        yield f"Tried without success: {', '.join(result.tried)}."
+    if sign is not None:
+        yield sign.hint
+    if case.facts.host is not None and case.facts.host.named is False and result.backend == "gloo":
+        yield "This host's own name is not in /etc/hosts, which gloo looks up: add it there."
+    if sign is not None or result.helped:
+        return
+    if "SIGSTOP" in result.detail:
+        yield "Something stops the process, such as a job control or a debugger: nothing of the network is wrong."
+    elif "SIGKILL" in result.detail:
+        yield "Something killed it, most often the kernel for want of memory: `dmesg` names it."
+    elif result.backend == "gloo":
+        yield "Check that this host's name resolves, and that GLOO_SOCKET_IFNAME, if set, names a live interface."
+    else:
+        yield "Run again with NCCL_DEBUG=INFO for NCCL's own account."
+        if "was killed" in result.detail and not result.tried:
+            yield "`check --deep` tells whether the link between the cards is the cause."
 
 
 _ENDLESS = "The others would wait until their own deadline, which is ten minutes and more."

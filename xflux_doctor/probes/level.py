@@ -1,22 +1,27 @@
-"""The default level's facts: what torch sees, and a right all-reduce over the job's ranks, in one deadline."""
+"""The facts of the default level and the deep one: what torch sees, and whether the job's ranks reduce aright.
+
+Both end within one deadline. The deep level also times the reduction, and seeks a way round one that fails.
+"""
 
 from __future__ import annotations
 
-import tempfile
+import functools
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
 import msgspec
 
 from xflux_doctor.facts import AllReduce, Facts, HubAccess, TorchFacts
 from xflux_doctor.gather.environment import is_offline, without_login
 from xflux_doctor.job import Job
-from xflux_doctor.probes.runner import Child, Outcome, run
+from xflux_doctor.probes.reduction import all_reduce
+from xflux_doctor.probes.retry import retry, trials
+from xflux_doctor.probes.runner import Outcome, run
 
 HUB_SECONDS = 5.0
 """The hub's own deadline: it answers in a fraction of a second, or something is wrong."""
-STAGES = ("start", "import", "rendezvous", "init", "tiny", "values", "done")
+LEAST_SECONDS = 4.0
+"""Less than this is no try."""
 
 
 def job_environment(job: Job, environ: Mapping[str, str]) -> dict[str, str]:
@@ -29,7 +34,7 @@ def job_environment(job: Job, environ: Mapping[str, str]) -> dict[str, str]:
     return environment
 
 
-def probe(facts: Facts, job: Job, environ: Mapping[str, str], seconds: float) -> Facts:
+def probe(facts: Facts, job: Job, environ: Mapping[str, str], seconds: float, *, deep: bool = False) -> Facts:
     """Facts with `hub`, `torch` and `allreduce` filled in, or a reason under `unknown`. Ends within `seconds`."""
     if facts.python is None:
         return facts
@@ -49,10 +54,36 @@ def probe(facts: Facts, job: Job, environ: Mapping[str, str], seconds: float) ->
     if why_not:
         unknown["allreduce"] = why_not
         return msgspec.structs.replace(facts, unknown=unknown)
-    ranks = job.local_processes
-    backend = "gloo" if job.use_cpu else "nccl"
-    reduced = all_reduce(python, backend, ranks, environment, max(1.0, deadline - time.monotonic()))
+    reduced = (_deep if deep else _plain)(facts, job, environment, max(1.0, deadline - time.monotonic()))
     return msgspec.structs.replace(facts, allreduce=reduced, unknown=unknown)
+
+
+def _plain(facts: Facts, job: Job, environment: Mapping[str, str], seconds: float) -> AllReduce:
+    assert facts.python
+    backend = "gloo" if job.use_cpu else "nccl"
+    return all_reduce(facts.python.executable, backend, job.local_processes, environment, seconds)
+
+
+def _deep(facts: Facts, job: Job, environment: Mapping[str, str], seconds: float) -> AllReduce:
+    """With the timed sweep; and after a failure once more for each variable that might be the way round it."""
+    assert facts.python and facts.torch
+    backend = "gloo" if job.use_cpu else "nccl"
+    deadline = time.monotonic() + seconds
+    if backend == "nccl":
+        environment = {"NCCL_DEBUG": "WARN", **environment}  # what NCCL says of a failure is said there only
+    host = facts.host
+    todo = trials(
+        backend,
+        environment,
+        host.interfaces if host else {},
+        infiniband=bool(host and host.infiniband),
+        machines=job.num_machines,
+    )
+    attempt = functools.partial(all_reduce, facts.python.executable, backend, job.local_processes)
+    # A hang takes all the time that it is given: what follows it needs some too.
+    first = attempt(environment, seconds / 2 if todo else seconds, deep=True)
+    least = max(LEAST_SECONDS, 4 * facts.torch.seconds)
+    return retry(first, todo, attempt, environment, deadline, least)
 
 
 def ask_hub(facts: Facts, job: Job, environ: Mapping[str, str], seconds: float) -> Facts:
@@ -101,50 +132,3 @@ def _cannot_reduce(job: Job, torch: TorchFacts, cores: int) -> str:
     if job.local_processes > len(torch.devices):
         return f"the job wants {job.local_processes} ranks and torch sees {len(torch.devices)} devices"
     return ""
-
-
-def all_reduce(python: str, backend: str, ranks: int, environment: Mapping[str, str], seconds: float) -> AllReduce:
-    """One all-reduce over `ranks` children; names the first rank that failed or fell silent and its stage."""
-    started = time.monotonic()
-    deadline = started + seconds
-    children: list[Child] = []
-    with tempfile.TemporaryDirectory(prefix="xflux-doctor-") as folder:
-        try:
-            for rank in range(ranks):
-                # torch's own limit ends a little before ours, so that its sentence reaches us
-                limit = f"{max(1.0, seconds * 0.9):.1f}"
-                arguments = (backend, str(rank), str(ranks), str(Path(folder) / "store"), limit)
-                children.append(Child(python, "allreduce", arguments, environment))
-            _wait(children, deadline)
-            outcomes = [child.finish(time.monotonic()) for child in children]
-        finally:
-            for child in children:
-                child.kill()
-    return _verdict(backend, outcomes, time.monotonic() - started)
-
-
-def _wait(children: list[Child], deadline: float) -> None:
-    """Until all have ended, one has failed (the others get two seconds to speak), or the deadline."""
-    while time.monotonic() < deadline:
-        codes = [child.poll() for child in children]
-        if all(code is not None for code in codes):
-            return
-        if any(code not in (None, 0) for code in codes):
-            deadline = min(deadline, time.monotonic() + 2.0)
-        time.sleep(0.02)
-
-
-def _verdict(backend: str, outcomes: list[Outcome], seconds: float) -> AllReduce:
-    failed: list[tuple[int, int, str]] = []
-    for rank, outcome in enumerate(outcomes):
-        stages = [str(line["stage"]) for line in outcome.lines if line.get("stage") in STAGES]
-        last = STAGES.index(stages[-1]) if stages else 0
-        if outcome.code == 0 and last == len(STAGES) - 1:
-            continue
-        said = next((str(line["detail"]) for line in outcome.lines if "detail" in line), "")
-        failed.append((last, rank, said or outcome.how))
-    if not failed:
-        return AllReduce(backend, len(outcomes), True, "done", None, "", seconds)
-    # The rank that got least far is the cause; the others wait for it.
-    stage, rank, detail = min(failed)
-    return AllReduce(backend, len(outcomes), False, STAGES[stage], rank, detail, seconds)

@@ -11,6 +11,8 @@ import ctypes
 import functools
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -24,6 +26,10 @@ from typing import IO, Any
 _START = "import runpy, sys; sys.path.pop(0); del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
 _PR_SET_PDEATHSIG = 1
 _LAST_WORDS = 4000
+ROOM = 16 << 20
+"""Bytes that a temporary folder must have free to be of use."""
+_STACK = re.compile(r'Timeout \(|(Current t|T)hread 0x|  File ".*, line \d+ in |Fatal Python error|Extension modules:')
+_FRAME = re.compile(r'  File "(?P<file>.*)", line (?P<line>\d+) in (?P<name>\S+)')
 
 
 @dataclass(frozen=True)
@@ -35,11 +41,14 @@ class Outcome:
     """The JSON lines of its stdout."""
     stderr: str
     seconds: float
+    said: str = ""
+    """The end of its stdout that is no JSON: what libraries print there."""
 
     @property
     def how(self) -> str:
         """The end in words: a signal by its name, an exit code, or the deadline; then the last line of stderr."""
-        last = next((line for line in reversed(self.stderr.splitlines()) if line.strip()), "")
+        lines = [line for line in self.stderr.splitlines() if line.strip() and not _STACK.match(line)]
+        last = lines[-1] if lines else ""
         if self.code is None:
             words = f"did not end within {self.seconds:.0f} s and was killed"
         elif self.code < 0:
@@ -47,6 +56,14 @@ class Outcome:
         else:
             words = f"exited with {self.code}"
         return f"{words}: {last.strip()}" if last and self.code != 0 else words
+
+    @property
+    def frame(self) -> str:
+        """Where the main thread stood when faulthandler wrote its stack, or empty; the main thread is written last."""
+        lines = self.stderr.splitlines()
+        starts = [n for n, line in enumerate(lines) if re.match("(Current t|T)hread 0x", line)]
+        found = _FRAME.match(lines[starts[-1] + 1]) if starts and starts[-1] + 1 < len(lines) else None
+        return f"{found['name']} ({Path(found['file']).name}:{found['line']})" if found else ""
 
 
 def _signal_name(number: int) -> str:
@@ -60,8 +77,7 @@ class Child:
     """A running probe whose output goes to files, so that a full pipe can never block it."""
 
     def __init__(self, python: str, name: str, arguments: tuple[str, ...], environment: Mapping[str, str]) -> None:
-        self._out: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed in finish()
-        self._err: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+        self._out, self._err = _output(), _output()  # closed in finish()
         path = Path(__file__).with_name(f"{name}.py")
         prctl = ctypes.CDLL(None).prctl  # found before the fork: nothing may be loaded after it
         self._started = time.monotonic()
@@ -83,7 +99,13 @@ class Child:
     def poll(self) -> int | None:
         return self._process.poll()
 
-    def finish(self, deadline: float) -> Outcome:
+    def state(self) -> str:
+        """The letter that /proc has for it: R, S, D (in the kernel), T (stopped), Z; empty when it is gone."""
+        with contextlib.suppress(OSError, IndexError):
+            return Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return ""
+
+    def finish(self, deadline: float, gone_by: float | None = None) -> Outcome:
         """Wait until `deadline` (time.monotonic), then kill the group, and collect what was said."""
         code: int | None
         try:
@@ -91,19 +113,23 @@ class Child:
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            self.kill()
+            self.kill(gone_by)
         seconds = time.monotonic() - self._started
-        outcome = Outcome(code, _json_lines(_read(self._out)), _read(self._err)[-_LAST_WORDS:], seconds)
+        lines, said = _json_lines(_read(self._out))
+        outcome = Outcome(code, lines, _read(self._err)[-_LAST_WORDS:], seconds, said[-_LAST_WORDS:])
         self._out.close()
         self._err.close()
         return outcome
 
-    def kill(self) -> None:
-        """End what is left of the child's group; nothing outlives its probe."""
+    def kill(self, gone_by: float | None = None) -> None:
+        """End what is left of the child's group; nothing outlives its probe, but what hangs in the kernel.
+
+        For such a one we wait five seconds, or until `gone_by`, which many children can share.
+        """
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=5)
+            self._process.wait(timeout=5 if gone_by is None else max(0.0, gone_by - time.monotonic()))
 
 
 def run(python: str, name: str, arguments: tuple[str, ...], environment: Mapping[str, str], seconds: float) -> Outcome:
@@ -112,16 +138,37 @@ def run(python: str, name: str, arguments: tuple[str, ...], environment: Mapping
     return child.finish(time.monotonic() + seconds)
 
 
+def has_room(folder: str) -> bool:
+    """Whether a file can be made in a folder, and something written to it."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return shutil.disk_usage(folder).free >= ROOM
+    except OSError:
+        return False
+
+
+def _output() -> IO[bytes]:
+    """A file for a child's words: on disk, or in memory where there is no temporary folder or no room in it."""
+    with contextlib.suppress(OSError):
+        if has_room(tempfile.gettempdir()):
+            return tempfile.TemporaryFile()
+    return os.fdopen(os.memfd_create("xflux-doctor"), "w+b")
+
+
 def _read(file: IO[bytes]) -> str:
     file.seek(0)
     return file.read().decode("utf-8", errors="replace")
 
 
-def _json_lines(text: str) -> tuple[dict[str, Any], ...]:
-    found = []
+def _json_lines(text: str) -> tuple[tuple[dict[str, Any], ...], str]:
+    """The objects among the lines, and the other lines."""
+    found, others = [], []
     for line in text.splitlines():
-        with contextlib.suppress(ValueError):
+        value = None
+        with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(line)
-            if isinstance(value, dict):
-                found.append(value)
-    return tuple(found)
+        if isinstance(value, dict):
+            found.append(value)
+        elif line.strip():
+            others.append(line)
+    return tuple(found), "\n".join(others)

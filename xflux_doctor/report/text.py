@@ -28,6 +28,7 @@ def render(summary: Summary, *, verbose: bool = False) -> str:
         [_stack_line(summary)],
         _packages(summary) if verbose else [],
         _launch(summary, verbose),
+        _bandwidth(summary),
         [line for v in shown for line in _verdict(v, verbose)],
     ]
     blocks.append([_last_line(summary, verbose)])
@@ -55,6 +56,17 @@ def _launch(summary: Summary, verbose: bool) -> list[str]:
     wrong = any(v.check.startswith("LA") and v.status in ("error", "warning") for v in summary.verdicts)
     overridden = bool(summary.placement and summary.placement["overrides"])
     return list(summary.launch) if verbose or wrong or overridden else list(summary.launch[:1])
+
+
+def _bandwidth(summary: Summary) -> list[str]:
+    """The timed sweep of the deep level, a size a line."""
+    result = summary.facts.allreduce
+    if result is None or not result.bandwidth:
+        return []
+    lines = [f"all-reduce over {result.ranks} {result.backend} ranks, bus bandwidth as nccl-tests counts it:"]
+    for one in result.bandwidth:
+        lines.append(f"  {one.bytes / 1024:>9,.0f} KiB  {one.seconds * 1000:9.3f} ms  {one.busbw:8.2f} GB/s")
+    return lines + [f"  {words}" for words in result.skipped]
 
 
 def _verdict(verdict: Verdict, verbose: bool) -> Iterator[str]:
