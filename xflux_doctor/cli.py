@@ -177,6 +177,18 @@ def nodes(files: tuple[str, ...], hosts: str | None, **options: Any) -> int:
 
 
 @cli.command()
+@click.argument("reports", nargs=-1, metavar="[FILE|FOLDER|-]...")
+@click.option("--expect", metavar="HOSTS", help="Nodes that should have sent one: a,b or node[001-064]; else Slurm's.")
+@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text")
+@click.option("--output", metavar="FILE", help="Write the report there instead of to the terminal.")
+def fleet(reports: tuple[str, ...], expect: str | None, form: str, output: str | None) -> int:
+    """Many nodes' reports (check --format json, facts) into one: who differs from the others, and in what."""
+    if not reports:
+        raise click.UsageError("Name the nodes' reports: files, folders, or - for standard input.")
+    return int(_command("fleet").run(reports, expect=expect, form=form, output=output))
+
+
+@cli.command()
 @click.argument("log")
 @click.option("--format", "form", type=click.Choice(["text", "json"]), default="text")
 def explain(log: str, form: str) -> int:

@@ -277,6 +277,8 @@ class Host(msgspec.Struct, frozen=True):
     """Devices under /sys/class/infiniband."""
     named: bool | None = None
     """Whether /etc/hosts knows this host's own name."""
+    name: str = ""
+    """The host's own name; a fleet's reports are told apart by it."""
 
 
 class TorchFacts(msgspec.Struct, frozen=True):
@@ -369,6 +371,26 @@ class Meeting(msgspec.Struct, frozen=True):
         return self.met and not self.unlike
 
 
+class Clock(msgspec.Struct, frozen=True):
+    """This host's clock held against one that other nodes were held against too."""
+
+    offset: float
+    """Seconds that this host is ahead of it."""
+    error: float
+    """Seconds by which the offset may be wrong."""
+    reference: str
+    """Whose clock it is: a shared folder's server, or node 0."""
+
+
+class Link(msgspec.Struct, frozen=True):
+    """What this node and one other reach between them."""
+
+    peer: str
+    """The other's host name."""
+    gbps: float
+    """Gbit/s; of two numbers for one pair the lower counts."""
+
+
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that the doctor saw. `None` or an absent key means: look in `unknown`."""
 
@@ -402,6 +424,12 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     hub: HubAccess | None = None
     torch: TorchFacts | None = None
     allreduce: AllReduce | None = None
+    clock: Clock | None = None
+    """None: the clock was held against no other; only a fleet's run does so."""
+    speeds: dict[str, float] = {}
+    """Measured rates, of the slowest card where there are several; more is better. Names: matmul_bf16_tflops, h2d_gbs,
+    allreduce_busbw_gbs (GB/s) and others; a fleet compares whatever is there."""
+    links: tuple[Link, ...] = ()
     unknown: dict[str, str] = {}
     timings: dict[str, float] = {}
 
