@@ -59,7 +59,7 @@ def noisy(base: dict[str, Any], number: int, count: int, dice: random.Random) ->
     facts["environment"] |= {
         "SLURM_PROCID": str(number), "SLURM_NODEID": str(number), "SLURM_JOB_ID": "4711", "MASTER_ADDR": name_of(0),
         "NCCL_DEBUG_FILE": f"/tmp/nccl.{name}.{dice.randrange(1 << 16)}", "CUDA_CACHE_PATH": f"/local/{name}/cuda",
-        "RANK": str(number),
+        "RANK": str(number), "CUDA_VISIBLE_DEVICES": dice.choice(("0,1", "4,5", "GPU-1,GPU-2")),
     }  # fmt: skip
     facts["folders"] = {
         "output": folder("/shared/out", "nfs4", int(9e13 * dice.uniform(0.9, 1.0)), "0:52"),

@@ -71,6 +71,13 @@ def test_labels_of_srun_and_pdsh(form: str) -> None:
     assert sorted(names(stream(labelled(lines, form)))) == [kit.name_of(number) for number in range(4)]
 
 
+def test_files_one_after_the_other() -> None:
+    """`cat *.json` of files with and without a last line end."""
+    assert names(stream(b"".join(REPORTS))) == names(stream(b"\n".join(REPORTS))) == [
+        "node0001", "node0002", "node0003", "node0004"
+    ]  # fmt: skip
+
+
 def test_noise_between_reports() -> None:
     """What a shell or srun says beside them is passed over."""
     noise = b"srun: job 4711 queued and waiting for resources\nWarning: something {odd}\n\n"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
 from msgspec.structs import replace
 
@@ -83,6 +84,15 @@ def _age(node: Node) -> tuple[str, str]:
 def _short(name: str) -> str:
     """The host's name without its domain; an address has no short form."""
     return name if name.replace(".", "").isdigit() else name.partition(".")[0]
+
+
+def of_launch(items: Iterable[Report | Broken], named: Mapping[int, str], missing: Sequence[int], by: str) -> Fleet:
+    """The fleet of one launch: `named` are the nodes' names where the launcher tells them, and `missing` the numbers
+    that sent nothing; who sent what cannot be read is missing too."""
+    fleet = merge(items)
+    unread = {int(found[1]) for item in fleet.broken if (found := re.search(r"\bnode(\d{5})\b", item.source))}
+    gone = tuple(named.get(number, f"number {number}") for number in sorted({*missing, *unread}))
+    return replace(fleet, expected=(*fleet.nodes, *gone), expected_by=by, missing=gone)
 
 
 def merge(items: Iterable[Report | Broken], expected: Sequence[str] = (), expected_by: str = "") -> Fleet:

@@ -70,6 +70,8 @@ def node_of(report: Report) -> Node | Broken:
     """The node that the report is of, or why it is none."""
     try:
         keys = _KEYS.decode(report.data)
+        if "failed" in keys:
+            return broken(report, f"the doctor could not judge there: {msgspec.json.decode(keys['failed'])}")
         if "results" in keys and "facts" in keys:
             check = _CHECK.decode(report.data)
             facts = check.facts
@@ -182,8 +184,8 @@ def _listed(values: Iterator[str]) -> str:
 def _variable(name: str, value: str, facts: Facts) -> Iterator[tuple[str, str]]:
     if name in _OWN or not (name in _COMPARED_NAMES or name.startswith(_COMPARED)):
         return
-    if name == "CUDA_VISIBLE_DEVICES" and not re.fullmatch(r"[\d, ]*", value):
-        return  # by UUID, which is the card's own
+    if name == "CUDA_VISIBLE_DEVICES":  # which of a node's cards are its own matter, by number or UUID
+        value = f"{len([word for word in value.split(',') if word.strip()])} devices"
     if "/" in value:  # a path may hold what is this node's own, and that of a library the driver's release
         if facts.host is not None and len(facts.host.name) > 2:
             value = re.sub(rf"(?<![\w-]){re.escape(facts.host.name)}(?![\w-])", "NODE", value)

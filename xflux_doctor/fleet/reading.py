@@ -119,6 +119,9 @@ def _stream(file: BinaryIO, source: str) -> Iterator[Report | Broken]:
     try:
         for line in iter(lambda: file.readline(LARGEST), b""):
             label, rest = _labelled(line)
+            if rest.startswith(b"}{"):  # files without a last line end, one after the other
+                yield from _take(waiting, label, b"}\n", source)
+                rest = rest[1:]
             yield from _take(waiting, label, rest, source)
     except (OSError, EOFError, zlib.error):
         pass  # a packed stream that was cut off: what is open is told below
