@@ -70,6 +70,11 @@ def noisy(base: dict[str, Any], number: int, count: int, dice: random.Random) ->
                        "allreduce_busbw_gbs": dice.gauss(340, 6)}  # fmt: skip
     peers = {(number + step) % count for step in range(1, NEIGHBOURS + 1)} - {number}
     facts["links"] = [{"peer": name_of(peer), "gbps": dice.gauss(370, 8)} for peer in sorted(peers)]
+    cards = range(len(facts["gpus"] or ()))
+    facts["topology"] = {
+        "cards": [{"index": card, "numa": card % 2, "cpus": "0-31"} for card in cards],
+        "pairs": [{"first": one, "second": two, "path": "node"} for one in cards for two in cards if one < two],
+    }
     facts["timings"] = {"packages": dice.random(), "nvml": dice.random()}
     return {
         "schema": 1, "version": "0.1.0", "node": name, "created": created,
@@ -125,7 +130,11 @@ def ecc(document: dict[str, Any]) -> None:
 
 
 def missing_gpu(document: dict[str, Any]) -> None:
+    gone = len(document["facts"]["gpus"]) - 1
     document["facts"]["gpus"].pop()
+    topology = document["facts"]["topology"]
+    topology["cards"].pop()
+    topology["pairs"] = [pair for pair in topology["pairs"] if pair["second"] != gone]
 
 
 def other_config(document: dict[str, Any]) -> None:
@@ -191,6 +200,10 @@ def old(document: dict[str, Any]) -> None:
     document["created"] = (START - datetime.timedelta(days=2)).isoformat(timespec="seconds")
 
 
+def topology(document: dict[str, Any]) -> None:
+    document["facts"]["topology"]["pairs"][0]["path"] = "sys"
+
+
 PLANTS: dict[str, tuple[Plant, str, str]] = {
     "version": (version, "package torch", "error"),
     "driver": (driver, "driver", "warning"),
@@ -205,6 +218,7 @@ PLANTS: dict[str, tuple[Plant, str, str]] = {
     "memory": (memory, "host memory", "warning"),
     "model": (model, "gpu model", "warning"),
     "nvlink": (nvlink, "gpu nvlink", "warning"),
+    "topology": (topology, "gpu topology", "warning"),
     "pcie": (pcie, "gpu pcie", "warning"),
     "variable": (variable, "variable NCCL_IB_DISABLE", "error"),
     "full disk": (full_disk, "free temporary", "warning"),

@@ -371,6 +371,36 @@ class Meeting(msgspec.Struct, frozen=True):
         return self.met and not self.unlike
 
 
+class CardPlace(msgspec.Struct, frozen=True):
+    """Where one GPU sits in the machine."""
+
+    index: int
+    numa: int | None = None
+    """The NUMA node beside it; None: not told."""
+    cpus: str = ""
+    """The cores beside it, for example `0-31,64-95`."""
+
+
+class CardPair(msgspec.Struct, frozen=True):
+    """What lies between two GPUs of this machine."""
+
+    first: int
+    second: int
+    path: str = ""
+    """The nearest that both hang on by PCIe: board, pix, pxb, phb, node, sys; empty: not told."""
+    nvlinks: int = 0
+    """NVLinks between them that are up; through switches the fewer of the two cards' own."""
+    switched: bool = False
+    """Whether the NVLinks go through NVSwitches."""
+
+
+class Topology(msgspec.Struct, frozen=True):
+    """How the GPUs are joined."""
+
+    cards: tuple[CardPlace, ...]
+    pairs: tuple[CardPair, ...]
+
+
 class Clock(msgspec.Struct, frozen=True):
     """This host's clock held against one that other nodes were held against too."""
 
@@ -403,6 +433,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     driver: Driver | None = None
     gpus: tuple[Gpu, ...] | None = None
     lost_gpus: tuple[LostGpu, ...] = ()
+    topology: Topology | None = None
+    """None: fewer than two GPUs, or a driver that does not tell."""
     xids: tuple[Xid, ...] | None = None
     packages: dict[str, Package] | None = None
     environment: dict[str, str] = {}

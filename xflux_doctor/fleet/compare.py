@@ -24,11 +24,11 @@ def differences(nodes: Sequence[Node]) -> list[Difference]:
     """All words, sizes and findings in which the nodes differ, by field and node, in one order."""
     found = {**_words(nodes), **_sizes(nodes)}
     told: list[Difference] = []
-    for key in sorted(found, key=lambda key: (field(key).follows != "", key)):
+    for key in sorted(found, key=lambda key: (field(key).follows != (), key)):
         item = found[key]
-        cause = found.get(field(key).follows)
-        if cause is not None:
-            item = _without(item, cause)
+        for cause in field(key).follows:
+            if cause in found:
+                item = _without(item, found[cause])
         if item.members:
             told.append(item)
     return [*told, *_findings(nodes)]

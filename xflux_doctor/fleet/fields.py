@@ -23,8 +23,8 @@ class Field:
     """Known together; told in one line where it is of the same nodes."""
     absent: str = ""
     """What it means that a node which tells the group does not tell the field; empty: the node is not asked."""
-    follows: str = ""
-    """A field whose difference explains this one's."""
+    follows: tuple[str, ...] = ()
+    """Fields whose difference explains this one's."""
 
 
 _CARDS = "Compare `nvidia-smi` on that node with another's; take the node out of the job or have it mended."
@@ -32,24 +32,26 @@ _SAME_IMAGE = "Start that node from the same image as the others."
 FIELDS: dict[str, Field] = {
     "gpu count": Field("GPUs", "error", _CARDS, "The launch counts on the same number on every node."),
     "gpu model": Field("GPU model", "warning", _CARDS, "The slowest and the smallest card set the pace and the plan."),
-    "gpu capability": Field("compute capability", "warning", _CARDS, follows="gpu model"),
-    "gpu memory": Field("GPU memory", "warning", "Look at ECC and MIG on that node (`nvidia-smi -q`), or plan for the "
-                        "smallest card by --gpu-limit.", "The smallest card decides what fits.", follows="gpu model"),
-    "gpu mig": Field("MIG", "error", "Set MIG on all nodes alike (`nvidia-smi -mig 0`).", follows="gpu model"),
+    "gpu capability": Field("compute capability", "warning", _CARDS, follows=("gpu model",)),
+    "gpu memory": Field("GPU memory", "warning", "Look at ECC and MIG on that node (`nvidia-smi -q`), or plan by "
+                        "--gpu-limit.", "The smallest card decides what fits.", follows=("gpu model",)),
+    "gpu mig": Field("MIG", "error", "Set MIG on all nodes alike (`nvidia-smi -mig 0`).", follows=("gpu model",)),
     "gpu ecc": Field("ECC", "warning", "Set it on all nodes alike (`nvidia-smi -e 1`, then a reset).",
-                     "Memory and speed differ with it.", follows="gpu model"),
+                     "Memory and speed differ with it.", follows=("gpu model",)),
     "gpu compute mode": Field("compute mode", "warning", "Set it on all nodes alike (`nvidia-smi -c DEFAULT`)."),
     "gpu pcie": Field("PCIe lanes", "warning", "Have the card reseated, or take the node out of the job.",
-                      "Its loading and its exchange set the pace of all.", follows="gpu model"),
+                      "Its loading and its exchange set the pace of all.", follows=("gpu model",)),
     "gpu nvlink": Field("NVLinks up", "warning", "See `nvidia-smi nvlink -s` on that node; have it mended or left out.",
-                        "The ring goes at the pace of its slowest link.", follows="gpu model"),
+                        "The ring goes at the pace of its slowest link.", follows=("gpu model",)),
+    "gpu topology": Field("ways between the cards", "warning", "Compare `nvidia-smi topo -m` on the nodes.",
+                          "The slowest pair sets the pace.", follows=("gpu count", "gpu model", "gpu nvlink")),
     "gpu fabric": Field("NVSwitch fabric", "error", "See `systemctl status nvidia-fabricmanager` on that node.",
-                        follows="gpu model"),
+                        follows=("gpu model",)),
     "driver": Field("driver", "warning", "Install one driver on all nodes.",
                     "It works where both are new enough for this CUDA; speeds and faults differ."),
-    "driver cuda": Field("CUDA of the driver", "warning", "Install one driver on all nodes.", follows="driver"),
+    "driver cuda": Field("CUDA of the driver", "warning", "Install one driver on all nodes.", follows=("driver",)),
     "driver module": Field("driver's kernel module", "warning", "Reboot the node after its driver's upgrade.",
-                           follows="driver"),
+                           follows=("driver",)),
     "python": Field("Python", "warning", _SAME_IMAGE),
     "kernel": Field("kernel", "warning", "Nothing stops; bring the node to the others' kernel when it behaves "
                     "otherwise.", group="host"),

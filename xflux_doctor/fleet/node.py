@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 
+from xflux_doctor import topology
 from xflux_doctor.facts import SCHEMA, Facts, Gpu
 from xflux_doctor.finding import Severity
 from xflux_doctor.fleet.reading import broken
@@ -138,6 +139,8 @@ def _all_words(facts: Facts, check: _Check | None) -> Iterator[tuple[str, str]]:
         yield from _card_words(facts.gpus, len(facts.gpus))
     elif "gpus" in facts.unknown:
         yield "gpu count", f"unknown ({facts.unknown['gpus']})"
+    if facts.topology is not None:
+        yield "gpu topology", topology.canonical(facts.topology)
     if driver is not None:
         yield from (("driver", driver.version), ("driver cuda", driver.cuda), ("driver module", driver.module))
     if facts.python is not None:
