@@ -203,6 +203,37 @@ def nodes(files: tuple[str, ...], hosts: str | None, **options: Any) -> int:
 
 
 @cli.command()
+@click.argument("reports", nargs=-1, metavar="[FILE|FOLDER|-]...")
+@shared
+@click.option("--expect", metavar="HOSTS", help="Nodes that should have sent one: a,b or node[001-064]; else Slurm's.")
+@click.option("--shared", metavar="DIR", help="Where the nodes of a launch put their reports; all must see it.")
+@click.option("--port", type=click.IntRange(1, 65535), help="Where node 0 takes them, without --shared.")
+@click.option(
+    "--wait", type=click.FloatRange(min=0, max=3600), default=120.0, metavar="S", help="How long node 0 waits for them."
+)
+@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text")
+@click.option("--output", metavar="FILE", help="Write the report there instead of to the terminal.")
+def fleet(
+    reports: tuple[str, ...],
+    expect: str | None,
+    shared: str | None,
+    port: int | None,
+    wait: float,
+    form: str,
+    output: str | None,
+    **options: Any,
+) -> int:
+    """Many nodes' reports (check --format json, facts) into one: who differs from the others, and in what.
+
+    Without reports, started by srun or torchrun on every node: each makes its own, and node 0 merges them.
+    """
+    if reports:
+        return int(_command("fleet").run(reports, expect=expect, form=form, output=output))
+    given = inputs_of(options)
+    return int(_command("fleet").launch(given, shared=shared, port=port, wait=wait, form=form, output=output))
+
+
+@cli.command()
 @click.argument("log")
 @click.option("--format", "form", type=click.Choice(["text", "json"]), default="text")
 def explain(log: str, form: str) -> int:

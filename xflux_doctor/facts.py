@@ -279,6 +279,8 @@ class Host(msgspec.Struct, frozen=True):
     """Whether /etc/hosts knows this host's own name."""
     memory_held: int | None = None
     """What the processes of the group that sets `memory_limit` hold and the kernel cannot drop."""
+    name: str = ""
+    """The host's own name; a fleet's reports are told apart by it."""
 
 
 class TorchFacts(msgspec.Struct, frozen=True):
@@ -400,6 +402,56 @@ class Meeting(msgspec.Struct, frozen=True):
         return self.met and not self.unlike
 
 
+class CardPlace(msgspec.Struct, frozen=True):
+    """Where one GPU sits in the machine."""
+
+    index: int
+    numa: int | None = None
+    """The NUMA node beside it; None: not told."""
+    cpus: str = ""
+    """The cores beside it, for example `0-31,64-95`."""
+
+
+class CardPair(msgspec.Struct, frozen=True):
+    """What lies between two GPUs of this machine."""
+
+    first: int
+    second: int
+    path: str = ""
+    """The nearest that both hang on by PCIe: board, pix, pxb, phb, node, sys; empty: not told."""
+    nvlinks: int = 0
+    """NVLinks between them that are up; through switches the fewer of the two cards' own."""
+    switched: bool = False
+    """Whether the NVLinks go through NVSwitches."""
+
+
+class Topology(msgspec.Struct, frozen=True):
+    """How the GPUs are joined."""
+
+    cards: tuple[CardPlace, ...]
+    pairs: tuple[CardPair, ...]
+
+
+class Clock(msgspec.Struct, frozen=True):
+    """This host's clock held against one that other nodes were held against too."""
+
+    offset: float
+    """Seconds that this host is ahead of it."""
+    error: float
+    """Seconds by which the offset may be wrong."""
+    reference: str
+    """Whose clock it is: a shared folder's server, or node 0."""
+
+
+class Link(msgspec.Struct, frozen=True):
+    """What this node and one other reach between them."""
+
+    peer: str
+    """The other's host name."""
+    gbps: float
+    """Gbit/s; of two numbers for one pair the lower counts."""
+
+
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that the doctor saw. `None` or an absent key means: look in `unknown`."""
 
@@ -412,6 +464,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     driver: Driver | None = None
     gpus: tuple[Gpu, ...] | None = None
     lost_gpus: tuple[LostGpu, ...] = ()
+    topology: Topology | None = None
+    """None: fewer than two GPUs, or a driver that does not tell."""
     xids: tuple[Xid, ...] | None = None
     packages: dict[str, Package] | None = None
     environment: dict[str, str] = {}
@@ -433,6 +487,12 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     hub: HubAccess | None = None
     torch: TorchFacts | None = None
     allreduce: AllReduce | None = None
+    clock: Clock | None = None
+    """None: the clock was held against no other; only a fleet's run does so."""
+    speeds: dict[str, float] = {}
+    """Measured rates, of the slowest card where there are several; more is better. Names: matmul_bf16_tflops, h2d_gbs,
+    allreduce_busbw_gbs (GB/s) and others; a fleet compares whatever is there."""
+    links: tuple[Link, ...] = ()
     unknown: dict[str, str] = {}
     timings: dict[str, float] = {}
 

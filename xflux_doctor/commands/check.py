@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from xflux_doctor import effective
 from xflux_doctor import facts as facts_module
 from xflux_doctor import matrix as matrices
 from xflux_doctor.check import Case, examine
@@ -52,6 +53,7 @@ def summarize(case: Case, *, strict: bool = False) -> Summary:
         packages=rows,
         launch=tuple(placement.lines(case)) if known else (),
         placement=placement.values(case) if known else None,
+        job=effective.document(case.job),
     )
 
 

@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 import msgspec
-from xflux_trainer import config as train_config
 
+from xflux_doctor import effective
 from xflux_doctor.check import Case
 from xflux_doctor.checks.words import devices
 from xflux_doctor.cluster import Task, task
 from xflux_doctor.facts import Meeting
-from xflux_doctor.nodes import SAME
 from xflux_doctor.placement import launcher_of
 from xflux_doctor.probes.meeting import Gathering, Place
 
-_LOCAL = frozenset(
-    {"img_dir", "output_dir", "cache_dir", "pretrained_model", "heldout_dir", "num_workers", "logging_dir"}
-)
-"""Keys of the training file that may differ from machine to machine: where things lie, not what they are."""
-_SAME = (*(key for key in SAME if key not in ("main_process_ip", "rdzv_backend")), "downcast_bf16")
-"""Machine 0 may be called by other names elsewhere, and the file's rdzv_backend is not read (LA409)."""
 _PACKAGES = ("torch", "accelerate", "deepspeed", "xflux-doctor")
-_LONG = 60
 
 
 @dataclass(frozen=True)
@@ -83,23 +72,11 @@ def gathering(case: Case, me: Self, seconds: float) -> Gathering | None:
 
 def agreed(case: Case) -> dict[str, str]:
     """What must be the same everywhere: the launch, the training, and the packages that talk to each other."""
-    values: dict[str, Any] = {key: case.job.get(key) for key in _SAME}
-    values["num_processes"] = case.job.num_processes
-    values["distributed_type"] = case.job.distributed_type
-    values["use_cpu"] = case.job.use_cpu
-    if case.job.zero_file is not None:
-        values["deepspeed_config_file"] = case.job.zero_file
-    if case.job.train is not None:
-        values |= {k: v for k, v in train_config.to_dict(case.job.train).items() if k not in _LOCAL}
+    values = effective.values(case.job)
     for name, package in (case.facts.packages or {}).items():
         if name in _PACKAGES or name.startswith("nvidia-nccl"):
             values[f"package {name}"] = f"{package.version}{'+' + package.build if package.build else ''}"
-    return {key: _short(value) for key, value in values.items() if value is not None}
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
-    return text if len(text) <= _LONG else f"…{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return values
 
 
 def with_meeting(case: Case, meeting: Meeting) -> Case:

@@ -12,9 +12,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from xflux_doctor.facts import Driver, Gpu, LostGpu
+from xflux_doctor.facts import Driver, Gpu, LostGpu, Topology
 from xflux_doctor.gather.cards import gpu_facts, maybe, text
 from xflux_doctor.gather.driver import library_version, module_version, pci_addresses, same_place
+from xflux_doctor.gather.topology import topology
 
 DENIED = "denied to this user or container"
 """The reason of a card that is somebody else's, as under a batch system; such a card is not broken."""
@@ -27,6 +28,7 @@ class NvmlReading:
         self.driver: Driver | None = None
         self.gpus: tuple[Gpu, ...] | None = None
         self.lost: tuple[LostGpu, ...] = ()
+        self.topology: Topology | None = None
         self.error = ""
         self.start_seconds = 0.0
         self.seconds = 0.0
@@ -81,6 +83,7 @@ def _ask(reading: NvmlReading, root: Path) -> None:
         version = text(nvml.nvmlSystemGetDriverVersion())
         reading.driver = Driver(version, _cuda(nvml), module_version(root), library_version(root, os.environ))
         reading.gpus, reading.lost = _cards(nvml, nvml.nvmlDeviceGetCount(), root)
+        reading.topology = topology(nvml, tuple(gpu.index for gpu in reading.gpus), root)
     except Exception as error:  # noqa: BLE001
         reading.error = f"NVML failed while it read the GPUs: {str(error).rstrip('.')}"
     finally:

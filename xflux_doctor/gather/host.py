@@ -48,6 +48,7 @@ def host_facts(root: Path = Path("/")) -> Host:
         interfaces={name: _read(root / f"sys/class/net/{name}/operstate").strip() for name in _names(root, "net")},
         infiniband=tuple(_names(root, "infiniband")),
         named=_is_named(root),
+        name=platform.node(),
     )
 
 

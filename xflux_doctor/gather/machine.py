@@ -51,6 +51,7 @@ def gather(
         driver=nvml.driver,
         gpus=nvml.gpus,
         lost_gpus=nvml.lost,
+        topology=nvml.topology,
         xids=xids,
         packages=installed,
         environment=environment.environment_facts(os.environ),

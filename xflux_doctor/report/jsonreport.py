@@ -29,6 +29,10 @@ def document(summary: Summary) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "version": summary.version,
+        # Who and when stand first: a report that was cut off still tells them (fleet/reading.py).
+        "node": summary.facts.host.name if summary.facts.host else "",
+        "created": summary.facts.created,
+        "job": summary.job,
         "exit_code": summary.exit_code,
         "stack": summary.stack,
         "packages": [

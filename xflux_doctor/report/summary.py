@@ -27,6 +27,8 @@ class Summary:
     """What would run where, in words; empty where nothing says how the job is launched."""
     placement: dict[str, Any] | None = None
     """The same as values."""
+    job: dict[str, Any] | None = None
+    """What the job's other nodes must run alike (effective.document); None where no file describes the job."""
 
     @property
     def counts(self) -> dict[str, int]:

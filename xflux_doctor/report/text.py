@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import click
 
+from xflux_doctor import topology
 from xflux_doctor.finding import Change, Comment, Edit, Finding, Nest, Remove, Status, Verdict
 from xflux_doctor.pins import GOOD
 from xflux_doctor.report.summary import Summary
@@ -27,6 +28,7 @@ def render(summary: Summary, *, verbose: bool = False) -> str:
     blocks = [
         [_stack_line(summary)],
         _packages(summary) if verbose else [],
+        topology.lines(summary.facts.topology) if verbose else [],
         _launch(summary, verbose),
         _bandwidth(summary),
         [line for v in shown for line in _verdict(v, verbose)],

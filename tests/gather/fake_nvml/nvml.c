@@ -173,6 +173,42 @@ ret nvmlDeviceGetNvLinkState(device *d, u32 link, int *out) {
     return link < number(d->card, "links", 18) ? OK : 2;
 }
 
+/* `links.1 4`: four of the card's links lead to card 1, counted from link 0 on; without such lines all lead to switches. */
+ret nvmlDeviceGetNvLinkRemoteDeviceType(device *d, u32 link, int *out) {
+    (void)link;
+    TRY(d->card);
+    *out = (int)number(d->card, "link_kind", 2);
+    return OK;
+}
+
+ret nvmlDeviceGetNvLinkRemotePciInfo_v2(device *d, u32 link, pci *out) {
+    char key[32];
+    TRY(d->card);
+    for (u32 card = 0, before = 0; card < 64; card++) {
+        snprintf(key, sizeof key, "links.%u", card);
+        before += (u32)number(d->card, key, 0);
+        if (link < before) return nvmlDeviceGetPciInfo_v3(&cards[card], out);
+    }
+    return NOT_FOUND;
+}
+
+/* `0.level.2 50`: the level between cards 0 and 2, the lower number first. */
+ret nvmlDeviceGetTopologyCommonAncestor(device *one, device *other, int *out) {
+    char key[32];
+    int first = one->card < other->card ? one->card : other->card, second = one->card + other->card - first;
+    TRY(first);
+    snprintf(key, sizeof key, "level.%d", second);
+    *out = (int)number(first, key, number(first, "level", 40));
+    return OK;
+}
+
+static ret mask(device *d, u32 words, u64 *out, const char *key, u64 other) {
+    memset(out, 0, words * sizeof *out);
+    out[0] = number(d->card, key, other);
+    return OK;
+}
+ret nvmlDeviceGetCpuAffinity(device *d, u32 words, u64 *out) { TRY(d->card); return mask(d, words, out, "cpus", 0xff); }
+
 typedef struct { u32 field, scope; long long time, latency; int type; ret code; u64 value; } field;
 ret nvmlDeviceGetFieldValues(device *d, int count, field *values) {
     TRY(d->card);
@@ -211,6 +247,12 @@ ret nvmlDeviceGetMigMode(device *d, u32 *now, u32 *pending) {
 }
 
 ret nvmlDeviceGetMaxMigDeviceCount(device *d, u32 *out) { TRY(d->card); *out = 7; return OK; }
+
+ret nvmlDeviceGetMemoryAffinity(device *d, u32 words, u64 *out, u32 scope) {
+    (void)scope;
+    TRY(d->card);
+    return mask(d, words, out, "numa", 1);
+}
 
 static device slices[64][8];
 
