@@ -11,6 +11,7 @@ collective, whether their values were right: a wrong one ends all of them, and t
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime
 import faulthandler
 import json
@@ -73,6 +74,7 @@ class Rank:
             torch.cuda.set_device(self.device)
         self.store: Any = None
         self.skipped: list[str] = []
+        self.total = sum(map(self.weight, range(world)))
 
     def left(self) -> datetime.timedelta:
         """Time for a wait that begins now; never nothing, which some stores take for no limit."""
@@ -163,7 +165,7 @@ class Rank:
         pattern = self.pattern(kind, length, most)
         values = pattern * self.weight(self.rank)
         self.dist.all_reduce(values)
-        return unlike(values, pattern * sum(map(self.weight, range(self.world)))), ()
+        return unlike(values, pattern * self.total), ()
 
     def gather(self, kind: str, length: int, most: int) -> tuple[str, tuple[int, ...]]:
         pattern = self.pattern(kind, length, most)
@@ -177,7 +179,7 @@ class Rank:
         pattern = self.pattern(kind, length, most)
         own = self.torch.empty_like(pattern)
         self.dist.reduce_scatter(own, [pattern * self.weight(self.rank) for _ in range(self.world)])
-        return unlike(own, pattern * sum(map(self.weight, range(self.world)))), ()
+        return unlike(own, pattern * self.total), ()
 
     def broadcast(self, kind: str, length: int, most: int) -> tuple[str, tuple[int, ...]]:
         """From every rank in turn."""
@@ -294,10 +296,9 @@ def main(arguments: list[str]) -> int:
         said = str(error) if isinstance(error, Broken) else f"{type(error).__name__}: {error}"
         blame, absent = (error.blame, error.absent) if isinstance(error, Broken) else (None, ())
         report.say(failed=True, detail=said[:2000], blame=blame, absent=absent)
+    with contextlib.suppress(Exception):
+        ctypes.CDLL(None).fflush(None)  # NCCL's warnings are in C's buffers, which leaving so does not write
     # Straight out: with a FileStore the teardown of torch 2.4's gloo was seen to hang, on most runs of 8 ranks.
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdout.flush()
-        sys.stderr.flush()
     os._exit(code)
 
 
