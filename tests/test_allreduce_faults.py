@@ -33,7 +33,7 @@ from xflux_doctor.matrix import Matrix
 from xflux_doctor.probes import level, reduction
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch")
-WAIT = 13.0
+WAIT = 20.0
 """The deadline of a case that waits it out: enough for several torches to be imported at once."""
 
 
