@@ -152,7 +152,8 @@ LONG = {f"wrong {name} bfloat16" for name in ("all_gather", "reduce_scatter", "b
 
 
 @pytest.mark.parametrize("fault", [
-    pytest.param(fault, id=fault.name.replace(" ", "-"), marks=[pytest.mark.long] if fault.name in LONG else [])
+    pytest.param(fault, id=fault.name.replace(" ", "-"),
+                 marks=[pytest.mark.long] if fault.name in LONG or fault.seconds == WAIT else [])
     for fault in FAULTS
 ])  # fmt: skip
 def test_fault(fault: Fault, outcomes: dict[str, Future[tuple[AllReduce, float]]], matrix: Matrix) -> None:
