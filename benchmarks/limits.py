@@ -16,7 +16,6 @@ chosen, or where the chosen one takes more than 1.05 times as long as the fastes
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import statistics
 import subprocess
@@ -24,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ from children import GIB, RESULTS, Outcome
 LIMITS = {"lora": (12, 16, 24, 32, 40, 48, 78), "finetune": (32, 48, 78)}
 LOSSY = ["quantization", "optimizer", "backward_clip"]
 STEPS, SLOWEST = 5, 1.05
+UNTIMED = 3
+"""Steps that compile, warm up and record."""
 
 
 # What is run ---------------------------------------------------------------------------------------------
@@ -125,27 +127,49 @@ def plans(rows: list[Outcome]) -> dict[str, tuple[str, dict[str, Any]]]:
     }  # fmt: skip
 
 
-def time_one(options: argparse.Namespace) -> int:
-    """In a process of its own: seconds of a step, and the most that NVML showed."""
-    import step_ours
-    from random_flux import spec_of
-    from xflux_trainer.ranks import Launch, Ranks
+def time_plans(asked: list[tuple[str, dict[str, Any]]], options: argparse.Namespace) -> int:
+    """Tell of each plan, in one process: seconds of a step, and what NVML would show of the card."""
+    import memory
+    from memory_rows import Row
 
-    mode, changes = json.loads(options.child)
-    own = {"lora_targets": "diffusers"} if mode == "lora" else {"mode": "finetune"}
-    size = changes.get("train_batch_size", 1)
-    with tempfile.TemporaryDirectory() as folder, Watched() as card:
-        left_out = ("img_size", "train_batch_size")
-        keys = {**own, **{name: value for name, value in changes.items() if name not in left_out}}
-        config = dataclasses.replace(step_ours.config_of({"rank": 16, **keys}, 1024, size, Path(folder)))
-        ranks = Ranks(Launch())
-        ranks.join()
-        run = step_ours.assemble(config, spec_of((19, 38), 24), ranks)
-        found = step_ours.take_steps(run, options.steps)
-    seconds = statistics.median(found["seconds"])
-    children.write(options.result, {"outcome": "measured", "seconds": seconds, "nvml_gib": card.most / GIB,
-                                    "allocated_gib": found["allocated_gib"]})  # fmt: skip
+    options.layers, options.heads, options.limit_gib = (19, 38), 24, 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        grid = memory.Grid(options, Path(folder))
+        grid.steps = UNTIMED + options.steps
+        for mode, changes in asked:
+            own = {} if mode == "lora" else {"mode": mode}
+            found = grid.take(Row(key(mode, changes), {**own, **changes}))
+            if found["outcome"] == "measured":
+                found |= {
+                    "seconds": statistics.median(found["seconds"][UNTIMED:]),
+                    "nvml_gib": found["device_bytes"] / GIB,
+                }
+            kept = (
+                "row",
+                "outcome",
+                "why",
+                "seconds",
+                "nvml_gib",
+                "allocated_bytes",
+                "predicted_bytes",
+                "error",
+                "notes",
+            )
+            children.tell({name: found[name] for name in kept if name in found})
     return 0
+
+
+def time_all(rows: list[Outcome], times: dict[str, Outcome], options: argparse.Namespace) -> Iterator[None]:
+    """Fill `times` with the plans of the rows that it lacks, those of one model side by side."""
+    asked = sorted(((name, one) for name, one in plans(rows).items() if name not in times), key=lambda one: one[0])
+    if not asked:
+        return
+    argv = [sys.executable, str(Path(__file__).resolve()), "--steps", str(options.steps)]
+    for found in children.told([*argv, "--child", json.dumps([one for _, one in asked])], options.total):
+        name = found.pop("row")
+        times[name] = found
+        print(f"{found.get('seconds', found['outcome'])} {name}", flush=True)
+        yield
 
 
 # The table -----------------------------------------------------------------------------------------------
@@ -179,7 +203,7 @@ def main() -> int:
     parser.add_argument("--allow", choices=["none", "all", "both"], default="both")
     parser.add_argument("--time", action="store_true", help="time the plans that earlier calls were shown")
     parser.add_argument("--resume", action="store_true", help="go on with today's file")
-    parser.add_argument("--steps", type=int, default=4, help="measured steps of a timed plan, after three that are not")
+    parser.add_argument("--steps", type=int, default=4, help="measured steps of a timed plan, after those that are not")
     parser.add_argument("--deadline", type=float, default=150, metavar="S", help="seconds for each run")
     parser.add_argument("--total", type=float, default=540, metavar="S", help="seconds for all of this call")
     parser.add_argument("--tiny", action="store_true", help="the demo's transformer, to try the script itself")
@@ -187,10 +211,9 @@ def main() -> int:
     parser.add_argument("--device", default="cuda", help="where the random weights are drawn")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        return time_one(options)
+        return time_plans(json.loads(options.child), options)
     if options.work is None:
         parser.error("--work DIR is needed")
     options.work = options.work.absolute()
@@ -200,12 +223,8 @@ def main() -> int:
     rows: list[Outcome] = known.get("rows", [])
     times: dict[str, Outcome] = known.get("times", {})
     if options.time:
-        for name, (mode, changes) in plans(rows).items():
-            if name not in times and time.monotonic() < ends:
-                argv = [sys.executable, str(Path(__file__).resolve()), "--steps", str(options.steps)]
-                times[name] = children.run([*argv, "--child", json.dumps([mode, changes])], options.deadline)
-                print(f"{times[name].get('seconds', times[name]['outcome'])} {name}", flush=True)
-                children.save(options.results, "limits", "limits.py", {"rows": rows, "times": times})
+        for _ in time_all(rows, times, options):
+            children.save(options.results, "limits", "limits.py", {"rows": rows, "times": times})
     else:
         start.make(options.work, options)
         ways = {"none": [[]], "all": [LOSSY], "both": [[], LOSSY]}[options.allow]

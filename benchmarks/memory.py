@@ -112,7 +112,7 @@ class Grid:
         self._base = ""
         self._left = 0
         """Bytes that earlier rows left behind: none, but for a fault."""
-        self.limit = 0
+        self.limit, self.steps = 0, STEPS
         if self.cuda:
             torch.zeros(1, device=self.ranks.device)
             free, total = torch.cuda.mem_get_info()
@@ -179,12 +179,13 @@ class Grid:
             import torch
 
             torch.cuda.reset_peak_memory_stats()
-        clock: Any = step_ours.Clock(STEPS, self.ranks.device)
+        clock: Any = step_ours.Clock(self.steps, self.ranks.device)
         with contextlib.suppress(step_ours.Enough):
             train._loop(run, clock, Stop())
         recorder = getattr(run.stepper, "recorder", None)
         found |= {
-            "outcome": "measured", "seconds_per_step": statistics.median(clock.seconds()), "notes": run.notes,
+            "outcome": "measured", "seconds_per_step": statistics.median(clock.seconds()), "seconds": clock.seconds(),
+            "notes": run.notes,
             "recorded": bool(recorder and not recorder.broken), "trained_parameters": run.trained,
             "loss_last": clock.losses[-1],
         }  # fmt: skip

@@ -1,4 +1,4 @@
-"""AdamW's step in Triton with moments in 8 bits, or in fp32 for tensors too small for blocks: torchao's AdamW8bit.
+"""AdamW's step in Triton with moments in fp32, torch's, or in 8 bits, torchao's, whose small tensors have fp32 too.
 
 A block of 256 moments has a scale, the largest of them, and a code for each: the number of the nearest of 256 values
 between -1 and 1 (or 0 and 1) that are dense near 0. In the decade from 10^(i-7) to 10^(i-6), i = 0 .. 6, lie 2^i evenly
@@ -103,18 +103,20 @@ def adamw32(
     weight, other, grad, first, second, n, factor, scale, rate, keep, to_first, to_second, correction, root, eps, seed,
     KIND: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """The same with moments in fp32, of (n,) values, SIZE of them in each program."""
+    """The same with moments in fp32, of (n,) values, eight times SIZE of them in each program."""
     factor = _factor(factor, scale)
-    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-    inside = at < n
-    g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32) * factor
-    m = tl.load(first + at, mask=inside, other=0.0)
-    m += to_first * (g - m)
-    v = tl.load(second + at, mask=inside, other=0.0)
-    v += to_second * (g * g - v)
-    tl.store(first + at, m, mask=inside)
-    tl.store(second + at, v, mask=inside)
-    u = m * correction / (tl.sqrt(v) * root + eps)
-    a, b, c, d = _throw(seed, at, KIND)
-    value = _value(weight, other, at, inside, KIND) * keep - u * rate
-    _write(weight, other, at, inside, value, _lane(a, b, c, d, 0), KIND)
+    col = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    a, b, c, d = _throw(seed, col, KIND)
+    for k in tl.static_range(8):
+        at = tl.program_id(0) * 8 * SIZE + k * SIZE + tl.arange(0, SIZE)
+        inside = at < n
+        g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32) * factor
+        m = tl.load(first + at, mask=inside, other=0.0)
+        m += to_first * (g - m)
+        v = tl.load(second + at, mask=inside, other=0.0)
+        v += to_second * (g * g - v)
+        tl.store(first + at, m, mask=inside)
+        tl.store(second + at, v, mask=inside)
+        u = m * correction / (tl.sqrt(v) * root + eps)
+        value = _value(weight, other, at, inside, KIND) * keep - u * rate
+        _write(weight, other, at, inside, value, _lane(a, b, c, d, k), KIND)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from xflux_trainer import fastops
+from xflux_trainer import fastops, optimizers
 
 ROWS, COLS, PROGRAMS = 32, 512, 512
 """Rows of a strip, or a multiple of them; columns of a tile; programs that a large matrix is cut up for."""
@@ -42,7 +42,7 @@ class Squares(NamedTuple):
 
 def usable(optimizer: torch.optim.Optimizer, weight: Tensor) -> bool:
     """Whether `step` can take this parameter's steps: where Triton's kernels work, for the optimizers that it knows."""
-    if type(optimizer).__name__ not in ("Adafactor", "AdamW8bit") or not weight.is_contiguous():
+    if type(optimizer).__name__ not in ("Adafactor", "AdamW", "AdamW8bit") or not weight.is_contiguous():
         return False
     if type(optimizer).__name__ == "Adafactor" and weight.dim() not in (1, 2):
         return False
@@ -84,8 +84,8 @@ def step(
     rate = float(group["lr"])
     ends = (factor, scale, rate, 1 - rate * group["weight_decay"])
     seed |= 1 << 62  # always of 64 bits, of which the kernels are compiled for one kind
-    if type(optimizer).__name__ == "AdamW8bit":
-        _adamw8(optimizer, group, state, place, grad.contiguous(), ends, seed)
+    if type(optimizer).__name__ != "Adafactor":
+        _adamw(optimizer, group, state, place, grad.contiguous(), ends, seed)
     else:
         _adafactor(group, state, place, grad.contiguous(), ends, seed, squares)
 
@@ -135,20 +135,24 @@ def _adafactor(
     )  # fmt: skip
 
 
-def _adamw8(
+def _adamw(
     optimizer: Any, group: dict[str, Any], state: dict[str, Any], place: Place, grad: Tensor, ends: _Ends, seed: int
 ) -> None:
-    """torchao's AdamW8bit, whose own step is compiled for every shape."""
+    """torch's AdamW; and torchao's AdamW8bit, whose own step is compiled for every shape."""
     from xflux_trainer import adamkernels, stepkernels
 
     if not state:
-        # torchao takes a shape, a device and fp32 from what it is given, and no values.
-        like = torch.empty((), dtype=torch.float32, device=grad.device).expand(grad.shape)
         state["step"] = torch.tensor(0.0)
-        state["exp_avg"] = optimizer._new_buffer(like, True)
-        state["exp_avg_sq"] = optimizer._new_buffer(like, False)
+        if type(optimizer).__name__ == "AdamW":
+            state |= {key: _zeros(grad.shape, grad) for key in optimizers.MOMENTS}
+        else:
+            # torchao takes a shape, a device and fp32 from what it is given, and no values.
+            like = torch.empty((), dtype=torch.float32, device=grad.device).expand(grad.shape)
+            state |= {key: optimizer._new_buffer(like, key == "exp_avg") for key in optimizers.MOMENTS}
+    if state["step"].device.type != "cpu":  # torch's fused kernel counts there; here the host has to know
+        state["step"] = state["step"].cpu()
     state["step"] += 1
-    count = int(state["step"])  # on the host
+    count = int(state["step"])
     beta1, beta2 = group["betas"]
     ways = (*ends, 1 - beta1, 1 - beta2, 1 / (1 - beta1**count), 1 / math.sqrt(1 - beta2**count), group["eps"], seed)
     kind, weight, other = stepkernels.KINDS[place.update], place.weight, place.other
@@ -160,7 +164,7 @@ def _adamw8(
             KIND=kind, ROWS=_BLOCKS, num_warps=_WARPS,
         )  # fmt: skip
     else:
-        adamkernels.adamw32[(math.ceil(grad.numel() / _SIZE),)](
+        adamkernels.adamw32[(math.ceil(grad.numel() / (8 * _SIZE)),)](
             weight, other, grad, first, second, grad.numel(), *ways, KIND=kind, SIZE=_SIZE
         )  # fmt: skip
 

@@ -145,7 +145,7 @@ def _bf16_states(config: TrainConfig, what: Trained, first: int, count: str, *, 
         yield Term("fp32 weights", own * 4, "train", "what the optimizer steps; the model computes with 16-bit copies")
     elif update == "kahan":
         yield Term("compensation", own * 2, "train", "what the last rounding lost of each weight")
-    if not in_place or config.optimizer == "adamw":
+    if not in_place:
         yield Term(ONE_STEP, what.largest * 4 * 3, "train", "each tensor is stepped in fp32 and rounded back")
 
 

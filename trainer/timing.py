@@ -27,8 +27,10 @@ UNMEASURED_RANKS = 0.13
 """What is added to the error where ranks share the work: no such step was timed at full size."""
 STEPPED = {"adamw": 28, "adamw8bit": 12, "adafactor": 12}
 """Bytes that the optimizer moves for a trained number."""
-STEP_LAUNCHES = 4
-"""Kernels that step one tensor in the backward pass."""
+STEP_LAUNCHES = {"adamw": 2, "adamw8bit": 2, "adafactor": 4}
+"""Launches that step one tensor of 16 bits alone, and what the host does between them."""
+NORM_LAUNCHES = 3
+"""The same for a gradient's norm, in a pass that only measures."""
 
 
 class NoForecast(Exception):
@@ -101,8 +103,12 @@ def hours(config: TrainConfig, step: Forecast, *, world_size: int, images: int =
 def _micro_step(job: Job, side: int) -> list[Term]:
     """The terms of one batch at one size: those of the device, then what is waited for beyond them."""
     asked, names = work(job, side), words(job)
-    parts = [forward(job, asked), backward(job, asked)]
+    behind = backward(job, asked)
+    parts = [forward(job, asked), behind]
     terms = [Term(name, sum(part.get(name, 0.0) for part in parts), why.format(**names)) for name, why in WHY.items()]
+    if _measures(job):
+        first = sum(behind.values()) + _read(job)
+        terms.append(Term("measuring", first, "a backward pass before the one that steps: backward_clip is exact"))
     there, back = arriving(job)
     link = job.card.link * 1e9
     busy = [sum(part.values()) for part in parts]
@@ -111,22 +117,34 @@ def _micro_step(job: Job, side: int) -> list[Term]:
     terms.append(Term("waiting for the link", sum(late), why))
     if not job.recorded:
         launching = _launches(job) * LAUNCH
-        time = sum(busy) + sum(late)
+        time = sum(busy) + sum(late) + (first if _measures(job) else 0)
         slower = (time**MEETING + launching**MEETING) ** (1 / MEETING)
         why = f"{_launches(job):,} kernels are launched one by one, which takes {launching:.2f} s"
         terms.append(Term("waiting for the host", slower - time, why))
     return terms
 
 
+def _measures(job: Job) -> bool:
+    """Whether a backward pass goes before the one that steps, for the norm of all gradients alone."""
+    config = job.config
+    return config.step_in_backward and config.backward_clip == "exact" and config.max_grad_norm > 0
+
+
+def _read(job: Job) -> float:
+    """Seconds in which every gradient is read once."""
+    return job.what.parameters * width(job.config) / (job.card.memory * 1e9)
+
+
 def _launches(job: Job) -> int:
     """Kernels that the host launches in one pass, forward and backward."""
-    count = 0
+    count, tensors = 0, 2 * len(job.shapes)  # weights of several dimensions and their biases
+    twice = 1 + _measures(job)
     for kind, blocks, recomputed in job.kinds:
         ahead, behind, again = kind.launches
-        count += blocks * (ahead + behind) + recomputed * again
-    if job.config.step_in_backward:  # weights of several dimensions and their biases
-        count += STEP_LAUNCHES * 2 * len(job.shapes)
-    return count
+        count += blocks * (ahead + twice * behind) + twice * recomputed * again
+    if job.config.step_in_backward:
+        count += (STEP_LAUNCHES[job.config.optimizer] + _measures(job) * NORM_LAUNCHES) * tensors
+    return count + job.extra_launches
 
 
 def _once(job: Job, world_size: int) -> list[Term]:
@@ -137,8 +155,13 @@ def _once(job: Job, world_size: int) -> list[Term]:
     moved = STEPPED[config.optimizer] + (12 if config.ema_decay else 0) + 4 * (config.weight_update == "kahan")
     # A norm reads every gradient once more.
     moved += 4 if config.max_grad_norm else 0
-    terms = [Term("optimizer", share * moved / (job.card.memory * 1e9),
-                  f"{moved} bytes for each of {share:,.0f} trained numbers")]  # fmt: skip
+    seconds, why = share * moved / (job.card.memory * 1e9), f"{moved} bytes for each of {share:,.0f} trained numbers"
+    alone = config.mode != "lora" and width(config) < 4 and job.strategy in ("single", "ddp")
+    if alone and not config.step_in_backward:  # each tensor is stepped after the other, and nothing else is queued
+        launching = STEP_LAUNCHES[config.optimizer] * LAUNCH * 2 * len(job.shapes)
+        if launching > seconds:
+            seconds, why = launching, f"the kernels for each of {2 * len(job.shapes)} tensors are launched one by one"
+    terms = [Term("optimizer", seconds, why)]
     if world_size > 1:
         wide = 4 if config.mode == "lora" and not job.strategy.startswith("zero") else width(config)
         sent = 2 * own * wide

@@ -47,6 +47,10 @@ DEQUANTISED = {
 }  # fmt: skip
 """Bytes moved for a number each time that it is made dense: fitted to each library's chain of kernels, torchao-int8
 taken for as slow as torchao-fp8; fp8-dynamic reads one byte and writes two."""
+ARRIVES, ARRIVES_FP8, TURNS, MAKES_DENSE = 75, 125, 20, 26
+"""Launches more in each step, and what the host does for them: for a streamed block, for one of fp8-dynamic, whose
+weights are made dense as well, for a block whose modulation alone is streamed, and for one whose quantised weights are
+made dense."""
 TURNED = 2
 """Bytes moved for a number of fp8-dynamic's weights, which are transposed for the backward pass."""
 
@@ -78,6 +82,17 @@ class Job:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of what is trained."""
         return _shapes(self.config, self.spec, self.what)
+
+    @property
+    def extra_launches(self) -> int:
+        """Launches of a step beside those of the blocks' own kernels."""
+        config, dynamic = self.config, self.config.quantization == "fp8-dynamic"
+        arriving = round(self.streamed * self.blocks)
+        count = arriving * (ARRIVES_FP8 if dynamic else ARRIVES)
+        count += (self.blocks - arriving) * TURNS * (config.modulation == "stream")
+        if self.fused and config.quantization != "none" and not dynamic:  # diffusers' products do it in fewer
+            count += self.blocks * MAKES_DENSE
+        return count
 
     @property
     def matrices(self) -> tuple[int, int]:

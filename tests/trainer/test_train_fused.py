@@ -150,7 +150,7 @@ def test_the_dice_follow_from_the_seed_alone() -> None:
 
 @here
 @pytest.mark.parametrize("shape", [(40, 700), (5000,)])
-@pytest.mark.parametrize("name", ["adafactor", pytest.param("adamw8bit", marks=torchao)])
+@pytest.mark.parametrize("name", ["adafactor", "adamw", pytest.param("adamw8bit", marks=torchao)])
 def test_every_way_to_hold_the_value(name: str, shape: tuple[int, ...]) -> None:
     weight, grad = draw(*shape), draw(*shape, key="grad")
     master = weight.float() + 1e-4
@@ -171,6 +171,27 @@ def test_every_way_to_hold_the_value(name: str, shape: tuple[int, ...]) -> None:
             assert torch.equal(other, expected[1])
         if update == "master":
             assert torch.equal(other, held)
+
+
+@here
+@pytest.mark.parametrize("shape", [(40, 768), (3, 5, 700), (7,)])
+@pytest.mark.parametrize("before", [0, 2])
+def test_adamw_is_torchs(shape: tuple[int, ...], before: int) -> None:
+    """From torch's own state, whose count may lie on the device, one step of each."""
+    one, theirs = optimizer_of(draw(*shape), "adamw")
+    for step in range(before):
+        own_step(one, theirs, draw(*shape, key=step))
+    two, ours = optimizer_of(one, "adamw")
+    optimizers.restore(ours, two, moments(theirs, one), before)
+    grad = draw(*shape, key="last")
+    own_step(one, theirs, grad.float() * 0.3)
+    fusedsteps.step(ours, two, fusedsteps.Place("fp32", two.data, None), grad, 0.3, 1)
+    assert torch.allclose(one, two, rtol=1e-6, atol=1e-7)
+    expected, found = moments(theirs, one), moments(ours, two)
+    assert expected.keys() == found.keys() == set(optimizers.MOMENTS)
+    for key, value in expected.items():
+        assert torch.allclose(value, found[key], rtol=1e-6, atol=1e-8), key
+    assert int(ours.state[two]["step"]) == before + 1
 
 
 @here
@@ -203,7 +224,7 @@ def test_adamw_in_8_bits_is_the_librarys(shape: tuple[int, ...], before: int) ->
 @here
 @torchao
 def test_states_pass_from_the_library_to_the_kernels() -> None:
-    for name in ("adafactor", "adamw8bit"):
+    for name in ("adafactor", "adamw", "adamw8bit"):
         weight = draw(40, 768)
         one, theirs = optimizer_of(weight, name)
         own_step(one, theirs, draw(40, 768, key=0))
