@@ -82,6 +82,8 @@ def trainer_names() -> set[str]:
     """Every name in the bills of the bundled trainer, in any phase: settings that change which terms there are."""
     large = TrainConfig("x", img_size=2048)  # images so large that their encoding needs most
     made = {term.name for term in forecast(large, SMALL, world_size=1, strategy="single", device="cuda").gpu}
+    full: Any = {"world_size": 1, "strategy": "single", "device": "cuda", "triton": False}
+    made |= {term.name for term in forecast(TrainConfig("x", mode="finetune"), SMALL, **full).gpu}
     settings: dict[str, tuple[Any, ...]] = {
         "mode": ("lora", "finetune", "controlnet"),
         "quantization": ("none", "nf4", "fp8-dynamic"),

@@ -51,14 +51,14 @@ def test_every_name_of_every_bill_is_in_a_group(matrix: Matrix, tmp_path: Path) 
 
 
 def test_an_unknown_name_goes_to_the_rest() -> None:
-    found = groups.sizes({"transformer": 100, "something new": 50}, 7)
+    found = groups.sizes({"transformer": 100, "something new": 50}, 7, 3)
     assert found == (100, 0, 0, 50, 3, 7) and groups.place_of("something new") is None
     assert groups.place_of("optimizer states and fp32 weights, 1/8 of them") == 1
 
 
 def test_groups_sum_up_to_what_the_card_shows(job: Planned) -> None:
     for row in job.rows:
-        assert sum(groups.sizes(row.terms, row.context)) == row.device
+        assert sum(groups.sizes(row.terms, row.context, row.reserve)) == row.device
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -107,7 +107,7 @@ def test_segments_are_as_long_as_their_share(matrix: Matrix) -> None:
     row, line = job.rows[0], bars(drawn(job, 200), job.rows)[0]
     cells = line.index(f" {row.device / GIB:>5.1f} GiB") - len("  │┆")
     reach = max(card.total or 0 for card in job.cards)
-    for fill, size in zip("█▓▒", groups.sizes(row.terms, row.context), strict=False):
+    for fill, size in zip("█▓▒", groups.sizes(row.terms, row.context, row.reserve), strict=False):
         assert abs(line.count(fill) - cells * size / reach) <= 1, fill
 
 
@@ -125,7 +125,9 @@ def test_the_legend_has_the_chosen_plan_s_sizes(matrix: Matrix) -> None:
     job = planned(matrix, free=70)
     assert job.chosen is not None
     legend = " ".join(drawn(job, 100)[-2:])
-    for group, size in zip(groups.GROUPS, groups.sizes(job.chosen.terms, job.chosen.context), strict=True):
+    for group, size in zip(
+        groups.GROUPS, groups.sizes(job.chosen.terms, job.chosen.context, job.chosen.reserve), strict=True
+    ):
         assert f"{group.name} {size / GIB:.1f}" in legend
     assert "│ limit 70.0" in legend and "┆ total 79.0" in legend and "▶" not in legend
     assert "on 70.0 of 79.0 GiB of NVIDIA H100 80GB HBM3" in drawn(job, 100)[0]

@@ -119,7 +119,7 @@ def test_a_table_has_the_bars_numbers(job: Planned) -> None:
     ordered = sorted(job.rows, key=lambda row: row is not job.chosen)
     for cells, row in zip(table[1:], ordered, strict=True):
         assert cells[0].startswith(row.label)
-        assert cells[1:-1] == [f"{size / GIB:.1f}" for size in sizes(row.terms, row.context)]
+        assert cells[1:-1] == [f"{size / GIB:.1f}" for size in sizes(row.terms, row.context, row.reserve)]
         assert cells[-1] == f"{row.device / GIB:.1f}"
     other = next(table for table in read.tables if "lossy" in table[0])
     for cells, row in zip(other[1:], ordered, strict=True):

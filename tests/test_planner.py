@@ -16,7 +16,7 @@ from xflux_doctor.matrix import Matrix
 from xflux_doctor.plan import make
 from xflux_doctor.planner import Found
 from xflux_doctor.plans import Card, Row, recomputing
-from xflux_doctor.verdict import TIGHT, held
+from xflux_doctor.verdict import TIGHT, held_by
 
 ONE = XFLUX_ACCELERATE.replace("num_processes: 8", "num_processes: 1").replace("DEEPSPEED", "NO")
 SEED = {"img_size": 1024, "lora_targets": "diffusers", "disable_sampling": True}
@@ -77,7 +77,7 @@ def test_its_edits_make_the_plan_and_it_fits_then(matrix: Matrix, limit: int, al
     assert plan.blockers == () and plan.verdicts[0].status == "ok" and plan.job.train is not None
     row = chosen(planner.known(work) or pytest.fail())
     bill = need(case(matrix, work.facts, plan.job))
-    assert held(bill.gpu_allocated, bill.gpu_context) == row.device
+    assert held_by(bill) == row.device
     assert (plan.job.train.quantization != "none") == bool(allow)
 
 
@@ -86,7 +86,7 @@ def test_one_block_less_would_not_fit(matrix: Matrix) -> None:
     work = subject(matrix, 32, **{**plan.changes, "checkpointed_blocks": plan.changes["checkpointed_blocks"] - 1})
     bill = need(work)
     assert plan.changes["checkpointed_blocks"] > 1
-    assert 100 * held(bill.gpu_allocated, bill.gpu_context) > TIGHT * 32 * GIB
+    assert 100 * held_by(bill) > TIGHT * 32 * GIB
 
 
 def test_what_loses_something_is_shown_and_taken_only_when_it_is_allowed(matrix: Matrix) -> None:

@@ -50,6 +50,11 @@ class Group:
         own = self._extended
         return own if own is not None and self.adapters and own.holds(self.bases, self.adapters.down) else None
 
+    def moved(self) -> list[Tensor]:
+        """What the layers' weights were laid together in, of any kind."""
+        own = self.extended()
+        return [own.forward] if own is not None else [*self.held[:2]] if self.held is not None else []
+
     def room(self, like: Tensor) -> Tensor:
         """Not yet filled: (B, L, N) for the gradient of as many tokens as `like` (B, L, …) has, and behind its columns
         what `backward` needs for one product with weights and adapters."""

@@ -24,7 +24,7 @@ from xflux_doctor.facts import Gpu
 from xflux_doctor.finding import Edit
 from xflux_doctor.plans import Card, Row, at_peak, describe, lossy_keys, recomputing
 from xflux_doctor.refused import refusals
-from xflux_doctor.verdict import FITS, TIGHT, held
+from xflux_doctor.verdict import FITS, TIGHT, held_by
 from xflux_doctor.visible import selected
 
 FLASH_4 = "flash-attn-4"
@@ -126,7 +126,8 @@ class _Search:
         if config.train_batch_size != self.config.train_batch_size:
             changes["gradient_accumulation_steps"] = self._accumulation(config)
         seconds, order = self._seconds(config), self._order(config)
-        row = Row(label, changes, at_peak(bill.gpu, bill.peak_phase), bill.gpu_context, seconds, order)
+        terms = at_peak(bill.gpu, bill.peak_phase)
+        row = Row(label, changes, terms, bill.gpu_context, seconds, order, holes=bill.gpu_holes)
         fits = bool(self.cards) and row.verdict(self.cards) == "fits"
         return dataclasses.replace(row, allowed=lossy_keys(changes) <= set(self.config.allow), fits=fits)
 
@@ -247,8 +248,7 @@ class _Search:
         return self._bills[config]
 
     def _fits(self, config: TrainConfig, percent: int) -> bool:
-        bill = self._bill(config)
-        return 100 * held(bill.gpu_allocated, bill.gpu_context) <= percent * self.limit
+        return 100 * held_by(self._bill(config)) <= percent * self.limit
 
     def _accumulation(self, config: TrainConfig) -> int:
         passes: int = self.config.train_batch_size // config.train_batch_size

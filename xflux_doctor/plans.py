@@ -10,7 +10,7 @@ from typing import Any
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.memory_terms import Term
 
-from xflux_doctor.verdict import fitting, held
+from xflux_doctor.verdict import fitting, reserved
 
 _LOSSY = frozenset({"quantization", "optimizer", "weight_update", "img_size"})
 """Settings that change the numbers which are computed, by the names that the config's `allow` has for them."""
@@ -51,6 +51,8 @@ class Row:
     allowed: bool = True
     """Whether it may be taken without asking: what it loses is in the config's `allow`."""
     fits: bool = False
+    holes: int = 0
+    """Bytes that the allocator holds between weights."""
 
     @property
     def allocated(self) -> int:
@@ -58,7 +60,12 @@ class Row:
 
     @property
     def device(self) -> int:
-        return held(self.allocated, self.context)
+        return self.allocated + self.reserve + self.context
+
+    @property
+    def reserve(self) -> int:
+        """Bytes that the allocator keeps beyond the peak of its tensors."""
+        return reserved(self.allocated, self.holes) - self.allocated
 
     @property
     def lossy(self) -> bool:

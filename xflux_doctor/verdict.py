@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from xflux_trainer.memory import Bill
+
 from xflux_doctor.facts import Host
 
 RESERVED = 0.02
@@ -25,14 +27,19 @@ def host_room(host: Host) -> tuple[int, int]:
     return limit, host.memory_held or 0 if limit == host.memory_limit else 0
 
 
-def reserved(allocated: int) -> int:
-    """Bytes that `torch.cuda.max_memory_reserved` will show where memory is short."""
-    return math.ceil(allocated * (1 + RESERVED))
+def reserved(allocated: int, holes: int = 0) -> int:
+    """Bytes that `torch.cuda.max_memory_reserved` will show where memory is short. `holes`: between weights."""
+    return math.ceil(allocated * (1 + RESERVED)) + holes
 
 
-def held(allocated: int, context: int) -> int:
+def held(allocated: int, context: int, holes: int = 0) -> int:
     """Bytes that NVML will show of the process, where memory is short."""
-    return reserved(allocated) + context
+    return reserved(allocated, holes) + context
+
+
+def held_by(bill: Bill) -> int:
+    """The same of the bundled trainer's bill."""
+    return held(bill.gpu_allocated, bill.gpu_context, bill.gpu_holes)
 
 
 def fitting(device_bytes: int, limit: int) -> str:
@@ -42,10 +49,10 @@ def fitting(device_bytes: int, limit: int) -> str:
     return "tight" if 100 * device_bytes > TIGHT * limit else "fits"
 
 
-def gpu_entry(terms: dict[str, int], context: int, limit: int | None) -> dict[str, Any]:
+def gpu_entry(terms: dict[str, int], context: int, limit: int | None, holes: int = 0) -> dict[str, Any]:
     """One GPU of a plan's JSON, in bytes; without a limit there is no verdict."""
     peak = sum(terms.values())
-    device = held(peak, context)
+    device = held(peak, context, holes)
     return {
         "terms": terms,
         "peak_bytes": peak,

@@ -61,7 +61,7 @@ def test_the_repair_is_enough(matrix: Matrix, limit: int) -> None:
 
 
 def test_where_it_is_tight_the_plan_is_offered(matrix: Matrix) -> None:
-    work = dataclasses.replace(job(ONE, **KEPT), gpu_limit=int(40.5 * GIB))
+    work = dataclasses.replace(job(ONE, **KEPT), gpu_limit=int(41.3 * GIB))
     subject = case(matrix, machine(matrix), work)
     (finding,) = findings(subject, memory.gpu_memory)
     assert finding.severity == "warning" and finding.edits == () and "It is tight" in finding.because

@@ -12,7 +12,7 @@ from xflux_doctor.checks.spare import chosen, used, without
 from xflux_doctor.facts import Gpu, GpuProcess, LostGpu
 from xflux_doctor.finding import Edit, Finding, error, warning
 from xflux_doctor.gather.gpus import DENIED
-from xflux_doctor.verdict import fitting, held
+from xflux_doctor.verdict import fitting, held_by
 from xflux_doctor.visible import cards, named_slices, parse
 
 GIB = 1 << 30
@@ -209,7 +209,7 @@ def _memory_is_short(case: Case, gpu: Gpu) -> bool:
     except (SkipCheck, OSError):
         return False
     free = min(gpu.memory_free, case.job.gpu_limit or gpu.memory_free)
-    return fitting(held(bill.gpu_allocated, bill.gpu_context), free) != "fits"
+    return fitting(held_by(bill), free) != "fits"
 
 
 def _place(case: Case) -> str:

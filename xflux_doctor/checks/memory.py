@@ -13,7 +13,7 @@ from xflux_doctor.checks.words import devices
 from xflux_doctor.facts import Gpu
 from xflux_doctor.finding import Edit, Finding, Scalar, error, warning
 from xflux_doctor.plans import at_peak
-from xflux_doctor.verdict import LAUNCHER, fitting, held, host_room
+from xflux_doctor.verdict import LAUNCHER, fitting, held_by, host_room
 
 GIB = 1 << 30
 _SHARED_HINT = "End it if it is yours (the doctor never does), or choose another GPU by CUDA_VISIBLE_DEVICES."
@@ -25,7 +25,7 @@ def gpu_memory(case: Case) -> Iterator[Finding]:
     if case.job.use_cpu:
         raise SkipCheck("the job runs on the CPU")
     bill = need(case)
-    wanted = held(bill.gpu_allocated, bill.gpu_context)
+    wanted = held_by(bill)
     for gpu in (devices(case) or ())[: case.job.local_processes]:
         total = min(gpu.memory_total, case.job.gpu_limit or gpu.memory_total)
         free = min(gpu.memory_free, case.job.gpu_limit or gpu.memory_free)
@@ -66,7 +66,7 @@ def _does_not_fit(case: Case, gpu: Gpu, bill: memory.Bill, total: int) -> Findin
     terms = at_peak(bill.gpu, bill.peak_phase).items()
     largest = ", ".join(f"{name} {size / GIB:.1f}" for name, size in [*terms][:3])
     return error(
-        f"The job needs about {held(bill.gpu_allocated, bill.gpu_context) / GIB:.1f} GiB per GPU; GPU {gpu.index} "
+        f"The job needs about {held_by(bill) / GIB:.1f} GiB per GPU; GPU {gpu.index} "
         f"({gpu.name}) has {total / GIB:.1f} GiB{' by --gpu-limit' if case.job.gpu_limit else ''}.",
         f"It ends in 'CUDA out of memory'. The largest terms, in GiB: {largest}.",
         hint,

@@ -163,7 +163,7 @@ def _print(bill: memory.Bill) -> None:
         for term in sorted(terms, key=lambda t: (memory.PHASES.index(t.phase), -t.bytes)):
             click.echo(f"  {term.phase:<7}{term.bytes / GIB:9.3f} GiB  {term.name}: {term.why}")
     if bill.gpu:
-        held = reserved(bill.gpu_allocated)
+        held = reserved(bill.gpu_allocated, bill.gpu_holes)
         click.echo(
             f"peak: {bill.gpu_allocated / GIB:.1f} GiB allocated while {bill.peak_phase}, {held / GIB:.1f} GiB "
             f"reserved, {(held + bill.gpu_context) / GIB:.1f} GiB with the CUDA context (±{bill.error_bar:.0%})"

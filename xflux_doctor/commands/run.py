@@ -40,7 +40,7 @@ from xflux_doctor.report import jsonreport, text
 from xflux_doctor.report.summary import Summary
 from xflux_doctor.supervise import End
 from xflux_doctor.supervise import run as supervise
-from xflux_doctor.verdict import held
+from xflux_doctor.verdict import held_by
 
 GIB = 1 << 30
 _DEEPSPEED = "deepspeed.json"
@@ -175,7 +175,7 @@ def _probe(case: Case, inputs: Inputs, me: Self) -> Case:
 def _show_bill(plan: Plan) -> None:
     if plan.bill is None:
         return
-    on_gpu = held(plan.bill.gpu_allocated, plan.bill.gpu_context) if plan.bill.gpu else 0
+    on_gpu = held_by(plan.bill) if plan.bill.gpu else 0
     what = f"{on_gpu / GIB:.1f} GiB per GPU, " if on_gpu else ""
     click.echo(
         f"  forecast (±{plan.bill.error_bar:.0%}): {what}{plan.bill.host_per_rank / GIB:.1f} GiB of host memory "

@@ -116,7 +116,7 @@ def _picture(rows: Sequence[Row], card: Card | None, room: int, signs: _Signs) -
 def _bar(row: Row, picture: _Picture) -> str:
     """The segments with the marks between them; a segment ends where the sum so far does, to the nearest cell."""
     ends, sum_so_far = [], 0
-    for size in sizes(row.terms, row.context):
+    for size in sizes(row.terms, row.context, row.reserve):
         sum_so_far += size
         ends.append(round(picture.cells * min(sum_so_far, picture.scale) / picture.scale))
     whole = ends[-1]
@@ -169,7 +169,9 @@ def _legend(row: Row, card: Card | None, picture: _Picture, width: int, *, cut: 
     signs = picture.signs
     items = [
         f"{click.style(fill, fg=color)} {group.name} {gib(size)[:-4]}"
-        for fill, color, group, size in zip(signs.fills, _COLORS, GROUPS, sizes(row.terms, row.context), strict=True)
+        for fill, color, group, size in zip(
+            signs.fills, _COLORS, GROUPS, sizes(row.terms, row.context, row.reserve), strict=True
+        )
     ]
     if card is not None:
         items.append(f"{click.style(signs.limit, bold=True)} limit {gib(card.limit)[:-4]}")

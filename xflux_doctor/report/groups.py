@@ -7,8 +7,6 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from xflux_doctor.verdict import reserved
-
 GIB = 1 << 30
 _LONGEST = 1.5
 """How much longer than the card a picture is at most; a longer bar is cut."""
@@ -60,14 +58,13 @@ def place_of(term: str) -> int | None:
     return _PLACES.get(_PART.sub("", term))
 
 
-def sizes(terms: Mapping[str, int], context: int) -> tuple[int, ...]:
+def sizes(terms: Mapping[str, int], context: int, reserve: int) -> tuple[int, ...]:
     """Bytes of each group, in their order: their sum is what the process holds of its card."""
     found = [0] * len(GROUPS)
     for name, size in terms.items():
         place = place_of(name)
         found[REST if place is None else place] += size
-    allocated = sum(found)
-    found[RESERVE] = reserved(allocated) - allocated
+    found[RESERVE] = reserve
     found[CONTEXT] = context
     return tuple(found)
 

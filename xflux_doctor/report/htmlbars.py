@@ -37,7 +37,9 @@ class Drawn:
     @property
     def sizes(self) -> tuple[int, ...]:
         """Of each group."""
-        return sizes(self.gpu["terms"], self.gpu["context_bytes"]) if self.gpu else ()
+        if not self.gpu:
+            return ()
+        return sizes(self.gpu["terms"], self.gpu["context_bytes"], self.gpu["reserved_bytes"] - self.gpu["peak_bytes"])
 
 
 @dataclass(frozen=True)

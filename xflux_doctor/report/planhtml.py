@@ -83,7 +83,7 @@ def _plans(document: Mapping[str, Any], chosen: Row | None) -> list[Drawn]:
         gpu = next((entry["gpu"] for entry in document["ranks"] if entry["gpu"]
                     and entry["gpu"]["limit_bytes"] == min(limits)), None)  # fmt: skip
     elif gpu is None and chosen is not None:
-        gpu = gpu_entry(chosen.terms, chosen.context, min(limits, default=None))
+        gpu = gpu_entry(chosen.terms, chosen.context, min(limits, default=None), chosen.holes)
     own = Drawn(plan["label"], plan["changes"], plan["lossy"], gpu, document["seconds_per_step"], chosen=True)
     return [own, *others]
 

@@ -22,7 +22,9 @@ def document(case: Case, bill: Bill, cards: tuple[Card, ...], rows: list[Row], c
     phases = bill.host_phases
     host = at_peak(bill.host, max(phases, key=lambda phase: phases[phase]))
     terms = at_peak(bill.gpu, bill.peak_phase) if bill.gpu else None
-    return _whole(case, cards, rows, terms, bill.gpu_context, host, bill.error_bar, chosen if cards else None)
+    return _whole(
+        case, cards, rows, terms, bill.gpu_context, host, bill.error_bar, chosen if cards else None, bill.gpu_holes
+    )  # fmt: skip
 
 
 def xflux_document(case: Case, found: XFlux, cards: tuple[Card, ...], rows: list[Row]) -> dict[str, Any]:
@@ -35,18 +37,18 @@ def xflux_document(case: Case, found: XFlux, cards: tuple[Card, ...], rows: list
 
 def _whole(
     case: Case, cards: tuple[Card, ...], rows: list[Row], terms: dict[str, int] | None, context: int,
-    host: dict[str, int], error_bar: float, chosen: Row | None,
+    host: dict[str, int], error_bar: float, chosen: Row | None, holes: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     ranks: list[dict[str, Any]] = []
     for rank in range(case.job.local_processes):
         limit = cards[rank].limit if cards else None
-        gpu = None if terms is None else gpu_entry(terms, context, limit)
+        gpu = None if terms is None else gpu_entry(terms, context, limit, holes)
         ranks.append({"gpu": gpu, "host": _host(case, host)})
     smallest = min((card.limit for card in cards), default=None)
     own = next((row for row in rows if not row.changes), None)
     timed = chosen or own
     others = [
-        {**_row(row), "gpu": gpu_entry(row.terms, row.context, smallest), "seconds_per_step": row.seconds}
+        {**_row(row), "gpu": gpu_entry(row.terms, row.context, smallest, row.holes), "seconds_per_step": row.seconds}
         for row in rows
         if row is not chosen
     ]
@@ -61,7 +63,7 @@ def _whole(
         else {
             **_row(chosen),
             "why": _why(chosen, cards),
-            "gpu": gpu_entry(chosen.terms, chosen.context, smallest),
+            "gpu": gpu_entry(chosen.terms, chosen.context, smallest, chosen.holes),
         },
         "alternatives": others,
     }
