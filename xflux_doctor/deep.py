@@ -1,0 +1,68 @@
+"""What the deep level asks of each GPU, from the job: its forecast, its shapes, the attentions worth a try. Pure."""
+
+from __future__ import annotations
+
+from xflux_trainer.spec import image_tokens
+
+from xflux_doctor.bill import need, spec_of
+from xflux_doctor.check import Case, SkipCheck
+from xflux_doctor.probes.each_gpu import Ask
+
+_GIB = 1 << 30
+_KINDS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
+RISKY = ("blocks choice", "attention torch choice", "attention trainer cudnn", "attention torch cudnn")
+"""Last, since they are known to end their process: cuDNN's attention, by its name and as torch's own choice."""
+PACKAGES = {"flash-attn-4": "attention trainer flash-attn-4", "flash-attn": "attention flash-attn-2",
+            "flash-attn-3": "attention flash-attn-3", "xformers": "attention xformers"}  # fmt: skip
+"""Attentions that come with a package of their own."""
+PIECE = (160 << 20, 32 << 20, 120 << 20)
+"""Bytes of a single block's products, and of a double block's, of one stream: about what weights come in."""
+
+
+def ask_of(case: Case) -> Ask:
+    """What each visible GPU of this job is asked for."""
+    config = case.job.train
+    if config is None:
+        return Ask(_stages(case), products=("bfloat16",), shapes=((8192, 8192, 8192),), attention="auto")
+    spec = spec_of(case)
+    rows = max(1, config.img_size // 16)
+    image, text, batch = image_tokens(16 * rows, 16 * rows), config.max_text_tokens, config.train_batch_size
+    kind = _KINDS[config.mixed_precision]
+    forecast = weights = 0
+    try:
+        bill = need(case)
+        forecast = bill.gpu_allocated
+        weights = sum(term.bytes for term in bill.gpu if term.phase == bill.peak_phase and not term.passing)
+    except (SkipCheck, OSError):
+        pass  # ME101 says why there is no forecast
+    tokens = image + text
+    one = batch * tokens * spec.hidden * 2
+    return Ask(
+        _stages(case),
+        forecast=forecast,
+        weights=min(weights, forecast),
+        pieces={"weights": list(PIECE), "activations": [one, 4 * one, one // 2 or 1], "again": [3 * one, one]},
+        products=(kind,) if kind == "float32" else (kind, "float8_e4m3fn"),
+        shapes=((batch * tokens, spec.mlp, spec.hidden), (8192, 8192, 8192)),
+        shape=(batch, tokens, spec.heads, spec.head_dim),
+        text=text,
+        image=(rows, rows),
+        dtype=kind,
+        attention=config.attention,
+    )
+
+
+def _stages(case: Case) -> tuple[str, ...]:
+    """In the order in which they are tried: what cannot hurt first."""
+    config, packages = case.job.train, case.facts.packages or {}
+    first = ("context", "memory", "products", "bandwidth", "link")
+    if config is None:
+        return first
+    trainer = ("attention trainer flash", "attention trainer sdpa") if case.job.bundled else ()
+    torchs = ("attention torch flash", "attention torch efficient", "attention torch math")
+    more = tuple(stage for name, stage in PACKAGES.items() if name in packages)
+    if not case.job.bundled:
+        more = tuple(stage for stage in more if "trainer" not in stage)
+    blocks = ("blocks diffusers", "blocks trainer") if case.job.bundled else ()
+    risky = tuple(stage for stage in RISKY if case.job.bundled or "trainer" not in stage)
+    return (*first, *trainer, *torchs, *more, *blocks, *risky)
