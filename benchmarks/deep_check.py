@@ -2,9 +2,9 @@
 
     python benchmarks/deep_check.py [--results FOLDER]
 
-A 1024 px LoRA job is written into a temporary folder (its weights need not be here). Then, one after the other: the deep
-check; products, copies and the link by a few lines of torch of our own; what `fix` makes of a job whose attention is
-cudnn by what the check found; the deep check of two ranks on the one GPU, which must be called a duplicate GPU; and the
+A 1024 px LoRA job is written into a temporary folder (its weights need not be here). Then, one after the other: the
+deep check; products, copies and the link by a few lines of torch of our own; what `fix` makes of a job whose attention
+is cudnn by what the check found; the deep check of two ranks on the one GPU, which must be called a duplicate GPU; and the
 check of the first job beside a process that holds 60 GB, or half of the card, which must be named with its memory.
 """
 
@@ -24,9 +24,26 @@ import children
 from children import REPO, RESULTS
 
 sys.path.insert(0, str(REPO))
-TRAIN = "model_name: flux-dev\nmode: lora\nrank: 16\nmixed_precision: bf16\n{more}data_config:\n  img_dir: {images}\n  img_size: 1024\n"
-ONE = "compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nmixed_precision: bf16\nnum_machines: 1\nnum_processes: 1\ngpu_ids: '0'\nuse_cpu: false\n"
+TRAIN = """\
+model_name: flux-dev
+mode: lora
+rank: 16
+mixed_precision: bf16
+{more}data_config:
+  img_dir: {images}
+  img_size: 1024
+"""
+ONE = """\
+compute_environment: LOCAL_MACHINE
+distributed_type: 'NO'
+mixed_precision: bf16
+num_machines: 1
+num_processes: 1
+gpu_ids: '0'
+use_cpu: false
+"""
 TWO = ONE.replace("'NO'", "MULTI_GPU").replace("num_processes: 1", "num_processes: 2")
+CODES = ("HW201", "HW202", "HW203", "HW204", "HW205", "HW206", "HW207", "NE101")
 HOLD = 60 * 10**9
 BAR, SECONDS = 0.05, 60.0
 HOLDER = """
@@ -147,56 +164,74 @@ def held(place: Place) -> dict[str, Any]:
         process.wait()
 
 
+def show(probe: dict[str, Any]) -> None:
+    """What the GPU did, stage by stage."""
+    print("done:", probe.get("done"))
+    print("failed:", json.dumps(probe.get("failed"), indent=1))
+    print("skipped:", probe.get("skipped"))
+    memory = ("context_bytes", "wanted", "free", "whole", "pieces", "taken")
+    print("memory:", {key: probe.get(key) for key in memory})
+    for one in probe["products"]:
+        print(f"product {one['kind']}: error {one['error']:.3f} of the bound, {one['rates']}")
+    for one in probe.get("attention", ()):
+        times = f"{1000 * one['forward']:.2f} + {1000 * one['backward']:.2f} ms" if one["ok"] else one["detail"][:300]
+        word = "right" if one["ok"] else "absent" if one["absent"] else "WRONG"
+        print(f"  {one['name']:24} {word} {max(one['errors'].values(), default=0):.4f} {times}")
+    for one in probe.get("blocks", ()):
+        errors = f"{one['output']:.4f} {one['gradient']:.4f} {1000 * one['seconds']:.1f} ms"
+        print(f"  blocks {one['name']:12} ok {one['ok']} {errors} {one['attention']} {one['detail']}")
+    print("readings:", probe.get("before"), probe.get("loaded"), probe.get("after"), sep="\n  ")
+
+
+def deep(place: Place) -> dict[str, Any]:
+    """The first job, beside our own numbers."""
+    report, seconds = place.doctor("check", "--deep", *place.job("plain", ONE))
+    facts = report["facts"]
+    probe = (facts["gpu_probes"] or [{"products": [], "failed": facts["unknown"]}])[0]
+    print(f"check --deep: {seconds:.1f} s (bar {SECONDS:.0f}), the GPU alone {probe.get('seconds', 0):.1f} s")
+    show(probe)
+    own = place.own([[4608, 12288, 3072], [8192, 8192, 8192]])
+    compared = beside(probe, own) if "why" not in own else own
+    for key, row in compared.items():
+        far = isinstance(row, dict) and abs(row["percent"]) > 100 * BAR
+        print(f"  {key}: {row}{' beyond the bar' if far else ''}")
+    allreduce = facts["allreduce"]
+    print("all-reduce:", allreduce and (allreduce["ok"], allreduce["stage"], f"{allreduce['seconds']:.1f} s"))
+    found = said(report, *CODES)
+    print(json.dumps(found, indent=1))
+    crashed = [item["check"] for item in report["results"] if item["status"] == "crashed"]
+    (place.folder / "facts.json").write_text(json.dumps(facts))
+    return {"seconds": seconds, "probe": probe, "own": own, "compared": compared, "allreduce": allreduce,
+            "checks": found, "crashed": crashed}  # fmt: skip
+
+
+def cudnn(place: Place) -> dict[str, Any]:
+    """What `fix` writes for a job that names cuDNN's attention, by what was found here."""
+    words = place.job("cudnn", ONE, "attention: cudnn\n")
+    report, seconds = place.doctor("fix", "--facts", str(place.folder / "facts.json"), *words, "--write-config")
+    lines = (place.folder / "cudnn.yaml").read_text().splitlines()
+    written = next((line for line in lines if line.startswith("attention")), "")
+    return {"seconds": seconds, "checks": said(report, "HW206"), "written": written}
+
+
+def two(place: Place) -> dict[str, Any]:
+    report, seconds = place.doctor("check", "--deep", "--timeout", "60", *place.job("two", TWO)[2:])
+    found = said(report, "NE101")
+    return {"seconds": seconds, "named": "uplicate GPU" in json.dumps(found), "checks": found,
+            "allreduce": report["facts"]["allreduce"]}  # fmt: skip
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
     folder = parser.parse_args().results
     with tempfile.TemporaryDirectory() as name:
         place = Place(Path(name))
-        report, seconds = place.doctor("check", "--deep", *place.job("plain", ONE))
-        probe = (report["facts"]["gpu_probes"] or [{"products": [], "failed": report["facts"]["unknown"]}])[0]
-        print(f"check --deep: {seconds:.1f} s (bar {SECONDS:.0f}), GPU part {probe.get('seconds', 0):.1f} s")
-        print("done:", probe.get("done"))
-        print("failed:", json.dumps(probe.get("failed"), indent=1))
-        print("skipped:", probe.get("skipped"))
-        print("memory:", {key: probe.get(key) for key in ("context_bytes", "wanted", "free", "whole", "pieces", "taken")})
-        for one in probe["products"]:
-            print(f"product {one['kind']}: error {one['error']:.3f} of the bound, {one['rates']}")
-        for one in probe.get("attention", ()):
-            times = f"{1000 * one['forward']:.2f} + {1000 * one['backward']:.2f} ms" if one["ok"] else one["detail"][:300]
-            worst = max(one["errors"].values(), default=0)
-            print(f"  {one['name']:24} {'right' if one['ok'] else 'absent' if one['absent'] else 'WRONG'} {worst:.4f} {times}")
-        for one in probe.get("blocks", ()):
-            print(f"  blocks {one['name']:12} ok {one['ok']} {one['output']:.4f} {one['gradient']:.4f} "
-                  f"{1000 * one['seconds']:.1f} ms {one['attention']} {one['detail']}")  # fmt: skip
-        print("readings:", probe.get("before"), probe.get("loaded"), probe.get("after"), sep="\n  ")
-        own = place.own([[4608, 12288, 3072], [8192, 8192, 8192]])
-        compared = beside(probe, own) if "why" not in own else own
-        for key, row in compared.items():
-            print(f"  {key}: {row}")
-        allreduce = report["facts"]["allreduce"]
-        print("all-reduce:", allreduce and (allreduce["ok"], allreduce["stage"], f"{allreduce['seconds']:.1f} s"))
-        codes = ("HW201", "HW202", "HW203", "HW204", "HW205", "HW206", "HW207", "NE101")
-        print(json.dumps(said(report, *codes), indent=1))
-        body: dict[str, Any] = {
-            "seconds": seconds, "probe": probe, "own": own, "compared": compared, "allreduce": allreduce,
-            "checks": said(report, *codes), "crashed": [r["check"] for r in report["results"] if r["status"] == "crashed"],
-        }  # fmt: skip
-        facts = place.folder / "facts.json"
-        facts.write_text(json.dumps(report["facts"]))
-        words = place.job("cudnn", ONE, "attention: cudnn\n")
-        fixed, took = place.doctor("fix", "--facts", str(facts), *words, "--write-config")
-        text = (place.folder / "cudnn.yaml").read_text()
-        line = next((line for line in text.splitlines() if line.startswith("attention")), "")
-        body["cudnn"] = {"seconds": took, "checks": said(fixed, "HW206"), "written": line}
-        print("a job with attention: cudnn, after fix --write-config:", line, json.dumps(body["cudnn"]["checks"]))
-        two, took = place.doctor("check", "--deep", "--timeout", "60", *place.job("two", TWO)[2:])
-        body["two"] = {"seconds": took, "checks": said(two, "NE101"), "allreduce": two["facts"]["allreduce"]}
-        body["two"]["named"] = "uplicate GPU" in json.dumps(body["two"]["checks"])
-        print("two ranks on one GPU:", body["two"]["named"], json.dumps(body["two"]["checks"], indent=1))
-        body["held"] = held(place)
-        print("a process holds memory:", json.dumps(body["held"], indent=1))
-    file = children.save(folder, "deep-check", "deep_check.py", body)
+        body = deep(place)
+        for key, part in (("cudnn", cudnn), ("two", two), ("held", held)):
+            body[key] = part(place)
+            print(f"{key}:", json.dumps(body[key], indent=1), flush=True)
+        file = children.save(folder, "deep-check", "deep_check.py", body)
     print(f"written: {file}")
     return 0
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from xflux_trainer.spec import image_tokens
 
-from xflux_doctor.bill import need, spec_of
+from xflux_doctor.bill import fused, need, spec_of
 from xflux_doctor.check import Case, SkipCheck
 from xflux_doctor.probes.each_gpu import Ask
 
 _GIB = 1 << 30
 _KINDS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
-RISKY = ("blocks choice", "attention torch choice", "attention trainer cudnn", "attention torch cudnn")
-"""Last, since they are known to end their process: cuDNN's attention, by its name and as torch's own choice."""
+TRAPS = ("blocks choice", "attention torch choice")
+"""What torch takes by itself, which is cuDNN's attention on Hopper and is known to end its process."""
+LAST = ("attention trainer cudnn", "attention torch cudnn")
 PACKAGES = {"flash-attn-4": "attention trainer flash-attn-4", "flash-attn": "attention flash-attn-2",
             "flash-attn-3": "attention flash-attn-3", "xformers": "attention xformers"}  # fmt: skip
-"""Attentions that come with a package of their own."""
+"""Attentions that come with a package of their own; the first is compiled at its first call, for 16 s."""
 PIECE = (160 << 20, 32 << 20, 120 << 20)
 """Bytes of a single block's products, and of a double block's, of one stream: about what weights come in."""
 
@@ -53,16 +54,19 @@ def ask_of(case: Case) -> Ask:
 
 
 def _stages(case: Case) -> tuple[str, ...]:
-    """In the order in which they are tried: what cannot hurt first."""
+    """In the order in which they are tried; what there is no time for is at the end."""
     config, packages = case.job.train, case.facts.packages or {}
     first = ("context", "memory", "products", "bandwidth", "link")
     if config is None:
         return first
-    trainer = ("attention trainer flash", "attention trainer sdpa") if case.job.bundled else ()
-    torchs = ("attention torch flash", "attention torch efficient", "attention torch math")
-    more = tuple(stage for name, stage in PACKAGES.items() if name in packages)
-    if not case.job.bundled:
-        more = tuple(stage for stage in more if "trainer" not in stage)
-    blocks = ("blocks diffusers", "blocks trainer") if case.job.bundled else ()
-    risky = tuple(stage for stage in RISKY if case.job.bundled or "trainer" not in stage)
-    return (*first, *trainer, *torchs, *more, *blocks, *risky)
+    known = [f"attention {name}" for name in ("trainer flash", "torch flash", "torch efficient", "torch math")]
+    own = [stage for name, stage in PACKAGES.items() if name in packages]
+    own.sort(key=lambda stage: "flash-attn-4" in stage)
+    blocks = "blocks trainer" if fused(case) else "blocks diffusers"
+    every = (*first, *known, "attention trainer sdpa", *TRAPS, *own, blocks, *LAST)
+    # X-Flux's scripts have other blocks, and call torch's attention.
+    return every if case.job.bundled else tuple(name for name in every if not _ours(name))
+
+
+def _ours(stage: str) -> bool:
+    return "trainer" in stage or stage.startswith("blocks")

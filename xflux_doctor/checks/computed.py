@@ -41,9 +41,9 @@ def fastest(case: Case) -> str | None:
 
 @check("HW206", "the attention that the job computes is right, forward and backward", needs=("gpu_probes", "train"))
 def attention(case: Case) -> Iterator[Finding]:
-    """Each attention that is here, at the job's shapes, against the formula in float32, with the gradient in the layouts of
-    both kinds of block: cuDNN's, which torch chooses by itself on Hopper, is right in isolation and dies or is wrong behind
-    the second kind."""
+    """Each attention that is here, at the job's shapes, against the formula in float32, the gradient in the layouts of
+    both kinds of block: cuDNN's, which torch takes by itself on Hopper, is right in isolation and dies or is wrong
+    behind the second kind."""
     config, probes = case.job.train, case.facts.gpu_probes or ()
     assert config is not None
     if not any(probe.attention or any("attention" in stage for stage in probe.failed) for probe in probes):
@@ -75,7 +75,7 @@ def _own(case: Case, wanted: str, trapped: bool) -> Iterator[Finding]:
                 f"shapes ({probe.shapes}): {taken.detail}",
                 "The first backward pass would die, often with an error that names something else, or train on wrong "
                 "gradients.",
-                f"Set attention to {better}, {'the fastest that was right here' if best else 'which leaves it to torch'}.",
+                f"Set attention to {better}, {'the fastest that is right here' if best else 'which is left to torch'}.",
                 edits=(Edit("train", ("attention",), better, "it was tried here, forward and backward"),),
                 docs=_SOURCE if "cudnn" in taken.name else "",
             )
@@ -95,6 +95,8 @@ def _own(case: Case, wanted: str, trapped: bool) -> Iterator[Finding]:
 
 def _trap(probe: GpuProbe) -> str:
     """How the attention that torch takes by itself failed, where it did; empty: it did not."""
+    if not any(one.ok for one in probe.attention):
+        return ""  # nothing works there
     for stage in _PLAIN:
         if why := probe.failed.get(stage):
             return f"{stage} {why}"
@@ -131,8 +133,8 @@ def block_trial(probe: GpuProbe, of: str) -> BlockTrial | None:
 
 @check("HW207", "the trainer's blocks compute what diffusers' do", needs=("gpu_probes", "trainer", "train"))
 def blocks(case: Case) -> Iterator[Finding]:
-    """One double and one single block at the job's shapes with adapters: output and gradients against diffusers' blocks in
-    float32 on the same weights; what 16 bits make of diffusers' own is the measure."""
+    """One double and one single block at the job's shapes with adapters: output and gradients against diffusers' blocks
+    in float32 on the same weights; what 16 bits make of diffusers' own is the measure."""
     probes = case.facts.gpu_probes or ()
     own = "trainer" if fused(case) else "diffusers"
     found = [(probe, one) for probe in probes if (one := block_trial(probe, own)) is not None]
@@ -144,8 +146,8 @@ def blocks(case: Case) -> Iterator[Finding]:
             continue
         edits = (Edit("train", ("kernels",), "diffusers", "its own blocks failed here"),) if own == "trainer" else ()
         yield error(
-            f"{name(case, probe)}: the blocks of {'the trainer itself' if edits else 'diffusers'} fail at this job's shapes "
-            f"({probe.shapes}): {one.detail}",
+            f"{name(case, probe)}: the blocks of {'the trainer itself' if edits else 'diffusers'} fail at this job's "
+            f"shapes ({probe.shapes}): {one.detail}",
             "Training would die in its first step, or learn from wrong gradients.",
             "Set kernels to diffusers, and report it with `xflux-doctor facts`." if edits else
             "Look at HW203 and HW206 first: a sick card or a wrong attention is the likeliest cause.",

@@ -71,13 +71,14 @@ def context(case: Case) -> Iterator[Finding]:
 
 @check("HW202", "the memory that the job needs can really be taken", needs=("gpu_probes", "train"))
 def memory(case: Case) -> Iterator[Finding]:
-    """`check --deep` allocates the forecast on each GPU in one piece, then as the trainer does: weights, then activations
-    that come, go and come again in other sizes. ME101 compares numbers; this tries."""
+    """`check --deep` allocates the forecast on each GPU in one piece, then as the trainer does: weights, then
+    activations that come, go and come again in other sizes. ME101 compares numbers; this tries."""
     bill = need(case)
     for probe in case.facts.gpu_probes or ():
         if why := probe.failed.get("memory"):
             yield error(f"{name(case, probe)} failed while memory was taken: {why}",
-                        "Training would stop there.", "Look for an Xid in the kernel log.", commands=(_XID,))  # fmt: skip
+                        "Training would stop there.", "Look for an Xid in the kernel log.",
+                        commands=(_XID,))  # fmt: skip
         if not probe.wanted or probe.pieces is not False:
             continue
         if probe.total and fitting(held(bill.gpu_allocated, bill.gpu_context), probe.total) == "does not fit":
@@ -89,8 +90,8 @@ def memory(case: Case) -> Iterator[Finding]:
             f"{name(case, probe)}: of {probe.wanted / GIB:.1f} GiB that the job will allocate {probe.taken / GIB:.1f} "
             f"came, where {free}. In use by {who or 'what the driver does not name'}.",
             "It would end in 'CUDA out of memory'.",
-            "End what holds the memory if it is yours (the doctor never does), or choose another GPU; ME101 has the plan "
-            "that fits beside it.",
+            "End what holds the memory if it is yours (the doctor never does), or choose another GPU; ME101 has the "
+            "plan that fits beside it.",
             commands=("nvidia-smi --query-compute-apps=pid,name,used_memory --format=csv",),
         )
 
@@ -125,8 +126,8 @@ def _wrong(one: Product) -> str:
 
 @check("HW204", "every GPU multiplies as fast as cards like it", needs=("gpu_probes",))
 def rate(case: Case) -> Iterator[Finding]:
-    """The rate of an 8192³ product in bf16 against three quarters of what this project measured on such a card, or a third
-    of its data sheet's."""
+    """The rate of an 8192³ product in bf16 against three quarters of what this project measured on such a card, or a
+    third of its data sheet's."""
     judged = 0
     for probe in case.facts.gpu_probes or ():
         measured = next((one.rates.get(_SQUARE) for one in probe.products if one.kind in ("bfloat16", "float16")), None)
@@ -181,8 +182,8 @@ def link(case: Case) -> Iterator[Finding]:
         if probe.h2d_gbs < floor.value:
             back = f", and back at {probe.d2h_gbs:.1f}" if probe.d2h_gbs else ""
             yield warning(
-                f"{name(case, probe)} gets {probe.h2d_gbs:.1f} GB/s from the host's memory{back}; {floor.value:g} is the "
-                f"floor ({floor.source}).",
+                f"{name(case, probe)} gets {probe.h2d_gbs:.1f} GB/s from the host's memory{back}; {floor.value:g} is "
+                f"the floor ({floor.source}).",
                 "Streamed blocks, offloaded states and the loading of weights take as much longer.",
                 "See the slot's width and generation, and whether the process runs on the card's side of the machine.",
                 commands=("nvidia-smi -q -d PERFORMANCE | grep -i link -A 6", "nvidia-smi topo -m"),

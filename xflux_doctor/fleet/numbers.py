@@ -8,15 +8,13 @@ median distance from the median) below the median. Of a thousand healthy nodes n
 from __future__ import annotations
 
 import datetime
-import re
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 from xflux_doctor.finding import Severity
-from xflux_doctor.floors import Floor, floor_of
 from xflux_doctor.fleet.compare import size
 from xflux_doctor.fleet.values import Difference, Kind, Member, Node
+from xflux_doctor.floors import floor_of
 
 FEWEST = 5
 """Nodes, or pairs of nodes, of which a middle is taken."""

@@ -58,7 +58,7 @@ class Ask:
     dtype: str = "bfloat16"
     attention: str = "auto"
     """The train config's."""
-    timed: float = 0.8
+    timed: float = 0.6
     """Seconds that a rate is measured for."""
     copied: int = 2 * _GIB
     linked: int = _GIB // 4
@@ -172,15 +172,19 @@ class _Card:
 
     def ended(self, outcome: Outcome) -> None:
         """The child is gone: whose fault that was, and whether another one goes on."""
-        if self.stage:
+        if name := self.stage:
+            took = time.monotonic() - self.since
             frame = f", in {outcome.frame}" if outcome.frame else ""
-            words = outcome.how if outcome.code is not None else self.hang()
-            name = self.stage
-            self.settle(name, self.failed, f"{words}{frame}")
-            if name == "context":
-                self.leave_out("the context could not be made")
-        elif "context" in self.failed:
+            if outcome.code is None and took < limit_of(name):
+                self.settle(name, self.skipped, f"no time was left: it had taken {took:.0f} s{frame}")
+            elif outcome.code is None:
+                self.settle(name, self.failed, f"did not end within {took:.0f} s and was killed{frame}")
+            else:
+                self.settle(name, self.failed, f"{outcome.how}{frame}")
+        if "context" in self.failed:
             self.leave_out("the context could not be made")
+        if "context" in self.skipped:
+            self.leave_out("no time was left")
         if not self.todo:
             return
         if self.births >= STARTS:
@@ -189,9 +193,6 @@ class _Card:
             self.leave_out("no time was left")
         else:
             self.start()
-
-    def hang(self) -> str:
-        return f"did not end within {time.monotonic() - self.since:.0f} s and was killed"
 
     def leave_out(self, why: str) -> None:
         for name in self.todo:
@@ -241,7 +242,7 @@ def each_gpu(
         try:
             for card in cards:
                 card.start()
-            while any([card.step() for card in cards]):  # all of them, each time
+            while sum(card.step() for card in cards):  # every one is looked at
                 time.sleep(0.02)
             return tuple(card.result() for card in cards)
         finally:

@@ -2,8 +2,8 @@
 
     python gpu.py ASK          ASK: a JSON object, as `each_gpu.Ask` writes it
 
-A line of JSON at the beginning of a stage names it, so that a death or a hang is its own. A stage that raises costs only
-its own verdict; where CUDA is broken afterwards the process leaves, and another one goes on behind that stage.
+A line of JSON at the beginning of a stage names it, so that a death or a hang is its own. A stage that raises costs
+only its own verdict; where CUDA is broken afterwards the process leaves, and another one goes on behind that stage.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Stage of `gpu.py`: one double and one single block at the job's shapes, forward and backward, by the code that computes.
+"""Stage of `gpu.py`: one double and one single block at the job's shapes, forward and backward.
 
 Judged against diffusers' own blocks in float32 on the same weights and inputs: what rounding to 16 bits makes of
 diffusers' blocks is the measure for the trainer's.
@@ -24,7 +24,7 @@ class Absent(Exception):
 
 
 def blocks(gpu: Any, name: str) -> dict[str, Any]:
-    """`trainer`: its own code; `diffusers`: diffusers' blocks as the trainer runs them; `choice`: with any attention."""
+    """`trainer`: its own code; `diffusers`: their blocks as the trainer runs them; `choice`: with any attention."""
     try:
         twin = _Twin(gpu)
     except Absent as error:
@@ -87,11 +87,12 @@ class _Twin:
         self.gpu, self.dtype = gpu, getattr(torch, gpu.ask["dtype"])
         batch, _, heads, channels = gpu.ask["shape"]
         side = channels * 7 // 32 * 2  # of 128 channels 56 turn by the row, 56 by the column, and 16 by nothing
+        rest = channels - 2 * side
         with torch.device(gpu.device):
             self.net = diffusers.FluxTransformer2DModel(
                 num_layers=1, num_single_layers=1, num_attention_heads=heads, attention_head_dim=channels,
                 joint_attention_dim=WORDS["text"] if gpu.cuda else 24, guidance_embeds=True, in_channels=64,
-                pooled_projection_dim=WORDS["pooled"] if gpu.cuda else 12, axes_dims_rope=(channels - 2 * side, side, side),
+                pooled_projection_dim=WORDS["pooled"] if gpu.cuda else 12, axes_dims_rope=(rest, side, side),
             ).requires_grad_(False).to(self.dtype)  # fmt: skip
         packed = self.parts["fast"].Packed()
         for kind in ("transformer_blocks", "single_transformer_blocks"):
@@ -113,14 +114,18 @@ class _Twin:
         def random(*shape: int) -> Any:
             return torch.randn(*shape, device=gpu.device).to(self.dtype)
 
+        # 500 and 2000 are not rounded in 16 bits, so that all formats have the same times.
+        t, guidance = (torch.full((batch,), value, device=gpu.device) for value in (0.5, 2.0))
         return {
-            "x": random(batch, rows * columns, 64), "text": random(batch, gpu.ask["text"], sizes.joint_attention_dim),
-            "pooled": random(batch, sizes.pooled_projection_dim), "t": torch.full((batch,), 0.5, device=gpu.device),  # these are not rounded in 16 bits, times 1000
-            "guidance": torch.full((batch,), 2.0, device=gpu.device),
+            "x": random(batch, rows * columns, 64),
+            "text": random(batch, gpu.ask["text"], sizes.joint_attention_dim),
+            "pooled": random(batch, sizes.pooled_projection_dim),
+            "t": t,
+            "guidance": guidance,
             "ids": flow.image_ids(2 * rows, 2 * columns).to(gpu.device),
             "text_ids": flow.text_ids(gpu.ask["text"]).to(gpu.device),
             "out": random(batch, rows * columns, 64),
-        }  # fmt: skip
+        }
 
     def run(self, call: Any) -> Made:
         """The output, and the gradients of the adapters and of the input."""

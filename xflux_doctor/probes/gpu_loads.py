@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 GIB = 1 << 30
@@ -113,7 +114,8 @@ def _multiply(torch: Any, kind: str, a: Any, b: Any) -> Any:
     if not kind.startswith("float8"):
         return a @ b
     one = torch.ones((), device=a.device, dtype=torch.float32)
-    return torch._scaled_mm(a, b, one, one, out_dtype=torch.bfloat16, use_fast_accum=False)
+    made = torch._scaled_mm(a, b, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=False)
+    return made[0] if isinstance(made, tuple) else made  # before torch 2.5 with its largest value
 
 
 def _checked(gpu: Any, kind: str) -> dict[str, Any]:
@@ -164,7 +166,7 @@ def link(gpu: Any, _: str) -> dict[str, Any]:
 @contextlib.contextmanager
 def _alone(path: str, seconds: float) -> Iterator[None]:
     """While no other GPU's probe is here, for which it waits so long; the kernel frees what a dead one held."""
-    with open(path, "a") as file:
+    with Path(path).open("a") as file:
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             try:

@@ -24,7 +24,7 @@ from xflux_doctor.probes.runner import Outcome, run
 
 HUB_SECONDS = 5.0
 """The hub's own deadline: it answers in a fraction of a second, or something is wrong."""
-GPU_SHARE, GPU_SECONDS = 0.6, 75.0
+GPU_SHARE, GPU_SECONDS = 0.6, 45.0
 """Of the deadline, and at the most: what the stages of all GPUs together may take."""
 MOST_RANKS = 16
 """Of more ranks than there are cards so many are started to hear what NCCL says."""
