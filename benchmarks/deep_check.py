@@ -4,8 +4,8 @@
 
 A 1024 px LoRA job is written into a temporary folder (its weights need not be here). Then, one after the other: the
 deep check; products, copies and the link by a few lines of torch of our own; what `fix` makes of a job whose attention
-is cudnn by what the check found; the deep check of two ranks on the one GPU, which must be called a duplicate GPU; and the
-check of the first job beside a process that holds 60 GB, or half of the card, which must be named with its memory.
+is cudnn by what the check found; the deep check of two ranks on the one GPU, which must be called a duplicate GPU; and
+the check of the first job beside a process that holds 60 GB, or half of the card, which must be named with its memory.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The stages of one GPU, really run on a CPU at sizes of a few tokens; and faults in them, each named with its stage."""
+"""The stages of one GPU, really run on a CPU at sizes of a few tokens; and faults in them, named with their stages."""
 
 from __future__ import annotations
 

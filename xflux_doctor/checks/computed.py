@@ -39,20 +39,19 @@ def fastest(case: Case) -> str | None:
     return min(times, key=lambda of: times[of], default=None)
 
 
-@check("HW206", "the attention that the job computes is right, forward and backward", needs=("gpu_probes", "train"))
+@check("HW206", "the attention that the job computes is right, forward and backward", needs=("gpu_probes",))
 def attention(case: Case) -> Iterator[Finding]:
     """Each attention that is here, at the job's shapes, against the formula in float32, the gradient in the layouts of
     both kinds of block: cuDNN's, which torch takes by itself on Hopper, is right in isolation and dies or is wrong
     behind the second kind."""
-    config, probes = case.job.train, case.facts.gpu_probes or ()
-    assert config is not None
+    probes, wanted = case.facts.gpu_probes or (), case.job.train.attention if case.job.train else ""
     if not any(probe.attention or any("attention" in stage for stage in probe.failed) for probe in probes):
         raise SkipCheck("no attention was tried")
     by_itself = case.job.bundled and fused(case)
     trapped = [(probe, words) for probe in probes if (words := _trap(probe))]
     if by_itself:
-        yield from _own(case, config.attention, bool(trapped))
-    if trapped and not (by_itself and config.attention == "cudnn"):
+        yield from _own(case, wanted, bool(trapped))
+    if trapped and not (by_itself and wanted == "cudnn"):
         yield _trapped(case, *trapped[0])
 
 
