@@ -11,7 +11,7 @@ import pytest
 import xflux_kit
 from conftest import GIB, case, findings, job, machine, values, verdict
 
-from xflux_doctor import deep
+from xflux_doctor import deep, planner
 from xflux_doctor.check import Case
 from xflux_doctor.checks import computed, tried
 from xflux_doctor.facts import AttentionTrial, BlockTrial, GpuProbe, GpuProcess, Product, Reading, TorchFacts
@@ -231,6 +231,22 @@ class TestBlocks:
             subject(matrix, but(blocks=(), skipped={"blocks trainer": "no time was left"})), computed.blocks
         )
         assert found.status == "skipped" and found.reason == "no time was left"
+
+
+def test_a_plans_seconds_go_by_what_was_measured(matrix: Matrix) -> None:
+    """Products at 0.8 of the table's take a step longer, on these cards only."""
+
+    def seconds(**changes: Any) -> float:
+        found = planner.known(subject(matrix, **changes))
+        assert found and found.own.seconds
+        return found.own.seconds
+
+    table, same = seconds(), seconds(speeds={"matmul_bf16_tflops": 792.0, "h2d_gbs": 55.0})
+    slower = seconds(speeds={"matmul_bf16_tflops": 0.8 * 792.0})
+    assert same == pytest.approx(table) and 1.1 < slower / table < 1.25
+    facts = machine(matrix, card="H200", gpu_probes=(HEALTHY,), speeds={"matmul_bf16_tflops": 100.0})
+    other = planner.known(case(matrix, facts, job(None, img_size=1024)))
+    assert other and other.own.seconds and other.own.seconds < 1.5 * table
 
 
 def test_the_report_shows_the_rates(matrix: Matrix) -> None:
