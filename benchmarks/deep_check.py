@@ -152,7 +152,7 @@ def held(place: Place) -> dict[str, Any]:
     try:
         assert process.stdout is not None
         size = int(process.stdout.readline() or 0)
-        report, seconds = place.doctor("check", *place.job("held", ONE))
+        report, seconds = place.doctor("check", "--quick", *place.job("held", ONE))
         named = said(report, "HW121", "ME101")
         text = json.dumps(named)
         gib = f"{size / 2**30:.0f}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,7 +74,6 @@ def _parts(sizes: list[int], whole: int) -> Iterator[int]:
 
 def products(gpu: Any, _: str) -> dict[str, Any]:
     """Each type against float64 with random values, several times over, and its rate."""
-    torch = gpu.torch
     found = []
     for kind in gpu.ask["products"]:
         if kind.startswith("float8") and (why := _no_fp8(gpu)):
@@ -84,15 +84,27 @@ def products(gpu: Any, _: str) -> dict[str, Any]:
         timed = {}
         for m, n, k in gpu.ask["shapes"]:
             a, b = _operands(gpu, kind, m, n, k)
-            # A line that tells the parent to look at the clocks now.
-            if kind == gpu.ask["products"][0]:
-                print(f'\n{{"stage": "products", "loaded": "{m}x{n}x{k}"}}', flush=True)
-            seconds = gpu.timed(lambda a=a, b=b, kind=kind: _multiply(torch, kind, a, b), gpu.ask["timed"], warm=5)
+            seconds = _rate(gpu, kind, a, b, told=kind == gpu.ask["products"][0] and f"{m}x{n}x{k}")
             timed[f"{m}x{n}x{k}"] = 2e-12 * m * n * k / seconds
             del a, b
         found.append({"kind": kind, "rates": timed, **one})
         gpu.drop()
     return {"products": found}
+
+
+def _rate(gpu: Any, kind: str, a: Any, b: Any, *, told: str | bool) -> float:
+    """Seconds of one product. While the device is busy already the parent is told to look at its clocks."""
+
+    def call() -> Any:
+        return _multiply(gpu.torch, kind, a, b)
+
+    one = gpu.timed(call, gpu.ask["timed"] / 10)
+    for _ in range(int(gpu.ask["timed"] / 3 / one) if gpu.cuda else 0):
+        call()  # not waited for
+    if told:
+        print("\n" + json.dumps({"stage": "products", "loaded": told}), flush=True)
+    seconds: float = gpu.timed(call, gpu.ask["timed"], warm=0)
+    return seconds
 
 
 def _no_fp8(gpu: Any) -> str:
