@@ -9,7 +9,8 @@ from typing import Any
 import msgspec
 import pytest
 import xflux_kit
-from conftest import GIB, case, findings, job, machine, values, verdict
+from cli_kit import doctor
+from conftest import GIB, TRAIN, case, findings, job, machine, record, values, verdict
 
 from xflux_doctor import deep, planner
 from xflux_doctor.check import Case
@@ -257,3 +258,14 @@ def test_the_report_shows_the_rates(matrix: Matrix) -> None:
     shown = text.render(summarize(dataclasses.replace(subject(matrix), facts=facts)))
     assert "bfloat16 780 TFLOP/s" in shown and "from the host 55 GB/s" in shown
     assert shown.index("trainer flash-attn-4 3.50 ms") < shown.index("trainer flash 7.00 ms")
+
+
+def test_the_config_is_repaired(matrix: Matrix, tmp_path: Path) -> None:
+    """By `fix` over facts in which the deep level found the trap; the other keys keep their bytes."""
+    present = tuple(one for one in HEALTHY.attention if "flash-attn-4" not in one.name)
+    record(tmp_path / "facts.json", subject(matrix, but(failed=TRAP, attention=present)).facts)
+    (tmp_path / "train.yaml").write_text(f"# mine\nattention: cudnn  # quick\n{TRAIN}")
+    words = ("fix", "--facts", "facts.json", "--config", "train.yaml", "--offline", "--write-config", "--yes")
+    doctor(*words, cwd=tmp_path)
+    text = (tmp_path / "train.yaml").read_text()
+    assert text.startswith("# mine\nattention: flash  # quick") and text.endswith(TRAIN)
