@@ -208,7 +208,8 @@ def deep(place: Place) -> dict[str, Any]:
 def cudnn(place: Place) -> dict[str, Any]:
     """What `fix` writes for a job that names cuDNN's attention, by what was found here."""
     words = place.job("cudnn", ONE, "attention: cudnn\n")
-    report, seconds = place.doctor("fix", "--facts", str(place.folder / "facts.json"), *words, "--write-config", "--yes")
+    words += ["--facts", str(place.folder / "facts.json"), "--write-config", "--yes"]
+    report, seconds = place.doctor("fix", *words)
     lines = (place.folder / "cudnn.yaml").read_text().splitlines()
     written = next((line for line in lines if line.startswith("attention")), "")
     return {"seconds": seconds, "checks": said(report, "HW206"), "written": written}
