@@ -42,8 +42,8 @@ def fastest(case: Case) -> str | None:
 @check("HW206", "the attention that the job computes is right, forward and backward", needs=("gpu_probes",))
 def attention(case: Case) -> Iterator[Finding]:
     """Each attention that is here, at the job's shapes, against the formula in float32, the gradient in the layouts of
-    both kinds of block: cuDNN's, which torch takes by itself on Hopper, is right in isolation and dies or is wrong
-    behind the second kind."""
+    both kinds of block: the backward pass of cuDNN's, which torch takes by itself on Hopper, has died on this model on
+    an H100 and an H200 (docs/log.md), and was right in isolation."""
     probes, wanted = case.facts.gpu_probes or (), case.job.train.attention if case.job.train else ""
     if not any(probe.attention or any("attention" in stage for stage in probe.failed) for probe in probes):
         raise SkipCheck("no attention was tried")
@@ -114,8 +114,8 @@ def _trapped(case: Case, probe: GpuProbe, words: str) -> Finding:
     )
     seen += words
     because = (
-        "cuDNN's backward pass remembers the layout of the first gradient, and FLUX has two. It shows as an illegal "
-        "memory access, a CUBLAS_STATUS_EXECUTION_FAILED somewhere else, or NaN. "
+        "On Hopper that is cuDNN's, whose backward pass is known to die on this model. It shows as an illegal memory "
+        "access, a CUBLAS_STATUS_EXECUTION_FAILED somewhere else, or NaN. "
     )
     hint = "Call torch.backends.cuda.enable_cudnn_sdp(False) before training, or let torch take another first."
     if case.job.bundled:
