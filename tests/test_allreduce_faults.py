@@ -31,6 +31,7 @@ from xflux_doctor.checks import network
 from xflux_doctor.facts import AllReduce
 from xflux_doctor.matrix import Matrix
 from xflux_doctor.probes import level, reduction
+from xflux_doctor.probes.each_gpu import Ask
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch")
 WAIT = 20.0
@@ -254,7 +255,7 @@ class TestAnotherTry:
             host=msgspec.structs.replace(facts.host, interfaces={"dead1": "down", "lo": "unknown"}),
         )
         work = job(XFLUX_ACCELERATE.replace("num_processes: 8", "num_processes: 2"), cpu=True)
-        after = level.probe(facts, work, {**environment(fault, folder), **more}, 60, deep=True)
+        after = level.probe(facts, work, {**environment(fault, folder), **more}, 60, Ask(("context",)))
         assert after.allreduce
         return after.allreduce
 

@@ -18,8 +18,9 @@ from xflux_doctor.fleet.compare import near
 from xflux_doctor.fleet.fields import FIELDS
 from xflux_doctor.fleet.links import slow_ends
 from xflux_doctor.fleet.merge import merge
-from xflux_doctor.fleet.numbers import FLOORS, bound, floor_of
+from xflux_doctor.fleet.numbers import bound
 from xflux_doctor.fleet.values import Broken, Fleet, Report
+from xflux_doctor.floors import FLOORS, floor_of
 from xflux_doctor.report.fleettext import hosts, render
 
 WHOLE = sorted(path.stem for path in kit.MACHINES.glob("*.json"))

@@ -15,22 +15,24 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "files", "facts", "finding", "conditions", "matrix_types", "matrix_lint", "matrix", "choose", "pins",
      "accelerate_sections", "accelerate_keys", "known_variables", "visible", "xflux_config", "xflux_images",
      "xflux", "shellwords", "command", "deepspeed_keys", "deepspeed_file", "job", "cluster", "placement", "batch",
-     "launched", "topology"),
+     "launched", "topology", "floors"),
     (
         "gather.deadline", "gather.cluster", "gather.environment", "gather.hub_cache", "gather.mounts",
         "gather.folders",
         "gather.host", "gather.metadata", "gather.interpreter", "gather.packages",
-        "gather.driver", "gather.cards", "gather.topology", "gather.gpus", "gather.kernel_log", "gather.toolchain",
+        "gather.driver", "gather.cards", "gather.clocks", "gather.topology", "gather.gpus",
+        "gather.kernel_log", "gather.toolchain",
         "gather.ports", "gather.machine",
         "probes.torch_import", "probes.allreduce", "probes.hub_access", "probes.wire", "probes.meeting",
-        "probes.runner", "probes.reduction", "probes.signs", "probes.retry", "probes.level",
-        "verdict", "check", "refused", "bill", "xflux_bill", "strategy", "plans", "planner",
+        "probes.gpu_loads", "probes.gpu_attention", "probes.gpu_blocks", "probes.gpu",
+        "probes.runner", "probes.reduction", "probes.signs", "probes.retry", "probes.each_gpu", "probes.level",
+        "verdict", "check", "refused", "bill", "deep", "xflux_bill", "strategy", "plans", "planner",
     ),
     ("checks.hardware", "checks.software", "checks.rules", "checks.packages", "checks.releases",
      "checks.words", "checks.sections", "checks.section_words", "checks.section_types", "checks.strategies",
      "checks.variables", "checks.nccl_variables", "checks.torch_variables", "checks.job_variables", "checks.host",
      "checks.toolchain", "checks.spare", "checks.cards", "checks.health", "checks.xids", "checks.launch",
-     "checks.sharing",
+     "checks.sharing", "checks.tried", "checks.computed",
      "checks.machines",
      "checks.deepspeed", "checks.deepspeed_section", "checks.deepspeed_stages", "checks.deepspeed_file",
      "checks.deepspeed_wins", "checks.deepspeed_memory",
@@ -56,7 +58,7 @@ TORCH_STACK = {"torch", "torchvision", "transformers", "diffusers", "accelerate"
 TORCH_FREE_TRAINER = {
     "config", "spec", "memory", "memory_fused", "memory_terms", "rules", "timing", "timing_cards", "samples", "lint",
     "layout", "bfl_spec",
-    "find",
+    "find", "speed",
 }  # fmt: skip
 PACKAGE = ROOT / "xflux_doctor"
 

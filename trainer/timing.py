@@ -9,13 +9,14 @@ against this: it explains them, and foretells what lies between them.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.memory_terms import width
 from xflux_trainer.spec import FluxSpec
-from xflux_trainer.timing_cards import card_of
+from xflux_trainer.timing_cards import card_of, measured
 from xflux_trainer.timing_terms import WHY, Job, arriving, backward, forward, words, work
 
 LAUNCH = 0.045e-3
@@ -57,18 +58,20 @@ class Forecast:
 
 def seconds_per_step(
     config: TrainConfig, spec: FluxSpec, card: str, *, world_size: int, strategy: str, device: Literal["cuda", "cpu"],
-    triton: bool = True, flash4: bool = False,
+    triton: bool = True, flash4: bool = False, rates: Mapping[str, float] | None = None,
 ) -> Forecast:  # fmt: skip
     """One optimizer step of one rank, images as large as they may be, the mean of the config's sizes.
 
-    `card` is the GPU's name; `triton` and `flash4`: whether Triton and flash-attn-4 work there. Offloading by DeepSpeed
-    or FSDP, evaluation, samples and checkpoints are not in it. Raises `NoForecast`.
+    `card` is the GPU's name; `triton` and `flash4`: whether Triton and flash-attn-4 work there; `rates`: what was
+    measured on this very card, see `timing_cards.measured`. Offloading by DeepSpeed or FSDP, evaluation, samples and
+    checkpoints are not in it. Raises `NoForecast`.
     """
     if device != "cuda" or config.mixed_precision == "no":
         raise NoForecast("Steps are forecast for GPUs in bf16 or fp16 only.")
     known = card_of(card)
     if known is None:
         raise NoForecast(f"No forecast of time: what a {card or 'GPU without a name'} reaches is not known.")
+    known = measured(known, rates or {})
     job = Job(config, spec, known, strategy, triton=triton, flash4=flash4)
     if config.quantization == "fp8-dynamic" and (known.fp8 is None or not job.fused):
         raise NoForecast("fp8-dynamic needs a card with fp8 products and the trainer's own blocks.")

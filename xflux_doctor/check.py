@@ -67,6 +67,7 @@ _NOT_PROBED = {
     "hub": "the hub was not asked",
     "torch": "torch was not imported (quick level)",
     "allreduce": "no all-reduce was run (quick level)",
+    "gpu_probes": "no GPU was tried (check --deep)",
     "cluster": "the job is for one machine, or names no main_process_ip",
     "meeting": "no launch over several machines was begun",
     "train": "no readable training file was given (--config)",

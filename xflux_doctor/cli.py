@@ -71,6 +71,21 @@ _xflux = click.option(
 )
 
 
+def _deep(words: str) -> Callable[[F], F]:
+    text = f"{words} {DEEP_SECONDS:.0f} s unless --timeout says."
+    return click.option("--deep", is_flag=True, help=text)
+
+
+def _deepened(context: click.Context, options: dict[str, Any], *, deep: bool) -> dict[str, Any]:
+    """The options with the level, and with its deadline where the user gave none."""
+    if deep and (options["quick"] or options["facts"]):
+        other = "--quick starts no child" if options["quick"] else "--facts judges a recorded machine"
+        raise click.UsageError(f"--deep looks at this machine with children of its own, and {other}: give one of them.")
+    if deep and context.get_parameter_source("timeout") is click.core.ParameterSource.DEFAULT:
+        options["timeout"] = DEEP_SECONDS
+    return {**options, "deep": deep}
+
+
 def _command(name: str) -> Any:
     """A command's module, loaded when it is called: `plan` does without the checks, all others without its rows."""
     return importlib.import_module(f"xflux_doctor.commands.{name}")
@@ -109,22 +124,13 @@ def cli() -> None:
 @click.option("--output", metavar="FILE", help="Write the report there instead of to the terminal.")
 @click.option("--strict", is_flag=True, help="Warnings count as errors.")
 @click.option("-v", "--verbose", is_flag=True, help="Also what passed, what was skipped and why.")
-@click.option(
-    "--deep",
-    is_flag=True,
-    help=f"Also time the all-reduce; if it fails, try what might help. {DEEP_SECONDS:.0f} s unless --timeout says.",
-)
+@_deep("Also try each GPU and time the all-reduce; if that fails, try what might help.")
 @click.pass_context
 def check(
     context: click.Context, /, form: str, output: str | None, strict: bool, verbose: bool, deep: bool, **options: Any
 ) -> int:
     """Say what would stop the job on this machine."""
-    if deep and (options["quick"] or options["facts"]):
-        other = "--quick starts no child" if options["quick"] else "--facts judges a recorded machine"
-        raise click.UsageError(f"--deep looks at this machine with children of its own, and {other}: give one of them.")
-    if deep and context.get_parameter_source("timeout") is click.core.ParameterSource.DEFAULT:
-        options["timeout"] = DEEP_SECONDS
-    options["deep"] = deep
+    options = _deepened(context, options, deep=deep)
     return int(_command("check").run(inputs_of(options), form=form, output=output, strict=strict, verbose=verbose))
 
 
@@ -137,9 +143,14 @@ def check(
 @click.option("--install", is_flag=True, help="Install the stack's packages with pip.")
 @click.option("--undo", is_flag=True, help="Put the latest backup of the accelerate and training files back.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
-def fix(form: str, write_config: bool, install: bool, undo: bool, yes: bool, **options: Any) -> int:
+@_deep("Repair by what `check --deep` finds too.")
+@click.pass_context
+def fix(
+    context: click.Context, /, form: str, write_config: bool, install: bool, undo: bool, yes: bool, deep: bool,
+    **options: Any,
+) -> int:  # fmt: skip
     """Show the repairs; write or install them when asked."""
-    given = inputs_of(options)
+    given = inputs_of(_deepened(context, options, deep=deep))
     if undo + install + write_config > 1:
         raise click.UsageError("Give one of --write-config, --install and --undo.")
     if undo:

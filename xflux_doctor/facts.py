@@ -338,6 +338,114 @@ class AllReduce(msgspec.Struct, frozen=True):
     """The variable under which all stages passed."""
 
 
+class Reading(msgspec.Struct, frozen=True):
+    """A card's clocks and heat at one moment; None or empty: the driver does not tell."""
+
+    sm_clock: int | None = None
+    """MHz of the multiprocessors, and the highest that the card has."""
+    sm_clock_max: int | None = None
+    temperature: int | None = None
+    """Degrees Celsius."""
+    power: float | None = None
+    """Watts, and the limit that is set."""
+    power_limit: float | None = None
+    throttle: tuple[str, ...] = ()
+    """As `GpuHealth.throttle`."""
+
+
+class Product(msgspec.Struct, frozen=True):
+    """Matrix products of one type on one GPU, held against float64, and how fast they are."""
+
+    kind: str
+    """bfloat16, float16, float32 or float8_e4m3fn."""
+    error: float
+    """The largest error of an element as a share of what rounding may make of it: above 1 it is wrong."""
+    repeated: bool = True
+    """Whether the same product gave the same bits every time."""
+    rates: dict[str, float] = {}
+    """TFLOP/s by shape, `MxNxK`."""
+
+
+class AttentionTrial(msgspec.Struct, frozen=True):
+    """One attention, forward and backward at the job's shapes."""
+
+    name: str
+    """`trainer NAME`, as the train config's `attention` has it; `torch NAME`, as torch's own call takes it; or a
+    package's name."""
+    ok: bool
+    errors: dict[str, float] = {}
+    """Relative errors of out, dq, dk and dv against float32; the gradients' by the layout of the output's gradient."""
+    forward: float = 0.0
+    """Seconds."""
+    backward: float = 0.0
+    detail: str = ""
+    """Why it is not right, or does not work."""
+    absent: bool = False
+    """Whether it is not to be had here at all, which is no fault."""
+
+
+class BlockTrial(msgspec.Struct, frozen=True):
+    """One double and one single block, forward and backward at the job's shapes, against diffusers' own in float32."""
+
+    name: str
+    """`trainer`: its own blocks; `diffusers`: as the trainer runs them; `torch's choice`: with every attention."""
+    ok: bool
+    output: float = 0.0
+    """Relative error of the output, and the largest one of a gradient."""
+    gradient: float = 0.0
+    seconds: float = 0.0
+    """Of both passes."""
+    attention: str = ""
+    detail: str = ""
+
+
+class GpuProbe(msgspec.Struct, frozen=True, kw_only=True):
+    """What one visible GPU did in the deep level. Stages: context, memory, products, bandwidth, link, `attention NAME`,
+    `blocks NAME`. Rates are of this moment."""
+
+    device: int
+    """Its number in the job's own processes."""
+    name: str = ""
+    uuid: str = ""
+    """As the driver has it, without NVML's prefix `GPU-` or `MIG-`; empty: it does not tell."""
+    pci: str = ""
+    done: dict[str, float] = {}
+    """Stages that ended well, with their seconds."""
+    failed: dict[str, str] = {}
+    """Stages that did not, and how they ended."""
+    skipped: dict[str, str] = {}
+    """Stages that were left out, and why."""
+    context_bytes: int | None = None
+    """What the context took of the card."""
+    wanted: int = 0
+    """Bytes of the job's forecast that were asked for; 0: there is none."""
+    free: int | None = None
+    """Bytes that CUDA called free just before."""
+    total: int | None = None
+    whole: bool | None = None
+    """Whether they came in one piece; None: not tried."""
+    pieces: bool | None = None
+    """Whether they came in the trainer's pieces, freed and taken again."""
+    taken: int = 0
+    """Bytes that came in pieces."""
+    free_after: int | None = None
+    products: tuple[Product, ...] = ()
+    copy_gbs: float | None = None
+    """GB/s read and written on the card."""
+    h2d_gbs: float | None = None
+    """GB/s from pinned host memory, and to it."""
+    d2h_gbs: float | None = None
+    shapes: str = ""
+    """What attention was tried on, in words."""
+    attention: tuple[AttentionTrial, ...] = ()
+    blocks: tuple[BlockTrial, ...] = ()
+    before: Reading | None = None
+    loaded: Reading | None = None
+    """While products were timed."""
+    after: Reading | None = None
+    seconds: float = 0.0
+
+
 class Cluster(msgspec.Struct, frozen=True):
     """This machine's names and addresses, and where the job's main_process_ip leads."""
 
@@ -487,6 +595,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     hub: HubAccess | None = None
     torch: TorchFacts | None = None
     allreduce: AllReduce | None = None
+    gpu_probes: tuple[GpuProbe, ...] | None = None
+    """Of each visible GPU (deep level)."""
     clock: Clock | None = None
     """None: the clock was held against no other; only a fleet's run does so."""
     speeds: dict[str, float] = {}

@@ -14,6 +14,7 @@ from xflux_doctor import job as job_files
 from xflux_doctor.check import Case
 from xflux_doctor.command import Command
 from xflux_doctor.command import parse as parse_command
+from xflux_doctor.deep import ask_of
 from xflux_doctor.errors import DoctorError, UsageError
 from xflux_doctor.facts import SCHEMA, Facts, from_json
 from xflux_doctor.gather.cluster import cluster_facts
@@ -183,4 +184,5 @@ def probed(case: Case, inputs: Inputs) -> Case:
     """The case with the facts of the default level or the deep one. Recorded facts are taken as they are."""
     if inputs.quick or inputs.facts:
         return case
-    return dataclasses.replace(case, facts=probe(case.facts, case.job, os.environ, inputs.timeout, deep=inputs.deep))
+    ask = ask_of(case) if inputs.deep else None
+    return dataclasses.replace(case, facts=probe(case.facts, case.job, os.environ, inputs.timeout, ask))

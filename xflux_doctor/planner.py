@@ -279,10 +279,16 @@ def step_time(case: Case, config: TrainConfig, model: Any, name: str) -> timing.
     try:
         return timing.seconds_per_step(
             config, model, name, world_size=max(1, case.job.num_processes), strategy=case.job.strategy, device="cuda",
-            triton=has_triton(case), flash4=FLASH_4 in (case.facts.packages or {}),
+            triton=has_triton(case), flash4=FLASH_4 in (case.facts.packages or {}), rates=_rates(case, name),
         )  # fmt: skip
     except timing.NoForecast:
         return None
+
+
+def _rates(case: Case, name: str) -> dict[str, float]:
+    """What the deep level measured, where it was on cards of that name."""
+    probes = case.facts.gpu_probes or ()
+    return case.facts.speeds if probes and all(probe.name == name for probe in probes) else {}
 
 
 def _order(row: Row) -> float:

@@ -189,7 +189,7 @@ def shared(case: Case) -> Iterator[Finding]:
         outside = 0 if case.facts.host and case.facts.host.wsl else outside  # there it is Windows' own screen
         if not (holders or outside) or _memory_is_short(case, gpu):  # ME101 names who holds memory that is short
             continue
-        named = [_holder(p) for p in holders]
+        named = [holder(p) for p in holders]
         if outside:
             named.append(f"{outside / GIB:.1f} GiB are held {_place(case)}")
         yield warning(
@@ -218,7 +218,8 @@ def _place(case: Case) -> str:
     return "by what the driver does not name (a desktop, a container, another user)"
 
 
-def _holder(process: GpuProcess) -> str:
+def holder(process: GpuProcess) -> str:
+    """A process that holds memory of a card, in words."""
     size = f" holds {process.used / GIB:.1f} GiB" if process.used else ""
     if not process.name:
         return f"process {process.pid}, outside this container,{size}"

@@ -8,14 +8,13 @@ median distance from the median) below the median. Of a thousand healthy nodes n
 from __future__ import annotations
 
 import datetime
-import re
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 from xflux_doctor.finding import Severity
 from xflux_doctor.fleet.compare import size
 from xflux_doctor.fleet.values import Difference, Kind, Member, Node
+from xflux_doctor.floors import floor_of
 
 FEWEST = 5
 """Nodes, or pairs of nodes, of which a middle is taken."""
@@ -26,38 +25,6 @@ _STALE = 600.0
 _ROOM = 50 << 30
 """Above this much free room nothing of a job's own is in danger."""
 _SCALE = 1.4826
-
-
-@dataclass(frozen=True)
-class Floor:
-    """The lowest rate that a healthy card of a kind has, and how that is known."""
-
-    cards: str
-    """Its name holds this as whole words; its relatives of another speed are left out."""
-    speed: str
-    value: float
-    unit: str
-    source: str
-
-
-_OTHERS = r"(?!.*(?:NVL|PCIE|GH200|MIG))"
-FLOORS = (
-    Floor(_OTHERS + r".*\bH200\b", "matmul_bf16_tflops", 524, "TFLOP/s",
-          "three quarters of 699, the slower of two H200 measured by this project (trainer/timing_cards.py)"),
-    Floor(_OTHERS + r".*\bH100\b", "matmul_bf16_tflops", 594, "TFLOP/s",
-          "three quarters of 792, one H100 SXM measured by this project (trainer/timing_cards.py)"),
-    Floor(_OTHERS + r".*\bA100-SXM4\b", "matmul_bf16_tflops", 187, "TFLOP/s",
-          "0.6 of the 312 of the A100's data sheet"),
-    Floor(_OTHERS + r".*\bH[12]00\b", "h2d_gbs", 31.5, "GB/s",
-          "16 lanes of PCIe 5 carry 63 GB/s and 55 were measured; at half of it no more than 31.5"),
-    Floor(_OTHERS + r".*\bA100\b", "h2d_gbs", 15.75, "GB/s",
-          "16 lanes of PCIe 4 carry 31.5 GB/s; at half of it no more than 15.75"),
-)  # fmt: skip
-
-
-def floor_of(card: str, speed: str) -> Floor | None:
-    """The floor of a card's rate, where one is known."""
-    return next((row for row in FLOORS if row.speed == speed and re.match(row.cards, card.upper())), None)
 
 
 def bound(values: Sequence[float], share: float = SHARE) -> float | None:

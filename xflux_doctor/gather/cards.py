@@ -107,7 +107,7 @@ def _health(nvml: Any, handle: Any) -> GpuHealth:
         remap_failed=bool(rows[3]) if rows else None,
         retirement_pending=retired,
         recovery_action=_recovery(nvml, handle),
-        throttle=_throttle(nvml, handle),
+        throttle=throttle(nvml, handle),
         persistence=maybe(lambda: bool(nvml.nvmlDeviceGetPersistenceMode(handle))),
         fabric=_fabric(nvml, handle),
         pcie_width=maybe(lambda: int(nvml.nvmlDeviceGetCurrPcieLinkWidth(handle))),
@@ -125,7 +125,8 @@ def _recovery(nvml: Any, handle: Any) -> str:
     return _RECOVERY[number] if number < len(_RECOVERY) else f"action {number}"
 
 
-def _throttle(nvml: Any, handle: Any) -> tuple[str, ...]:
+def throttle(nvml: Any, handle: Any) -> tuple[str, ...]:
+    """Why the clocks are not the highest; empty: the driver does not tell."""
     mask = maybe(lambda: int(nvml.nvmlDeviceGetCurrentClocksEventReasons(handle)))
     if mask is None:  # its name before driver 535
         mask = maybe(lambda: int(nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)))

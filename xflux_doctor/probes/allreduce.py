@@ -70,7 +70,7 @@ class Rank:
         self.backend, self.rank, self.world, self.until = backend, rank, world, until
         self.device = torch.device("cpu")
         if backend == "nccl":
-            self.device = torch.device("cuda", rank)
+            self.device = torch.device("cuda", rank % max(1, torch.cuda.device_count()))  # as accelerate from 0.33 on
             torch.cuda.set_device(self.device)
         self.store: Any = None
         self.skipped: list[str] = []

@@ -1,25 +1,34 @@
 """The facts of the default level and the deep one: what torch sees, and whether the job's ranks reduce aright.
 
-Both end within one deadline. The deep level also times the reduction, and seeks a way round one that fails.
+Both end within one deadline. The deep level also tries each GPU, times the reduction, and seeks a way round one that
+fails.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Mapping
 
 import msgspec
 
-from xflux_doctor.facts import AllReduce, Facts, HubAccess, TorchFacts
+from xflux_doctor.facts import AllReduce, Facts, GpuProbe, HubAccess, TorchFacts
+from xflux_doctor.gather.clocks import reading
 from xflux_doctor.gather.environment import is_offline, without_login
 from xflux_doctor.job import Job
+from xflux_doctor.probes.each_gpu import Ask, each_gpu
 from xflux_doctor.probes.reduction import all_reduce
 from xflux_doctor.probes.retry import retry, trials
 from xflux_doctor.probes.runner import Outcome, run
 
 HUB_SECONDS = 5.0
 """The hub's own deadline: it answers in a fraction of a second, or something is wrong."""
+GPU_SHARE, GPU_SECONDS = 0.6, 45.0
+"""Of the deadline, and at the most: what the stages of all GPUs together may take."""
+MOST_RANKS = 16
+"""Of more ranks than there are cards so many are started to hear what NCCL says."""
+SQUARE = "8192x8192x8192"
 LEAST_SECONDS = 4.0
 """Less than this is no try."""
 
@@ -34,8 +43,11 @@ def job_environment(job: Job, environ: Mapping[str, str]) -> dict[str, str]:
     return environment
 
 
-def probe(facts: Facts, job: Job, environ: Mapping[str, str], seconds: float, *, deep: bool = False) -> Facts:
-    """Facts with `hub`, `torch` and `allreduce` filled in, or a reason under `unknown`. Ends within `seconds`."""
+def probe(facts: Facts, job: Job, environ: Mapping[str, str], seconds: float, deep: Ask | None = None) -> Facts:
+    """Facts with `hub`, `torch` and `allreduce` filled in, or a reason under `unknown`. Ends within `seconds`.
+
+    `deep` is what each GPU is asked for in the deep level, which fills in `gpu_probes` and `speeds` as well.
+    """
     if facts.python is None:
         return facts
     deadline = time.monotonic() + seconds
@@ -50,12 +62,43 @@ def probe(facts: Facts, job: Job, environ: Mapping[str, str], seconds: float, *,
         unknown["allreduce"] = "torch could not be imported"
         return msgspec.structs.replace(facts, unknown=unknown)
     facts = msgspec.structs.replace(facts, torch=torch)
-    why_not = _cannot_reduce(job, torch, facts.host.cpus if facts.host else 1)
+    if deep is not None:
+        facts = _gpus(facts, job, environment, deep, (deadline - time.monotonic()) * GPU_SHARE)
+        unknown = dict(facts.unknown)
+    why_not = _cannot_reduce(job, torch, facts.host.cpus if facts.host else 1, deep=deep is not None)
     if why_not:
         unknown["allreduce"] = why_not
         return msgspec.structs.replace(facts, unknown=unknown)
     reduced = (_deep if deep else _plain)(facts, job, environment, max(1.0, deadline - time.monotonic()))
-    return msgspec.structs.replace(facts, allreduce=reduced, unknown=unknown)
+    speeds = dict(facts.speeds)
+    if reduced.bandwidth and reduced.backend == "nccl" and reduced.ranks > 1:
+        speeds["allreduce_busbw_gbs"] = max(reduced.bandwidth, key=lambda one: one.bytes).busbw
+    return msgspec.structs.replace(facts, allreduce=reduced, unknown=unknown, speeds=speeds)
+
+
+def _gpus(facts: Facts, job: Job, environment: Mapping[str, str], ask: Ask, seconds: float) -> Facts:
+    """Facts with `gpu_probes` and the rates of the slowest card, or a reason under `unknown`."""
+    assert facts.python and facts.torch
+    why = "the job runs on the CPU" if job.use_cpu else "" if facts.torch.devices else "torch sees no GPU"
+    if why:
+        return msgspec.structs.replace(facts, unknown={**facts.unknown, "gpu_probes": why})
+    devices = tuple(f"cuda:{number}" for number in range(len(facts.torch.devices)))[: max(1, job.local_processes)]
+    ask = dataclasses.replace(ask, expand=not (facts.host and facts.host.wsl))
+    before = {gpu.uuid.partition("-")[2]: gpu.memory_free for gpu in facts.gpus or ()}
+    python = facts.python.executable
+    found = each_gpu(python, devices, ask, environment, min(seconds, GPU_SECONDS), reading, before)
+    return msgspec.structs.replace(facts, gpu_probes=found, speeds={**facts.speeds, **_speeds(found)})
+
+
+def _speeds(probes: tuple[GpuProbe, ...]) -> dict[str, float]:
+    """Of the slowest card; products by the size that cards are compared by."""
+    rates: dict[str, list[float]] = {}
+    for one in probes:
+        for name in ("copy_gbs", "h2d_gbs", "d2h_gbs"):
+            rates.setdefault(name, []).append(getattr(one, name) or 0.0)
+        tflops = [product.rates.get(SQUARE, 0.0) for product in one.products if product.kind == "bfloat16"]
+        rates.setdefault("matmul_bf16_tflops", []).extend(tflops or [0.0])
+    return {name: min(values) for name, values in rates.items() if min(values) > 0}
 
 
 def _plain(facts: Facts, job: Job, environment: Mapping[str, str], seconds: float) -> AllReduce:
@@ -121,7 +164,7 @@ def _import_failure(outcome: Outcome) -> str:
     return f"import torch {outcome.how}"
 
 
-def _cannot_reduce(job: Job, torch: TorchFacts, cores: int) -> str:
+def _cannot_reduce(job: Job, torch: TorchFacts, cores: int, *, deep: bool) -> str:
     if job.accelerate is None and not job.use_cpu and not torch.devices:
         return "no accelerate file says how many ranks there are, and torch sees no GPU"
     if job.use_cpu:
@@ -129,6 +172,7 @@ def _cannot_reduce(job: Job, torch: TorchFacts, cores: int) -> str:
         return "" if few else f"{job.num_processes} ranks on {cores} cores are not started (see LA107)"
     if not torch.devices:
         return "torch sees no GPU"
-    if job.local_processes > len(torch.devices):
+    # The deep level tries what accelerate would: it gives such ranks a card that another one has, and NCCL says so.
+    if job.local_processes > len(torch.devices) and not (deep and job.local_processes <= MOST_RANKS):
         return f"the job wants {job.local_processes} ranks and torch sees {len(torch.devices)} devices"
     return ""

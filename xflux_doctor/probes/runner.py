@@ -105,6 +105,11 @@ class Child:
             return Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()[0]
         return ""
 
+    def said(self) -> tuple[dict[str, Any], ...]:
+        """The JSON lines that it has written so far. Read beside the file's own position, which the child shares."""
+        file = self._out.fileno()
+        return _json_lines(os.pread(file, os.fstat(file).st_size, 0).decode("utf-8", errors="replace"))[0]
+
     def finish(self, deadline: float, gone_by: float | None = None) -> Outcome:
         """Wait until `deadline` (time.monotonic), then kill the group, and collect what was said."""
         code: int | None

@@ -30,6 +30,7 @@ def render(summary: Summary, *, verbose: bool = False) -> str:
         _packages(summary) if verbose else [],
         topology.lines(summary.facts.topology) if verbose else [],
         _launch(summary, verbose),
+        _gpus(summary),
         _bandwidth(summary),
         [line for v in shown for line in _verdict(v, verbose)],
     ]
@@ -58,6 +59,22 @@ def _launch(summary: Summary, verbose: bool) -> list[str]:
     wrong = any(v.check.startswith("LA") and v.status in ("error", "warning") for v in summary.verdicts)
     overridden = bool(summary.placement and summary.placement["overrides"])
     return list(summary.launch) if verbose or wrong or overridden else list(summary.launch[:1])
+
+
+def _gpus(summary: Summary) -> list[str]:
+    """What each GPU did in the deep level: its rates on one line, its attentions on the next."""
+    lines = []
+    for probe in summary.facts.gpu_probes or ():
+        rates = [f"{one.kind} {max(one.rates.values()):,.0f} TFLOP/s" for one in probe.products if one.rates]
+        for words, value in (("copies", probe.copy_gbs), ("from the host", probe.h2d_gbs), ("to it", probe.d2h_gbs)):
+            rates += [f"{words} {value:,.0f} GB/s"] if value else []
+        lines.append(f"device {probe.device}, {probe.name or 'no context'} [{probe.seconds:.0f} s]: {', '.join(rates)}")
+        right = sorted((one for one in probe.attention if one.ok), key=lambda one: one.forward + one.backward)
+        times = [f"{one.name} {1000 * (one.forward + one.backward):.2f} ms" for one in right]
+        lines += [f"  attention, {probe.shapes}: {', '.join(times)}"] if times else []
+        lines += [f"  failed: {stage}: {why}" for stage, why in probe.failed.items()]
+        lines += [f"  left out: {stage}: {why}" for stage, why in probe.skipped.items()]
+    return lines
 
 
 def _bandwidth(summary: Summary) -> list[str]:
