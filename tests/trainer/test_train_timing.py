@@ -48,7 +48,7 @@ MEASURED: list[tuple[str, bool, dict[str, Any], float]] = [
     ("H200", False, {"checkpointed_blocks": 55, "stream_blocks": 36, "modulation": "stream"}, 0.672),
     ("H200", False, {**FP8, "gradient_checkpointing": True, "checkpointed_blocks": 35, "stream_blocks": 28}, 0.526),
     ("H200", False, {"quantization": "fp8-dynamic", "modulation": "stream", "checkpointed_blocks": 46}, 0.455),
-    ("H200", False, {"quantization": "int4", "modulation": "stream", "stream_blocks": 57, "checkpointed_blocks": 27}, 0.7),
+    ("H200", False, {**INT4, "modulation": "stream", "stream_blocks": 57, "checkpointed_blocks": 27}, 0.7),
     ("H200", False, {**FINETUNE, **KEPT, "backward_clip": "previous"}, 0.587),
     ("H200", False, {**FINETUNE, "checkpointed_blocks": 40, "backward_clip": "previous"}, 0.703),
     ("H200", False, {**FINETUNE, "checkpointed_blocks": 40, "backward_clip": "exact"}, 1.122),
