@@ -48,7 +48,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
      "report.fleettext", "report.fleetjson", "report"),
     ("commands.check", "commands.planned", "commands.fix", "commands.undo", "commands.install", "commands.lighter",
      "commands.again", "commands.explain", "commands.plan",
-     "commands.matrix", "commands.nodes", "commands.together", "commands.run",
+     "commands.matrix", "commands.nodes", "commands.together", "commands.gate", "commands.shown", "commands.run",
      "commands.fleet",
      "commands", "cli"),
 )  # fmt: skip

@@ -23,11 +23,10 @@ import click
 from xflux_doctor import __version__
 from xflux_doctor.errors import DoctorError
 from xflux_doctor.inputs import Inputs
+from xflux_doctor.probes.level import DEEP_SECONDS
 
 _MOST = 1e6
 """Seconds or GiB: more is a slip of the finger."""
-DEEP_SECONDS = 180.0
-"""Deadline of the deep level, which may have to wait out a hang and try again."""
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -95,6 +94,12 @@ def inputs_of(options: dict[str, Any]) -> Inputs:
     return Inputs(**{name: value for name, value in options.items() if name in names})
 
 
+def _deep_seconds(context: click.Context, options: dict[str, Any]) -> float:
+    """--timeout, where it was given: the deep level has more time than the default one."""
+    given = context.get_parameter_source("timeout") is not click.core.ParameterSource.DEFAULT
+    return float(options["timeout"]) if given else DEEP_SECONDS
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="xflux-doctor")
 def cli() -> None:
@@ -122,9 +127,7 @@ def check(
     if deep and (options["quick"] or options["facts"]):
         other = "--quick starts no child" if options["quick"] else "--facts judges a recorded machine"
         raise click.UsageError(f"--deep looks at this machine with children of its own, and {other}: give one of them.")
-    if deep and context.get_parameter_source("timeout") is click.core.ParameterSource.DEFAULT:
-        options["timeout"] = DEEP_SECONDS
-    options["deep"] = deep
+    options |= {"deep": deep, "deep_timeout": _deep_seconds(context, options)}
     return int(_command("check").run(inputs_of(options), form=form, output=output, strict=strict, verbose=verbose))
 
 
@@ -167,8 +170,13 @@ def fix(form: str, write_config: bool, install: bool, undo: bool, yes: bool, **o
     help="Go on from the last checkpoint after a death, each time by another way, at most N times.",
 )  # fmt: skip
 @click.argument("extra", nargs=-1, type=click.UNPROCESSED)
-def run(dry_run: bool, yes: bool, wait_for_nodes: float, retries: int, extra: tuple[str, ...], **options: Any) -> int:
+@click.pass_context
+def run(
+    context: click.Context, /, dry_run: bool, yes: bool, wait_for_nodes: float, retries: int, extra: tuple[str, ...],
+    **options: Any,
+) -> int:  # fmt: skip
     """Validate, repair in memory, launch the trainer. EXTRA after -- goes to the trainer."""
+    options["deep_timeout"] = _deep_seconds(context, options)
     how = {"dry_run": dry_run, "yes": yes, "extra": extra, "wait": wait_for_nodes, "retries": retries}
     return int(_command("run").run(inputs_of(options), **how))
 

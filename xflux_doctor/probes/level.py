@@ -20,6 +20,8 @@ from xflux_doctor.probes.runner import Outcome, run
 
 HUB_SECONDS = 5.0
 """The hub's own deadline: it answers in a fraction of a second, or something is wrong."""
+DEEP_SECONDS = 180.0
+"""Deadline of the deep level, which may have to wait out a hang and try again."""
 LEAST_SECONDS = 4.0
 """Less than this is no try."""
 
