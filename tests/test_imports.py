@@ -12,8 +12,8 @@ from conftest import ROOT
 
 # Floors from the ground up; inside a floor, a module may import those listed before it.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "files", "facts", "finding", "conditions", "matrix_types", "matrix_lint", "matrix", "choose", "pins",
-     "accelerate_sections", "accelerate_keys", "known_variables", "visible", "xflux_config", "xflux_images",
+    ("errors", "files", "redact", "facts", "finding", "conditions", "matrix_types", "matrix_lint", "matrix", "choose",
+     "pins",     "accelerate_sections", "accelerate_keys", "known_variables", "visible", "xflux_config", "xflux_images",
      "xflux", "shellwords", "command", "deepspeed_keys", "deepspeed_file", "job", "cluster", "placement", "batch",
      "launched", "topology"),
     (
@@ -47,7 +47,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
      "report.groups", "report.bars", "report.htmlparts", "report.htmlbars", "report.planhtml",
      "report.fleettext", "report.fleetjson", "report"),
     ("commands.check", "commands.planned", "commands.fix", "commands.undo", "commands.install", "commands.lighter",
-     "commands.again", "commands.explain", "commands.plan",
+     "commands.again", "commands.bundle", "commands.explain", "commands.plan",
      "commands.matrix", "commands.nodes", "commands.together", "commands.gate", "commands.shown", "commands.run",
      "commands.fleet",
      "commands", "cli"),

@@ -244,9 +244,11 @@ def fleet(
 @cli.command()
 @click.argument("log")
 @click.option("--format", "form", type=click.Choice(["text", "json"]), default="text")
-def explain(log: str, form: str) -> int:
+@click.option("--bundle", metavar="FILE.tar.gz", help="Write what a bug report needs, without secrets and names.")
+@click.option("--keep-hosts", is_flag=True, help="Leave host names and addresses in the bundle.")
+def explain(log: str, form: str, bundle: str | None, keep_hosts: bool) -> int:
     """The cause of a failed run, from its LOG, its run FOLDER, or - for standard input."""
-    return int(_command("explain").run(log, form=form))
+    return int(_command("explain").run(log, form=form, bundle=bundle, hosts=keep_hosts))
 
 
 @cli.command()

@@ -297,6 +297,7 @@ def _finish(folder: Path, log: Path, end: End, *, quiet: bool = False) -> None:
         cause = explain.as_dict(diagnosis, lighter)
         click.echo(f"\nThe training ended with {end.exit_code} after {end.seconds:.0f} s.")
         click.echo(explain.words(diagnosis, lighter))
+        click.echo(explain.suggestion(diagnosis, folder), nl=False)
         click.echo(f"    log: {log}")
     elif quiet:
         pass
