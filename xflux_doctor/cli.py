@@ -252,6 +252,15 @@ def explain(log: str, form: str, bundle: str | None, keep_hosts: bool) -> int:
 
 
 @cli.command()
+@click.argument("folder", metavar="RUN")
+@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text")
+@click.option("--html", metavar="FILE", help="Write it as a page as well, with the loss curve and the samples.")
+def report(folder: str, form: str, html: str | None) -> int:
+    """One page of a run folder: what ran, what was changed, forecast and measured, how it ended, what is next."""
+    return int(_command("report").run(folder, form=form, html=html))
+
+
+@cli.command()
 @click.option("--python", metavar="EXE", help="Look into this interpreter instead of this one.")
 def facts(python: str | None) -> int:
     """The machine as JSON: attach it to a bug report, or judge it elsewhere with --facts."""

@@ -23,7 +23,7 @@ from xflux_doctor import matrix as matrices
 from xflux_doctor.check import Case, examine
 from xflux_doctor.checks import network
 from xflux_doctor.checks.words import devices
-from xflux_doctor.commands import gate, planned, together
+from xflux_doctor.commands import gate, planned, runfolder, together
 from xflux_doctor.commands.check import summarize
 from xflux_doctor.commands.fix import confirm, edited, new_accelerate, plan_of
 from xflux_doctor.commands.shown import show
@@ -171,6 +171,7 @@ def _launch(
     _record(folder, case, plan, summary, launch)
     if not me.quiet:
         click.echo(f"$ {launch.shell}\n  log: {log}\n")
+    runfolder.started(folder, log, launch.shell)
     end, log = _supervised(launch, copies, log, retries)
     try:
         _finish(folder, log, end, quiet=me.quiet)
@@ -187,12 +188,16 @@ def _supervised(launch: Launch, copies: _Copies, log: Path, retries: int) -> tup
     while end.exit_code and not end.interrupted and len(tried) < retries:
         explain: Any = importlib.import_module("xflux_doctor.commands.explain")
         again: Any = importlib.import_module("xflux_doctor.commands.again")
-        attempt = again.following(copies.folder, explain.of_file(log), tried)
+        diagnosis = explain.of_file(log)
+        attempt = again.following(copies.folder, diagnosis, tried)
         if attempt is None:
             break
         tried.add(attempt.mark)
         again.write(attempt, {name: path for name, path in files.items() if path.is_file()})
         click.echo(f"\nretry {len(tried)} of {retries} after {end.seconds:.0f} s: {attempt.words}\n")
+        runfolder.retried(
+            copies.folder, len(tried), attempt, explain.as_dict(diagnosis), end.exit_code, end.seconds, log
+        )
         log = _make_folder(copies.folder, len(tried))
         end = supervise(launch, log, _echo)
     return end, log
@@ -247,6 +252,8 @@ def _record(folder: Path, case: Case, plan: Plan, summary: Summary, launch: Laun
     record: dict[str, Any] = {
         "command": launch.shell,
         "argv": launch.argv,
+        "hash": runfolder.identity(case),
+        "stack": summary.stack,
         "added_environment": launch.added,
         "added_because": gate.added(case),
         "edits": [msgspec.to_builtins(edit) for edit in plan.edits],
@@ -254,6 +261,7 @@ def _record(folder: Path, case: Case, plan: Plan, summary: Summary, launch: Laun
         "forecast": _bill(plan),
     }
     write_atomic(folder / "launch.json", jsonreport.encode(record))
+    runfolder.plan(folder, case)
 
 
 def _bill(plan: Plan) -> dict[str, Any] | None:
@@ -306,6 +314,7 @@ def _finish(folder: Path, log: Path, end: End, *, quiet: bool = False) -> None:
     else:
         click.echo(f"\nDone in {end.seconds:.0f} s: {folder}")
     _result(folder, "train", end.exit_code, end.trainer_exit_code, end.signal, cause)
+    runfolder.ended(folder, log, end.exit_code, end.seconds, cause or {"cause": "none"})
 
 
 def _result(folder: Path, phase: str, code: int, trainer: int | None, number: int | None, cause: object) -> None:
