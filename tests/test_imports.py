@@ -40,7 +40,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("yamlnodes", "yamlscalar", "meaning", "plan", "yamlcomment", "yamltext", "jsontext", "repair", "joint", "nodes",
      "effective", "template", "launch",
      "explain.*", "explain", "inputs"),
-    ("guard", "supervise", "remember", "fleet.values", "fleet.reading", "fleet.fields", "fleet.node",
+    ("guard", "supervise", "preempt", "remember", "fleet.values", "fleet.reading", "fleet.fields", "fleet.node",
      "fleet.compare", "fleet.numbers", "fleet.links", "fleet.merge", "fleet.collect", "fleet.network",
      "fleet.__main__", "fleet"),
     ("report.placement", "report.summary", "report.text", "report.jsonreport", "report.planjson", "report.difference",

@@ -23,6 +23,7 @@ import click
 from xflux_doctor import __version__
 from xflux_doctor.errors import DoctorError
 from xflux_doctor.inputs import Inputs
+from xflux_doctor.preempt import Requeue
 from xflux_doctor.probes.level import DEEP_SECONDS
 
 _MOST = 1e6
@@ -169,16 +170,22 @@ def fix(form: str, write_config: bool, install: bool, undo: bool, yes: bool, **o
     "--retries", type=click.IntRange(0, 100), default=0, metavar="N",
     help="Go on from the last checkpoint after a death, each time by another way, at most N times.",
 )  # fmt: skip
+@click.option(
+    "--requeue-code", type=click.IntRange(1, 255), metavar="N",
+    help="What to end with after SIGUSR2, the notice of a preemption, once all is saved; given, after SIGTERM too. "
+    "[default: 75]",
+)  # fmt: skip
 @click.argument("extra", nargs=-1, type=click.UNPROCESSED)
 @click.pass_context
 def run(
     context: click.Context, /, dry_run: bool, yes: bool, wait_for_nodes: float, retries: int, extra: tuple[str, ...],
-    **options: Any,
+    requeue_code: int | None, **options: Any,
 ) -> int:  # fmt: skip
     """Validate, repair in memory, launch the trainer. EXTRA after -- goes to the trainer."""
     options["deep_timeout"] = _deep_seconds(context, options)
     how = {"dry_run": dry_run, "yes": yes, "extra": extra, "wait": wait_for_nodes, "retries": retries}
-    return int(_command("run").run(inputs_of(options), **how))
+    with Requeue(requeue_code) as requeue:
+        return requeue.exit_code(int(_command("run").run(inputs_of(options), **how)))
 
 
 @cli.command()

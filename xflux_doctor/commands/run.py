@@ -37,6 +37,7 @@ from xflux_doctor.inputs import Inputs, build
 from xflux_doctor.launch import Launch, build_rank
 from xflux_doctor.launch import build as build_launch
 from xflux_doctor.plan import Plan, lay
+from xflux_doctor.preempt import goes_on
 from xflux_doctor.report import jsonreport, text
 from xflux_doctor.report.summary import Summary
 from xflux_doctor.supervise import End
@@ -61,6 +62,8 @@ def run(
     plan, words = _planned(case, repaired)
     case = dataclasses.replace(case, job=plan.job)
     me = together.who(case)
+    if retries and me.count > 1:
+        raise UsageError(f"--retries starts one launch again, and this job has {me.count}.", together.NO_RETRIES)
     # Before the machines meet: what cannot be written here must not leave the others waiting for this one.
     copies = None if plan.blockers else _copies(case, plan, accelerate_text, me)
     meeting = None if plan.blockers or dry_run else together.gathering(case, me, wait)
@@ -118,6 +121,10 @@ def _planned(case: Case, plan: Plan) -> tuple[Plan, str]:
     """With the fastest settings that fit, and with the limit that the command line sets; and a sentence on the plan.
     Nobody need be asked."""
     train, limit = plan.job.train, plan.job.gpu_limit
+    if train is not None and not plan.blockers and goes_on(os.environ, Path(train.output_dir)):
+        edit = Edit("train", ("resume_from_checkpoint",), "latest", "a requeued job goes on from its last checkpoint")
+        plan = planned.laid(case, plan, (edit,))
+        train = plan.job.train
     if plan.blockers or train is None or not plan.job.bundled or plan.job.use_cpu:
         return plan, ""
     if limit is not None and train.gpu_limit_gib != limit / GIB:

@@ -61,9 +61,7 @@ class RunFiles:
                 files = [one.stat() for one in path.rglob("*") if one.is_file()]
                 written = max((one.st_mtime for one in files), default=None)
                 size, whole = sum(one.st_size for one in files), (path / "manifest.json").is_file()
-                found.append(
-                    {"name": path.name, "step": int(step), "bytes": size, "whole": whole, "written": written}
-                )
+                found.append({"name": path.name, "step": int(step), "bytes": size, "whole": whole, "written": written})
         return sorted(found, key=lambda one: one["step"])
 
     def images(self) -> list[Path]:

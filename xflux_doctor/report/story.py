@@ -136,8 +136,8 @@ def _speed(plan: Any, metrics: Any) -> dict[str, float | None]:
 
 def _points(lines: list[dict[str, Any]], key: str) -> list[list[float]]:
     """[step, value], thinned to the means of neighbours."""
-    found = [(step, value) for line in lines
-             if (step := number(line.get("step"))) is not None and (value := number(line.get(key))) is not None]  # fmt: skip
+    read = ((number(line.get("step")), number(line.get(key))) for line in lines)
+    found = [(step, value) for step, value in read if step is not None and value is not None]
     size = max(1, -(-len(found) // _POINTS))
     groups = [found[start : start + size] for start in range(0, len(found), size)]
     return [[sum(one[axis] for one in group) / len(group) for axis in (0, 1)] for group in groups]

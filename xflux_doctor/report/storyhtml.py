@@ -67,8 +67,8 @@ def _measured(body: Element, story: Mapping[str, Any]) -> None:
         _row(rows, one["where"], size(one["forecast"]), size(one["measured"]), one["off"])
     found = story["speed"]
     if any(found[key] is not None for key in ("forecast", "measured")):
-        told = (f"{found[key]:.3f} s" if found[key] is not None else "unknown" for key in ("forecast", "measured"))
-        _row(rows, "a step", *told, found["off"])
+        told = [f"{found[key]:.3f} s" if found[key] is not None else "unknown" for key in ("forecast", "measured")]
+        _row(rows, "a step", told[0], told[1], found["off"])
     for text in [*memory(story), *speed(story)][len(story["memory"]) :]:
         add(body, "p", text, "soft")
 
