@@ -1,8 +1,9 @@
 """A machine that is about to be taken away: the trainer saves, `run` ends with the code that requeues, and goes on.
 
 SIGUSR2 is that notice (Slurm: `#SBATCH --signal=B:USR2@120`; a watcher of a cloud's notice sends it by `kill -USR2`).
-Slurm itself requeues a batch job that ends with a code of its RequeueExit; elsewhere `scontrol requeue` does it. Source:
-Slurm's sbatch manual (--signal, --requeue, SLURM_RESTART_COUNT) and slurm.conf manual (RequeueExit). 75 is EX_TEMPFAIL
+Slurm itself requeues a batch job that ends with a code of its RequeueExit; elsewhere `scontrol requeue` does.
+
+Source: Slurm's sbatch manual (--signal, --requeue, SLURM_RESTART_COUNT) and slurm.conf manual (RequeueExit). 75 is EX_TEMPFAIL
 of sysexits.h: the same may be tried again.
 """
 
