@@ -145,7 +145,7 @@ def test_a_real_run(tmp_path: Path, model: Path) -> None:
     assert told["loss"]["points"][-1][1] == pytest.approx(metrics["loss"]["last"]) and told["heldout"]["points"]
     (host,) = told["memory"]
     assert host["measured"] == metrics["peak_host_bytes"]["overall"] and 0.5 < host["measured"] / host["forecast"] < 2
-    assert [event["what"].split()[0] for event in told["timeline"] if event["time"]] == ["started", "ended"]
+    assert [event["what"].split()[0].strip(",") for event in told["timeline"] if event["time"]] == ["started", "ended"]
     assert told["samples"] == ["samples/contact-sheet.png"] and "data:image/png" in storyhtml.page(told)
     assert told["ran"]["hash"] and told["checkpoints"][-1]["whole"]
     assert json.loads((out / "diagnosis.json").read_text())["cause"] == "none"
