@@ -3,8 +3,8 @@
 SIGUSR2 is that notice (Slurm: `#SBATCH --signal=B:USR2@120`; a watcher of a cloud's notice sends it by `kill -USR2`).
 Slurm itself requeues a batch job that ends with a code of its RequeueExit; elsewhere `scontrol requeue` does.
 
-Source: Slurm's sbatch manual (--signal, --requeue, SLURM_RESTART_COUNT) and slurm.conf manual (RequeueExit). 75 is EX_TEMPFAIL
-of sysexits.h: the same may be tried again.
+Source: Slurm's sbatch manual (--signal, --requeue, SLURM_RESTART_COUNT) and slurm.conf manual (RequeueExit). 75 is
+EX_TEMPFAIL of sysexits.h: the same may be tried again.
 """
 
 from __future__ import annotations
