@@ -41,7 +41,7 @@ def stacks() -> str:
 
 def help_text() -> str:
     blocks = []
-    for path in ((), ("check",), ("fix",), ("run",), ("plan",), ("nodes",), ("fleet",), ("explain",), ("facts",), ("matrix",)):
+    for path in ((), ("check",), ("fix",), ("run",), ("plan",), ("nodes",), ("fleet",), ("explain",), ("report",), ("facts",), ("matrix",)):
         command: click.Command = cli
         for name in path:
             assert isinstance(command, click.Group)

@@ -28,9 +28,11 @@ from conftest import ROOT, XFLUX_ACCELERATE, case, findings, job, machine
 from test_probes import assert_gone, here
 
 from xflux_doctor.checks import network
+from xflux_doctor.commands import gate, together
 from xflux_doctor.facts import AllReduce
+from xflux_doctor.inputs import Inputs
 from xflux_doctor.matrix import Matrix
-from xflux_doctor.probes import level, reduction
+from xflux_doctor.probes import level, reduction, retry
 from xflux_doctor.probes.each_gpu import Ask
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch")
@@ -265,6 +267,28 @@ class TestAnotherTry:
         (finding,) = findings(case(matrix, machine(matrix, allreduce=result), job(cpu=True)), network.all_reduce)
         assert finding.hint.startswith("With GLOO_SOCKET_IFNAME=lo, and nothing else changed, all stages passed")
         assert "one machine only" in finding.hint
+
+    def test_run_adds_what_is_proved(self, matrix: Matrix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The gate of `run`: the default level fails, the deep one finds the variable, the launch is given it."""
+        for name, value in environment({"kind": "interface", "ranks": [0, 1]}, tmp_path).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "passes"))
+        facts = here(matrix)
+        assert facts.python and facts.host
+        facts = msgspec.structs.replace(
+            facts,
+            python=msgspec.structs.replace(facts.python, executable=interpreter(tmp_path)),
+            host=msgspec.structs.replace(facts.host, interfaces={"lo": "unknown"}),
+        )
+        work = job(XFLUX_ACCELERATE.replace("num_processes: 8", "num_processes: 2"), cpu=True)
+        said: list[str] = []
+        quick = case(matrix, facts, work)
+        gated = gate.probed(quick, Inputs(cpu=True), together.who(quick), said.append)
+        assert gate.added(gated) == {"GLOO_SOCKET_IFNAME": retry.LOOPBACK}
+        assert gated.facts.environment["GLOO_SOCKET_IFNAME"] == "lo" and "trying what may help" in said[0]
+        (finding,) = findings(gated, network.all_reduce)
+        assert finding.severity == "warning" and "GLOO_SOCKET_IFNAME=lo only" in finding.seen
+        assert not (tmp_path / "passes").exists()  # it did not pass as the machine is
 
     def test_what_does_not_help_is_not_proposed(self, matrix: Matrix, tmp_path: Path) -> None:
         result = self.deep(matrix, tmp_path, {"kind": "kill", "stage": "init"})

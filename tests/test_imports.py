@@ -12,8 +12,8 @@ from conftest import ROOT
 
 # Floors from the ground up; inside a floor, a module may import those listed before it.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "files", "facts", "finding", "conditions", "matrix_types", "matrix_lint", "matrix", "choose", "pins",
-     "accelerate_sections", "accelerate_keys", "known_variables", "visible", "xflux_config", "xflux_images",
+    ("errors", "files", "redact", "facts", "finding", "conditions", "matrix_types", "matrix_lint", "matrix", "choose",
+     "pins",     "accelerate_sections", "accelerate_keys", "known_variables", "visible", "xflux_config", "xflux_images",
      "xflux", "shellwords", "command", "deepspeed_keys", "deepspeed_file", "job", "cluster", "placement", "batch",
      "launched", "topology", "floors"),
     (
@@ -42,15 +42,17 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("yamlnodes", "yamlscalar", "meaning", "plan", "yamlcomment", "yamltext", "jsontext", "repair", "joint", "nodes",
      "effective", "template", "launch",
      "explain.*", "explain", "inputs"),
-    ("guard", "supervise", "remember", "fleet.values", "fleet.reading", "fleet.fields", "fleet.node",
+    ("guard", "supervise", "preempt", "remember", "fleet.values", "fleet.reading", "fleet.fields", "fleet.node",
      "fleet.compare", "fleet.numbers", "fleet.links", "fleet.merge", "fleet.collect", "fleet.network",
      "fleet.__main__", "fleet"),
     ("report.placement", "report.summary", "report.text", "report.jsonreport", "report.planjson", "report.difference",
      "report.groups", "report.bars", "report.htmlparts", "report.htmlbars", "report.planhtml",
-     "report.fleettext", "report.fleetjson", "report"),
+     "report.fleettext", "report.fleetjson", "report.runfiles", "report.story", "report.storytext", "report.storyhtml",
+     "report"),
     ("commands.check", "commands.planned", "commands.fix", "commands.undo", "commands.install", "commands.lighter",
-     "commands.again", "commands.explain", "commands.plan",
-     "commands.matrix", "commands.nodes", "commands.together", "commands.run",
+     "commands.again", "commands.bundle", "commands.explain", "commands.plan",
+     "commands.matrix", "commands.nodes", "commands.together", "commands.gate", "commands.shown", "commands.runfolder",
+     "commands.report", "commands.run",
      "commands.fleet",
      "commands", "cli"),
 )  # fmt: skip

@@ -7,12 +7,17 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from conftest import case, job, machine
+from conftest import XFLUX_ACCELERATE, case, findings, gpus, job, machine
 
 from xflux_doctor import remember
-from xflux_doctor.facts import AllReduce, TorchFacts
+from xflux_doctor.check import Case
+from xflux_doctor.checks import network
+from xflux_doctor.commands import gate
+from xflux_doctor.facts import AllReduce, GpuHealth, TorchFacts, Xid
+from xflux_doctor.job import Override
 from xflux_doctor.launch import build
 from xflux_doctor.matrix import Matrix
+from xflux_doctor.probes import retry
 from xflux_doctor.probes.level import job_environment
 
 # The last three keep NVLink multicast off on hosts where it would put the GPUs out of service.
@@ -56,30 +61,62 @@ def test_a_pass_is_remembered_for_exactly_its_case(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("LD_LIBRARY_PATH", "")
-    facts = machine(matrix, count=2)
+    facts = machine(matrix, count=2, environment={"SLURM_JOB_ID": "1"})
     quick = case(matrix, facts, job())
-    assert remember.recall(quick) is None
-    passed = msgspec.structs.replace(facts, torch=TORCH, allreduce=AllReduce("nccl", 2, True, "done"))
-    remember.remember(dataclasses.replace(quick, facts=passed))
-    known = remember.recall(quick)
-    assert known is not None and known.torch == TORCH and known.allreduce and known.allreduce.ok
+    assert remember.recall(facts, remember.key(quick)) is None
+    passed = msgspec.structs.replace(facts, torch=TORCH, allreduce=AllReduce("nccl", 2, True, "done"), speeds={"a": 1})
+    for name in (remember.key(quick), remember.machine_key(quick)):
+        remember.remember(facts, passed, name)
+        assert remember.recall(facts, name) == passed  # whatever the probes had added
 
-    others = (
+    of_the_machine = (
         dataclasses.replace(quick, facts=machine(matrix, count=2, driver="590.1")),
         dataclasses.replace(quick, facts=machine(matrix, count=2, environment={"NCCL_P2P_DISABLE": "1"})),
         dataclasses.replace(quick, facts=machine(matrix, count=1)),
-        dataclasses.replace(quick, job=job("distributed_type: NO\n")),
-        dataclasses.replace(quick, job=job(rank=8)),
+        dataclasses.replace(quick, facts=machine(matrix, gpus=gpus(count=2, health=GpuHealth(ecc_uncorrected=1)))),
+        dataclasses.replace(quick, facts=machine(matrix, count=2, xids=(Xid(79, "0000:1", 5.0),))),
+        dataclasses.replace(quick, job=job(XFLUX_ACCELERATE.replace("num_processes: 8", "num_processes: 2"))),
         dataclasses.replace(quick, stack=matrix.stack("cuda12")),
     )
-    assert [remember.recall(other) for other in others] == [None] * len(others)
+    of_the_job = (
+        dataclasses.replace(quick, job=job(XFLUX_ACCELERATE.replace("bf16", "fp16"))),
+        dataclasses.replace(quick, job=job(rank=8)),
+        dataclasses.replace(quick, job=dataclasses.replace(job(), zero_text="{}")),
+        dataclasses.replace(quick, job=dataclasses.replace(job(), overrides={"x": Override(1, "SLURM_NNODES")})),
+    )
+    assert [name for other in of_the_machine for name in _kept(other)] == []
+    assert [_kept(other) for other in of_the_job] == [["machine"]] * len(of_the_job)
+    # the same job by Slurm's next number, and a log line that is a minute older
+    again = dataclasses.replace(quick, facts=machine(matrix, count=2, environment={"SLURM_JOB_ID": "2"}))
+    assert _kept(again) == ["job", "machine"]
     monkeypatch.setenv("LD_LIBRARY_PATH", "/opt/other")
-    assert remember.recall(quick) is None
+    assert _kept(quick) == []
 
 
-def test_a_failure_is_not_remembered(matrix: Matrix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _kept(one: Case) -> list[str]:
+    names = {"job": remember.key(one), "machine": remember.machine_key(one)}
+    return [what for what, name in names.items() if remember.recall(one.facts, name) is not None]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"torch": 1}', "\xff"])
+def test_a_damaged_pass_is_none(matrix: Matrix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    facts = machine(matrix, count=2)
-    failed = msgspec.structs.replace(facts, torch=TORCH, allreduce=AllReduce("nccl", 2, False, "init", 1))
-    remember.remember(case(matrix, failed, job()))
-    assert remember.recall(case(matrix, facts, job())) is None
+    folder = remember.folder({"XDG_CACHE_HOME": str(tmp_path)})
+    folder.mkdir(parents=True)
+    (folder / "name.json").write_bytes(text.encode("latin-1"))
+    assert remember.recall(machine(matrix), "name") is None
+
+
+def test_a_variable_that_a_probe_proved_is_added(matrix: Matrix) -> None:
+    """Then the finding only warns, with its price; without it in the launch it is an error."""
+    failed = AllReduce("nccl", 2, False, "init", 0, "did not end", helped=("NCCL_P2P_DISABLE=1",))
+    facts = machine(matrix, count=2, allreduce=failed)
+    (stops,) = findings(case(matrix, facts, job()), network.all_reduce)
+    assert stops.severity == "error"
+    given = msgspec.structs.replace(facts, environment={"NCCL_P2P_DISABLE": "1"})
+    (warns,) = findings(case(matrix, given, job()), network.all_reduce)
+    assert warns.severity == "warning" and "several times slower" in warns.because
+    assert gate.added(case(matrix, given, job())) == {"NCCL_P2P_DISABLE": retry.COSTS["NCCL_P2P_DISABLE"]}
+    launch = build("python", job(), Path("a.yaml"), Path("t.yaml"), USERS).adding(network.proven(failed))
+    assert launch.added == {"NCCL_P2P_DISABLE": "1"} and launch.env == {**USERS, "NCCL_P2P_DISABLE": "1"}
+    assert launch.shell.startswith("NCCL_P2P_DISABLE=1 python")

@@ -23,11 +23,11 @@ import click
 from xflux_doctor import __version__
 from xflux_doctor.errors import DoctorError
 from xflux_doctor.inputs import Inputs
+from xflux_doctor.preempt import Requeue
+from xflux_doctor.probes.level import DEEP_SECONDS
 
 _MOST = 1e6
 """Seconds or GiB: more is a slip of the finger."""
-DEEP_SECONDS = 180.0
-"""Deadline of the deep level, which may have to wait out a hang and try again."""
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -81,9 +81,7 @@ def _deepened(context: click.Context, options: dict[str, Any], *, deep: bool) ->
     if deep and (options["quick"] or options["facts"]):
         other = "--quick starts no child" if options["quick"] else "--facts judges a recorded machine"
         raise click.UsageError(f"--deep looks at this machine with children of its own, and {other}: give one of them.")
-    if deep and context.get_parameter_source("timeout") is click.core.ParameterSource.DEFAULT:
-        options["timeout"] = DEEP_SECONDS
-    return {**options, "deep": deep}
+    return {**options, "deep": deep, "deep_timeout": _deep_seconds(context, options)}
 
 
 def _command(name: str) -> Any:
@@ -108,6 +106,12 @@ def inputs_of(options: dict[str, Any]) -> Inputs:
                 raise click.BadParameter(f"There is no check {code!r}; see -v for the codes.", param_hint=f"--{name}")
     names = Inputs.__dataclass_fields__
     return Inputs(**{name: value for name, value in options.items() if name in names})
+
+
+def _deep_seconds(context: click.Context, options: dict[str, Any]) -> float:
+    """--timeout, where it was given: the deep level has more time than the default one."""
+    given = context.get_parameter_source("timeout") is not click.core.ParameterSource.DEFAULT
+    return float(options["timeout"]) if given else DEEP_SECONDS
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -177,11 +181,22 @@ def fix(
     "--retries", type=click.IntRange(0, 100), default=0, metavar="N",
     help="Go on from the last checkpoint after a death, each time by another way, at most N times.",
 )  # fmt: skip
+@click.option(
+    "--requeue-code", type=click.IntRange(1, 255), metavar="N",
+    help="What to end with after SIGUSR2, the notice of a preemption, once all is saved; given, after SIGTERM too. "
+    "[default: 75]",
+)  # fmt: skip
 @click.argument("extra", nargs=-1, type=click.UNPROCESSED)
-def run(dry_run: bool, yes: bool, wait_for_nodes: float, retries: int, extra: tuple[str, ...], **options: Any) -> int:
+@click.pass_context
+def run(
+    context: click.Context, /, dry_run: bool, yes: bool, wait_for_nodes: float, retries: int, extra: tuple[str, ...],
+    requeue_code: int | None, **options: Any,
+) -> int:  # fmt: skip
     """Validate, repair in memory, launch the trainer. EXTRA after -- goes to the trainer."""
+    options["deep_timeout"] = _deep_seconds(context, options)
     how = {"dry_run": dry_run, "yes": yes, "extra": extra, "wait": wait_for_nodes, "retries": retries}
-    return int(_command("run").run(inputs_of(options), **how))
+    with Requeue(requeue_code) as requeue:
+        return requeue.exit_code(int(_command("run").run(inputs_of(options), **how)))
 
 
 @cli.command()
@@ -247,9 +262,20 @@ def fleet(
 @cli.command()
 @click.argument("log")
 @click.option("--format", "form", type=click.Choice(["text", "json"]), default="text")
-def explain(log: str, form: str) -> int:
+@click.option("--bundle", metavar="FILE.tar.gz", help="Write what a bug report needs, without secrets and names.")
+@click.option("--keep-hosts", is_flag=True, help="Leave host names and addresses in the bundle.")
+def explain(log: str, form: str, bundle: str | None, keep_hosts: bool) -> int:
     """The cause of a failed run, from its LOG, its run FOLDER, or - for standard input."""
-    return int(_command("explain").run(log, form=form))
+    return int(_command("explain").run(log, form=form, bundle=bundle, hosts=keep_hosts))
+
+
+@cli.command()
+@click.argument("folder", metavar="RUN")
+@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text")
+@click.option("--html", metavar="FILE", help="Write it as a page as well, with the loss curve and the samples.")
+def report(folder: str, form: str, html: str | None) -> int:
+    """One page of a run folder: what ran, what was changed, forecast and measured, how it ended, what is next."""
+    return int(_command("report").run(folder, form=form, html=html))
 
 
 @cli.command()

@@ -26,7 +26,7 @@ from xflux_doctor.job import Job
 from xflux_doctor.launched import under_command, xflux_script
 from xflux_doctor.matrix import Matrix, Stack
 from xflux_doctor.pins import version_of
-from xflux_doctor.probes.level import probe
+from xflux_doctor.probes.level import DEEP_SECONDS, probe
 from xflux_doctor.visible import choice, visible
 from xflux_doctor.xflux import SCRIPTS
 
@@ -51,6 +51,7 @@ class Inputs:
     take: tuple[str, ...] = ()
     """Codes whose offers are made as edits."""
     timeout: float = 60.0
+    deep_timeout: float = DEEP_SECONDS
     matrix: str | None = None
     """A site's own matrix file, laid over ours."""
     xflux: str | None = None
@@ -184,5 +185,5 @@ def probed(case: Case, inputs: Inputs) -> Case:
     """The case with the facts of the default level or the deep one. Recorded facts are taken as they are."""
     if inputs.quick or inputs.facts:
         return case
-    ask = ask_of(case) if inputs.deep else None
-    return dataclasses.replace(case, facts=probe(case.facts, case.job, os.environ, inputs.timeout, ask))
+    ask, seconds = (ask_of(case), inputs.deep_timeout) if inputs.deep else (None, inputs.timeout)
+    return dataclasses.replace(case, facts=probe(case.facts, case.job, os.environ, seconds, ask))

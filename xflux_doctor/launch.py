@@ -29,6 +29,10 @@ class Launch:
         """The command as a person would type it."""
         return " ".join([*(f"{k}={shlex.quote(v)}" for k, v in self.added.items()), shlex.join(self.argv)])
 
+    def adding(self, variables: Mapping[str, str]) -> Launch:
+        """The same with more variables."""
+        return Launch(self.argv, {**self.env, **variables}, {**self.added, **variables})
+
 
 def build(
     python: str, job: Job, accelerate: Path, train: Path, environ: Mapping[str, str], extra: tuple[str, ...] = ()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from xflux_doctor.check import Case, Check, check
 from xflux_doctor.cluster import task
 from xflux_doctor.facts import AllReduce, Meeting
-from xflux_doctor.finding import Finding, error
+from xflux_doctor.finding import Finding, error, warning
 from xflux_doctor.probes import signs
 from xflux_doctor.probes.retry import cost
 from xflux_doctor.probes.signs import Sign
@@ -39,6 +39,14 @@ def all_reduce(case: Case) -> Iterator[Finding]:
     doing = f", at '{result.doing}'" if result.doing else ""
     frame = f"; its Python stood in {result.frame}" if result.frame else ""
     stage = _MEANING.get(result.stage, result.stage)
+    if result.helped and all(case.facts.environment.get(n) == v for n, v in proven(result).items()):
+        names = " and ".join(result.helped)
+        yield warning(
+            f"A {result.backend} all-reduce of {result.ranks} ranks passed all stages with {names} only.",
+            f"This launch is given it: {'; '.join(map(cost, result.helped))}. Without it: {result.detail}{frame}.",
+            f"Mend this machine; set {names} yourself to skip the search at each start.",
+        )
+        return
     because = f"{stage[0].upper()}{stage[1:]}: training would hang or stop at the same place."
     yield error(
         f"{who} failed a {result.backend} all-reduce after stage '{result.stage}'{doing} in {result.seconds:.0f} s: "
@@ -46,6 +54,11 @@ def all_reduce(case: Case) -> Iterator[Finding]:
         f"{sign.name[0].upper()}{sign.name[1:]}: {sign.because} {because}" if sign else because,
         " ".join(_hints(case, result, sign)),
     )
+
+
+def proven(result: AllReduce) -> dict[str, str]:
+    """The variables under which a reduction that failed without them passed."""
+    return {name: value for name, _, value in (assignment.partition("=") for assignment in result.helped)}
 
 
 def _hints(case: Case, result: AllReduce, sign: Sign | None) -> Iterator[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,15 +19,30 @@ from xflux_doctor.explain.folder import diagnose_folder, logs_in
 from xflux_doctor.report import jsonreport
 
 
-def run(log: str, *, form: str) -> int:
-    """Exit 1 when a cause was found, 0 when the log shows none."""
+def run(log: str, *, form: str, bundle: str | None = None, hosts: bool = False) -> int:
+    """Exit 1 when a cause was found, 0 when the log shows none. `bundle`: the file of a bug report to write."""
+    if bundle is not None and log == "-":
+        raise DoctorError("--bundle needs a log or a run folder.", "Name the file in place of -.", code=2)
     diagnosis = _diagnosed(log)
     lighter = next_plan(diagnosis, Path(log)) if log != "-" else None
     if form == "json":
         click.echo(jsonreport.encode({"schema": 1, **as_dict(diagnosis, lighter)}), nl=False)
     else:
         click.echo(words(diagnosis, lighter))
+        if bundle is None and log != "-":
+            click.echo(suggestion(diagnosis, Path(log)), nl=False)
+    if bundle is not None:
+        to: Any = importlib.import_module("xflux_doctor.commands.bundle")  # only a bug report needs it
+        click.echo(to.write(Path(bundle), Path(log), as_dict(diagnosis, lighter), hosts=hosts), err=form == "json")
     return 1 if diagnosis else 0
+
+
+def suggestion(diagnosis: Diagnosis | None, path: Path) -> str:
+    """A line on how to report what no rule knows; nothing for a cause that is known."""
+    if diagnosis is None or diagnosis.cause != "unknown":
+        return ""
+    command = shlex.join(["xflux-doctor", "explain", str(path), "--bundle", "xflux-doctor-bundle.tar.gz"])
+    return f"    → For a bug report, without secrets:\n    $ {command}\n"
 
 
 def next_plan(diagnosis: Diagnosis | None, path: Path) -> Lighter | None:

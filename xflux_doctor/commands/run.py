@@ -17,30 +17,31 @@ import msgspec
 import yaml
 from xflux_trainer import config as train_config
 
-from xflux_doctor import cluster, remember
+from xflux_doctor import cluster
 from xflux_doctor import facts as facts_module
 from xflux_doctor import matrix as matrices
 from xflux_doctor.check import Case, examine
 from xflux_doctor.checks import network
 from xflux_doctor.checks.words import devices
-from xflux_doctor.commands import planned, together
+from xflux_doctor.commands import gate, planned, runfolder, together
 from xflux_doctor.commands.check import summarize
 from xflux_doctor.commands.fix import confirm, edited, new_accelerate, plan_of
+from xflux_doctor.commands.shown import show
 from xflux_doctor.commands.together import Self
 from xflux_doctor.deepspeed_file import KEY, SECTION
 from xflux_doctor.errors import DoctorError, UsageError
 from xflux_doctor.facts import Meeting
 from xflux_doctor.files import write_atomic
 from xflux_doctor.finding import Change, Edit, Finding
-from xflux_doctor.inputs import Inputs, build, probed
+from xflux_doctor.inputs import Inputs, build
 from xflux_doctor.launch import Launch, build_rank
 from xflux_doctor.launch import build as build_launch
 from xflux_doctor.plan import Plan, lay
+from xflux_doctor.preempt import goes_on
 from xflux_doctor.report import jsonreport, text
 from xflux_doctor.report.summary import Summary
 from xflux_doctor.supervise import End
 from xflux_doctor.supervise import run as supervise
-from xflux_doctor.verdict import held_by
 
 GIB = 1 << 30
 _DEEPSPEED = "deepspeed.json"
@@ -61,6 +62,8 @@ def run(
     plan, words = _planned(case, repaired)
     case = dataclasses.replace(case, job=plan.job)
     me = together.who(case)
+    if retries and me.count > 1:
+        raise UsageError(f"--retries starts one launch again, and this job has {me.count}.", together.NO_RETRIES)
     # Before the machines meet: what cannot be written here must not leave the others waiting for this one.
     copies = None if plan.blockers else _copies(case, plan, accelerate_text, me)
     meeting = None if plan.blockers or dry_run else together.gathering(case, me, wait)
@@ -68,15 +71,15 @@ def run(
         if meeting is not None:
             case = together.with_meeting(case, meeting.open(tolerant="NE104" in case.accepted))
         if not plan.blockers and (case.facts.meeting is None or case.facts.meeting.met):
-            case = _probe(case, inputs, me)
+            case = gate.probed(case, inputs, me, lambda line: None if me.quiet else click.echo(f"  {line}"))
         summary = summarize(case)
         if not me.quiet or summary.exit_code:
-            _show(repaired, plan, summary, words)
-        if not summary.exit_code and repaired.edits and not dry_run:
-            confirm(yes, "Train with these repairs? (Your files stay as they are.)")
+            show(repaired, plan, summary, words, gate.added(case))
+        if not summary.exit_code and (repaired.edits or gate.added(case)) and not dry_run:
+            confirm(yes, "Train with these changes? (Your files stay as they are.)")
         log = None if summary.exit_code or dry_run or copies is None else _make_folder(copies.folder)
         if meeting is not None and case.facts.meeting is not None and case.facts.meeting.met:
-            ended = meeting.agree(not summary.exit_code, inputs.timeout + wait)
+            ended = meeting.agree(not summary.exit_code, max(inputs.timeout, inputs.deep_timeout) + wait)
             if not summary.exit_code:
                 case, summary = _met(case, ended, summary, me)
     if summary.exit_code or copies is None:
@@ -118,21 +121,16 @@ def _planned(case: Case, plan: Plan) -> tuple[Plan, str]:
     """With the fastest settings that fit, and with the limit that the command line sets; and a sentence on the plan.
     Nobody need be asked."""
     train, limit = plan.job.train, plan.job.gpu_limit
+    if train is not None and not plan.blockers and goes_on(os.environ, Path(train.output_dir)):
+        edit = Edit("train", ("resume_from_checkpoint",), "latest", "a requeued job goes on from its last checkpoint")
+        plan = planned.laid(case, plan, (edit,))
+        train = plan.job.train
     if plan.blockers or train is None or not plan.job.bundled or plan.job.use_cpu:
         return plan, ""
     if limit is not None and train.gpu_limit_gib != limit / GIB:
         plan = planned.laid(case, plan, (Edit("train", ("gpu_limit_gib",), limit / GIB, "--gpu-limit"),))
     faster = planned.faster(case, plan)
     return (plan, "") if faster is None else (planned.laid(case, plan, faster.edits), faster.words)
-
-
-def _show(repaired: Plan, plan: Plan, summary: Summary, words: str) -> None:
-    click.echo(text.render(summary), nl=False)
-    for edit in repaired.edits:
-        click.echo(f"  repaired in memory: {text.describe(edit)}")
-    if words:
-        click.echo(f"  planned: {words}")
-    _show_bill(plan)
 
 
 def _met(case: Case, ended: Meeting, summary: Summary, me: Self) -> tuple[Case, Summary]:
@@ -157,32 +155,6 @@ def _with_accelerate(case: Case) -> tuple[Case, str]:
     return dataclasses.replace(case, job=job), new
 
 
-def _probe(case: Case, inputs: Inputs, me: Self) -> Case:
-    """The default level, unless it passed on exactly this machine, stack and config before."""
-    if me.rank_task is not None:  # N ranks would each start N children for the same answer
-        why = f"not probed: this process is rank {me.number} of {me.count} ({me.rank_task.source})"
-        unknown = {"allreduce": why, **case.facts.unknown}
-        return dataclasses.replace(case, facts=msgspec.structs.replace(case.facts, unknown=unknown))
-    known = remember.recall(case)
-    if known is not None and not inputs.facts:
-        return dataclasses.replace(case, facts=known)
-    case = probed(case, inputs)
-    if not inputs.quick and not inputs.facts:
-        remember.remember(case)
-    return case
-
-
-def _show_bill(plan: Plan) -> None:
-    if plan.bill is None:
-        return
-    on_gpu = held_by(plan.bill) if plan.bill.gpu else 0
-    what = f"{on_gpu / GIB:.1f} GiB per GPU, " if on_gpu else ""
-    click.echo(
-        f"  forecast (±{plan.bill.error_bar:.0%}): {what}{plan.bill.host_per_rank / GIB:.1f} GiB of host memory "
-        f"per rank, {plan.bill.disk_total / GIB:.2f} GiB of disk"
-    )
-
-
 def _launch(
     case: Case, plan: Plan, summary: Summary, copies: _Copies, me: Self, log: Path | None, *, extra: tuple[str, ...],
     retries: int,
@@ -196,14 +168,17 @@ def _launch(
         launch = build_rank(python, job, me.rank_task, number, copies.train, os.environ, extra)
     else:
         launch = build_launch(python, job, copies.accelerate, copies.train, os.environ, extra)
+    if case.facts.allreduce is not None:
+        launch = launch.adding(network.proven(case.facts.allreduce))
     if log is None:
-        click.echo(f"\n$ {launch.shell}")
+        click.echo(f"$ {launch.shell}")
         return 0
     for path, content in copies.texts.items():
         write_atomic(path, content)
     _record(folder, case, plan, summary, launch)
     if not me.quiet:
-        click.echo(f"\n$ {launch.shell}\n  log: {log}\n")
+        click.echo(f"$ {launch.shell}\n  log: {log}\n")
+    runfolder.started(folder, log, launch.shell)
     end, log = _supervised(launch, copies, log, retries)
     try:
         _finish(folder, log, end, quiet=me.quiet)
@@ -220,12 +195,16 @@ def _supervised(launch: Launch, copies: _Copies, log: Path, retries: int) -> tup
     while end.exit_code and not end.interrupted and len(tried) < retries:
         explain: Any = importlib.import_module("xflux_doctor.commands.explain")
         again: Any = importlib.import_module("xflux_doctor.commands.again")
-        attempt = again.following(copies.folder, explain.of_file(log), tried)
+        diagnosis = explain.of_file(log)
+        attempt = again.following(copies.folder, diagnosis, tried)
         if attempt is None:
             break
         tried.add(attempt.mark)
         again.write(attempt, {name: path for name, path in files.items() if path.is_file()})
         click.echo(f"\nretry {len(tried)} of {retries} after {end.seconds:.0f} s: {attempt.words}\n")
+        runfolder.retried(
+            copies.folder, len(tried), attempt, explain.as_dict(diagnosis), end.exit_code, end.seconds, log
+        )
         log = _make_folder(copies.folder, len(tried))
         end = supervise(launch, log, _echo)
     return end, log
@@ -280,12 +259,16 @@ def _record(folder: Path, case: Case, plan: Plan, summary: Summary, launch: Laun
     record: dict[str, Any] = {
         "command": launch.shell,
         "argv": launch.argv,
+        "hash": runfolder.identity(case),
+        "stack": summary.stack,
         "added_environment": launch.added,
+        "added_because": gate.added(case),
         "edits": [msgspec.to_builtins(edit) for edit in plan.edits],
         "accepted": sorted(case.accepted),
         "forecast": _bill(plan),
     }
     write_atomic(folder / "launch.json", jsonreport.encode(record))
+    runfolder.plan(folder, case)
 
 
 def _bill(plan: Plan) -> dict[str, Any] | None:
@@ -329,6 +312,7 @@ def _finish(folder: Path, log: Path, end: End, *, quiet: bool = False) -> None:
         cause = explain.as_dict(diagnosis, lighter)
         click.echo(f"\nThe training ended with {end.exit_code} after {end.seconds:.0f} s.")
         click.echo(explain.words(diagnosis, lighter))
+        click.echo(explain.suggestion(diagnosis, folder), nl=False)
         click.echo(f"    log: {log}")
     elif quiet:
         pass
@@ -337,6 +321,7 @@ def _finish(folder: Path, log: Path, end: End, *, quiet: bool = False) -> None:
     else:
         click.echo(f"\nDone in {end.seconds:.0f} s: {folder}")
     _result(folder, "train", end.exit_code, end.trainer_exit_code, end.signal, cause)
+    runfolder.ended(folder, log, end.exit_code, end.seconds, cause or {"cause": "none"})
 
 
 def _result(folder: Path, phase: str, code: int, trainer: int | None, number: int | None, cause: object) -> None:

@@ -19,6 +19,11 @@ from xflux_doctor.probes.meeting import Gathering, Place
 
 _PACKAGES = ("torch", "accelerate", "deepspeed", "xflux-doctor")
 
+NO_RETRIES = (
+    "The ranks of the others would wait for the one that starts again. Start all machines again with "
+    "resume_from_checkpoint: latest; under Slurm a requeued job does so by itself."
+)
+
 
 @dataclass(frozen=True)
 class Self:

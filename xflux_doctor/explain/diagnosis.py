@@ -7,7 +7,6 @@ error after which the training went on is none.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
@@ -19,11 +18,8 @@ from xflux_doctor.explain.reader import Mark, Reader
 from xflux_doctor.explain.rule import LEVELS, Level, Rule
 from xflux_doctor.explain.rules import RULES
 from xflux_doctor.explain.skimmer import Skimmer
+from xflux_doctor.redact import Redactor
 
-_SECRET = re.compile(
-    r"\bhf_[A-Za-z0-9]{8,}|\b(?:sk|pypi|ghp|gho)[-_][A-Za-z0-9_-]{16,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
-    r"|(?i:(?<=token=)|(?<=api_key=)|(?<=password=))[^\s&'\"\])]{6,}|\b[0-9a-f]{40}\b"
-)
 _BUFFER = 8192
 """What a process may have printed and not yet written when it dies."""
 
@@ -162,4 +158,4 @@ def _rank(seen: Reader, mark: Mark) -> int | None:
 
 def _evidence(mark: Mark) -> tuple[Evidence, ...]:
     lines = (mark.line,) if mark.frame is None or mark.frame is mark.line else (mark.frame, mark.line)
-    return tuple(Evidence(line.number, _SECRET.sub("***", line.text.strip())[:400], line.rank) for line in lines)
+    return tuple(Evidence(line.number, Redactor().text(line.text.strip())[:400], line.rank) for line in lines)

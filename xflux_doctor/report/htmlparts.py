@@ -46,18 +46,21 @@ th, td { text-align: left; vertical-align: top; padding: .3rem .9rem .3rem 0; bo
 td.num, thead th.num { text-align: right; } td.num, td.verdict, td code { white-space: nowrap; }
 thead th { vertical-align: bottom; } tbody th { font-weight: 400; min-width: 11rem; }
 tr.chosen th, tfoot th, tfoot td { font-weight: 700; } td.why { color: var(--soft); min-width: 14rem; }
-code { font-size: .9em; }
+code { font-size: .9em; } li code { white-space: pre-wrap; overflow-wrap: anywhere; }
+svg.curve { display: block; width: 100%; height: 220px; } .stroke { fill: none; stroke-width: 1.6;
+  vector-effect: non-scaling-stroke; } .stroke.g0 { stroke: var(--g0); } .stroke.g3 { stroke: var(--g3); }
+img.sample { display: block; max-width: 100%; height: auto; margin: .75rem 0; }
 @media print { .plan, tr { break-inside: avoid; } }
 """
 
 
-def start(title: str) -> tuple[Element, Element]:
-    """A new page, and the place for its content."""
+def start(title: str, *, images: bool = False) -> tuple[Element, Element]:
+    """A new page, and the place for its content. `images`: whether it holds any, inside of itself."""
     html = Element("html", lang="en")
     head = SubElement(html, "head")
     SubElement(head, "meta", charset="utf-8")
     SubElement(head, "meta", name="viewport", content="width=device-width, initial-scale=1")
-    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    policy = "default-src 'none'; style-src 'unsafe-inline'" + ("; img-src data:" if images else "")
     SubElement(head, "meta", {"http-equiv": "Content-Security-Policy", "content": policy})
     add(head, "title", title)
     SubElement(head, "style").text = STYLE
