@@ -129,6 +129,7 @@ def _snapshot(name: str, patterns: list[str]) -> Path:
 @contextmanager
 def _hub(name: str) -> Iterator[None]:
     """Turn what the hub's client says into a sentence and a next step."""
+    from huggingface_hub import constants
     from huggingface_hub.utils import (
         GatedRepoError,
         HfHubHTTPError,
@@ -146,6 +147,7 @@ def _hub(name: str) -> Iterator[None]:
     except RepositoryNotFoundError as error:
         raise ModelError(f"The hub has no model {name}, or it is private.", LOGIN) from error
     except LocalEntryNotFoundError as error:
-        raise ModelError(f"{name} is not on this machine and the hub cannot be reached.", OFFLINE) from error
+        why = "may not be asked (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else "cannot be reached"
+        raise ModelError(f"{name} is not on this machine and the hub {why}.", OFFLINE) from error
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise ModelError(f"{name} could not be downloaded: {first_line(error)}.", LOGIN) from error

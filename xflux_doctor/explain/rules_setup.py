@@ -61,7 +61,12 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "module-missing",
         "a Python package is not installed",
-        (Sign("No module named", r"ModuleNotFoundError: No module named '[^']+'"),),
+        (
+            Sign("No module named", r"ModuleNotFoundError: No module named '[^']+'"),
+            Sign("No module named 'torch_xla'", weight=21, code="LA208"),
+            Sign("is not available on this machine. Please ensure", r"FP8", code="LA207"),
+            Sign("to be installed.", r"Using `fp8` precision requires", code="LA207"),
+        ),
         "The program imports a package that this environment does not have.",
         "Install it into the environment that runs the job; check that it is the environment you think it is.",
         ("which python", "pip install NAME"),

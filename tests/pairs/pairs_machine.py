@@ -1,0 +1,163 @@
+"""Pairs: the machine: variables, limits, memory, disks, the toolchain."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from pair_kit import ACCELERATE, TORCHRUN, TRAINER, Pair, Place, skip
+
+TORCHRUN_TRAINS = "torchrun --nproc-per-node 2 -m xflux_trainer train --config train.yaml"
+
+
+def variable(**environment: str):
+    def break_it(place: Place) -> None:
+        place.environment.update(environment)
+
+    return break_it
+
+
+def launched(**environment: str):
+    def break_it(place: Place) -> None:
+        place.environment.update(environment)
+        place.start = ACCELERATE
+
+    return break_it
+
+
+def mounted(place: Place, mount: str) -> None:
+    """Start the check and the job with a mount of their own, which ends with them."""
+    inside = ("unshare", "--mount", "sh", "-c", f'{mount} && exec "$@"', "sh")
+    if (
+        not shutil.which("unshare")
+        or subprocess.run([*inside, "true"], capture_output=True, cwd=place.folder).returncode
+    ):
+        skip("nothing can be mounted here")
+    place.inside = inside
+
+
+def _small_shm(place: Place) -> None:
+    mounted(place, "mount -t tmpfs -o size=1m none /dev/shm")
+    place.script(
+        "import torch\n"
+        "data = torch.utils.data.DataLoader([torch.zeros(1 << 20)] * 8, batch_size=2, num_workers=2)\n"
+        "for batch in data:\n    print(batch.shape)\n"
+    )
+
+
+def _few_files(place: Place) -> None:
+    place.inside = ("sh", "-c", 'ulimit -n 96 && exec "$@"', "sh")
+    place.script(
+        "import torch\n"
+        "data = torch.utils.data.DataLoader([torch.zeros(4)] * 256, batch_size=None, num_workers=24)\n"
+        "kept = list(data)\n"
+    )
+
+
+def _disk_full(place: Place) -> None:
+    (place.folder / "out").mkdir()
+    mounted(place, "mount -t tmpfs -o size=160k none out")
+
+
+def _read_only(place: Place) -> None:
+    (place.folder / "out").mkdir()
+    mounted(place, "mount -t tmpfs -o ro none out")
+
+
+def _hub_cache(place: Place) -> None:
+    (place.folder / "ro").mkdir()
+    mounted(place, "mount -t tmpfs -o ro none ro")
+    place.environment.update(HF_HOME=str(place.folder / "ro"), HF_HUB_OFFLINE="-", HF_ENDPOINT="http://127.0.0.1:9")
+    place.train["pretrained_model"] = "black-forest-labs/FLUX.1-dev"
+
+
+def _pythonhome(place: Place) -> None:
+    place.check = ("--quick", "--launch", f"PYTHONHOME=/nowhere {TORCHRUN_TRAINS}")
+    place.start = ("env", "PYTHONHOME=/nowhere", *TORCHRUN, *TRAINER[1:])
+
+
+def _endpoint(place: Place) -> None:
+    place.environment.update(HF_ENDPOINT="hub.example.org", HF_HUB_OFFLINE="-")
+    place.train["pretrained_model"] = "black-forest-labs/FLUX.1-dev"
+
+
+def _unreachable(place: Place) -> None:
+    place.environment.update(HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="-")
+    place.train["pretrained_model"] = "black-forest-labs/FLUX.1-dev"
+    place.check = ()
+
+
+def _shadowed(place: Place) -> None:
+    (place.folder / "torch.py").write_text("# my notes on torch\n")
+
+
+def bare_path(place: Place, *without: str) -> None:
+    """A PATH with links to what the system's folders hold, but for some."""
+    folder = place.folder / "bin"
+    folder.mkdir()
+    for place_of in os.environ["PATH"].split(os.pathsep)[::-1]:
+        for file in Path(place_of).glob("*") if Path(place_of).is_dir() else ():
+            link = folder / file.name
+            if not any(file.name == w or file.name.startswith(f"{w}-") for w in without):
+                link.unlink(missing_ok=True)
+                link.symlink_to(file)
+    place.environment["PATH"] = str(folder)
+
+
+BUILD = (
+    "from torch.utils.cpp_extension import load_inline\n"
+    "load_inline('toy', 'int one() { return 1; }', functions=['one'], build_directory='.')\n"
+)
+ADAM = "from deepspeed.ops.op_builder import CPUAdamBuilder\nCPUAdamBuilder().load()\n"
+
+
+def _offloads(place: Place, code: str) -> None:
+    place.deepspeed(zero_stage=2, gradient_accumulation_steps=2, offload_optimizer_device="cpu")
+    place.accelerate["use_cpu"] = False
+    place.script(code)
+
+
+def _no_compiler(place: Place) -> None:
+    _offloads(place, ADAM)
+    bare_path(place, "c++", "g++", "gcc", "cc", "clang++", "clang", "x86_64-linux-gnu-g++", "x86_64-linux-gnu-gcc")
+
+
+def _no_ninja(place: Place) -> None:
+    _offloads(place, ADAM)
+    bare_path(place, "ninja")
+
+
+def _cuda_home(place: Place) -> None:
+    _offloads(place, ADAM)
+    place.environment.update(CUDA_HOME="/nowhere/cuda", DS_ACCELERATOR="cuda")
+    place.accelerate["use_cpu"] = False
+
+
+def _no_aio(place: Place) -> None:
+    place.deepspeed(
+        {
+            "zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/tmp"}},
+            "train_micro_batch_size_per_gpu": 1,
+        }
+    )
+    place.script("from deepspeed.ops.op_builder import AsyncIOBuilder\nAsyncIOBuilder().load()\n")
+
+
+PAIRS: tuple[Pair, ...] = (
+    Pair("debug-level", "variable-refused", "EN305", variable(TORCH_DISTRIBUTED_DEBUG="VERBOSE")),
+    Pair("threads-word", "variable-refused", "EN401", launched(OMP_NUM_THREADS="all")),
+    Pair("python-home", "variable-refused", "EN407", _pythonhome),
+    Pair("hub-endpoint", "variable-refused", "EN406", _endpoint),
+    Pair("hub-unreachable", "hub-offline", "WE104", _unreachable),
+    Pair("small-shm", "dataloader-shm-bus-error", "HO103", _small_shm),
+    Pair("few-files", "too-many-open-files", "HO105", _few_files),
+    Pair("disk-full", "disk-full", "DA102", _disk_full),
+    Pair("output-read-only", "output-not-writable", "DA102", _read_only),
+    Pair("torch-shadowed", "module-shadowed", "SW118", _shadowed),
+    Pair("no-compiler", "compiler-missing", "TC103", _no_compiler),
+    Pair("no-ninja", "ninja-missing", "TC104", _no_ninja),
+    Pair("cuda-home", "cuda-home-not-set", "TC101", _cuda_home),
+    Pair("no-libaio", "libaio-missing", "TC106", _no_aio),
+)
