@@ -93,6 +93,9 @@ def _complete(parts: dict[str, Path], place: Path) -> Base:
     for part in missing:
         if part in TEXT_REPOS:
             parts[part] = _snapshot(TEXT_REPOS[part], TEXT_FILES[TEXT_REPOS[part]])
+    for part in ("tokenizer", "tokenizer_2"):  # transformers makes a tokenizer of no words out of nothing
+        if not any(parts[part].iterdir()):
+            raise ModelError(f"{parts[part]} is empty.", "Download the model again.")
     parts.setdefault("scheduler", parts["transformer"].parent / "scheduler")
     return Base(**parts)
 

@@ -1,8 +1,7 @@
 """What a pair is: a broken job, what `check` says before its start, and what `explain` says after its real death.
 
-A fault is put into a sound job of one or two CPU ranks. Nothing of ours is mocked: `check` looks at this machine (or, where
-the fault is one of GPUs, at facts recorded of one), the job is started as a user without the doctor would start it,
-and `explain` reads what it really printed.
+A fault is put into a sound job of one or two CPU ranks. Nothing of ours is mocked: `check` looks at this machine,
+the job is started as a user without the doctor would start it, and `explain` reads what it really printed.
 """
 
 from __future__ import annotations

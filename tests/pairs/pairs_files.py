@@ -86,8 +86,9 @@ def _pointer(place: Place) -> None:
 
 def _cut_for_diffusers(place: Place) -> None:
     _cut_short(place)
+    model = place.train["pretrained_model"]
     place.script(
-        f"from diffusers import FluxTransformer2DModel as F\nF.from_pretrained({place.train['pretrained_model']!r}, subfolder='transformer')"
+        f"from diffusers import FluxTransformer2DModel as F\nF.from_pretrained({model!r}, subfolder='transformer')\n"
     )
 
 

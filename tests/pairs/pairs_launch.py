@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import sys
 from collections.abc import Callable
 
 from pair_kit import ACCELERATE, TORCHRUN, TRAINER, Pair, Place
@@ -105,13 +104,12 @@ def _port_taken(place: Place) -> None:
 
 
 def _name_unknown(place: Place) -> None:
-    words = f"--nnodes 2 --node-rank 1 --master-addr head.invalid --rdzv-conf timeout=8"
-    place.check = (
-        "--cpu",
-        "--launch",
-        f"torchrun --nproc-per-node 2 {words} -m xflux_trainer train --config train.yaml",
+    place.deepspeed(zero_stage=2, gradient_accumulation_steps=2, deepspeed_multinode_launcher="standard")
+    place.accelerate.update(
+        num_machines=2, machine_rank=1, num_processes=2, main_process_ip="head.invalid", main_process_port=29511
     )
-    place.start = (*TORCHRUN, *words.split(), *TRAINER[1:])
+    place.check = ()
+    place.start = (*ACCELERATE[:5], "--rdzv_conf", "timeout=8", *ACCELERATE[5:])
 
 
 def _interface(place: Place) -> None:

@@ -5,21 +5,24 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from pair_kit import ACCELERATE, TORCHRUN, TRAINER, Pair, Place, skip
 
 TORCHRUN_TRAINS = "torchrun --nproc-per-node 2 -m xflux_trainer train --config train.yaml"
 
 
-def variable(**environment: str):
+def variable(**environment: str) -> Callable[[Place], None]:
     def break_it(place: Place) -> None:
         place.environment.update(environment)
 
     return break_it
 
 
-def launched(**environment: str):
+def launched(**environment: str) -> Callable[[Place], None]:
     def break_it(place: Place) -> None:
         place.environment.update(environment)
         place.start = ACCELERATE
@@ -113,10 +116,15 @@ BUILD = (
 ADAM = "from deepspeed.ops.op_builder import CPUAdamBuilder\nCPUAdamBuilder().load()\n"
 
 
-def _offloads(place: Place, code: str) -> None:
-    place.deepspeed(zero_stage=2, gradient_accumulation_steps=2, offload_optimizer_device="cpu")
-    place.accelerate["use_cpu"] = False
+def _offloads(place: Place, code: str, **zero: Any) -> None:
+    """A script of the user's own, which builds the operator that the engine would build at its first step."""
+    file = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}, **zero},
+            "train_micro_batch_size_per_gpu": 1}  # fmt: skip
+    place.deepspeed(file)
+    place.accelerate.update(use_cpu=False, num_processes=1)
     place.script(code)
+    place.files = ("--accelerate-config", "accelerate.yaml")
+    place.check = ("--quick", "--launch", "accelerate launch --config_file accelerate.yaml script.py")
 
 
 def _no_compiler(place: Place) -> None:
@@ -130,19 +138,28 @@ def _no_ninja(place: Place) -> None:
 
 
 def _cuda_home(place: Place) -> None:
+    if place.run(place.python, "-c", "import torch; raise SystemExit(torch.version.cuda is None)").returncode:
+        skip("this torch is built without CUDA, and looks for no toolkit")
     _offloads(place, ADAM)
     place.environment.update(CUDA_HOME="/nowhere/cuda", DS_ACCELERATOR="cuda")
-    place.accelerate["use_cpu"] = False
 
 
 def _no_aio(place: Place) -> None:
-    place.deepspeed(
-        {
-            "zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/tmp"}},
-            "train_micro_batch_size_per_gpu": 1,
-        }
-    )
-    place.script("from deepspeed.ops.op_builder import AsyncIOBuilder\nAsyncIOBuilder().load()\n")
+    if Path("/usr/include/libaio.h").exists() or version("deepspeed") < "0.16":
+        skip("libaio is installed here, or this DeepSpeed builds the operator on GPU hosts only")
+    nvme = {"device": "nvme", "nvme_path": "/tmp"}
+    code = "from deepspeed.ops.op_builder import AsyncIOBuilder\nAsyncIOBuilder().load()\n"
+    _offloads(place, code, stage=3, offload_optimizer=nvme)
+
+
+def _killed(place: Place) -> None:
+    from group_kit import inside, limited
+
+    group = limited(380 << 20)
+    folder = group.__enter__()
+    place.closing.append(lambda: group.__exit__(None, None, None))
+    place.inside = tuple(inside(folder))
+    place.start = ACCELERATE
 
 
 PAIRS: tuple[Pair, ...] = (
@@ -159,5 +176,6 @@ PAIRS: tuple[Pair, ...] = (
     Pair("no-compiler", "compiler-missing", "TC103", _no_compiler),
     Pair("no-ninja", "ninja-missing", "TC104", _no_ninja),
     Pair("cuda-home", "cuda-home-not-set", "TC101", _cuda_home),
+    Pair("host-memory", "host-oom-kill", "ME102", _killed),
     Pair("no-libaio", "libaio-missing", "TC106", _no_aio),
 )

@@ -110,7 +110,7 @@ def shadowed(case: Case) -> Iterator[Finding]:
 
 @check("SW118", "no file here has a package's name")
 def shadowed_here(case: Case) -> Iterator[Finding]:
-    """`-m` puts the working folder first on the path: a torch.py there is imported in the package's place (sys.path)."""
+    """`-m` puts the working folder first on the path: a torch.py there is imported for the package (sys.path)."""
     for name in case.facts.shadows:
         package = name.removesuffix(".py")
         needed = package in STACK or (package == "deepspeed" and case.job.deepspeed)

@@ -31,4 +31,5 @@ CODES: dict[str, str] = {
     "nccl-unhandled-cuda-error": "NE101", "nccl-connection-refused": "NE101", "nccl-ib-link": "NE101",
     "nccl-segfault": "NE101", "rendezvous-timeout": "NE102", "rendezvous-unreachable": "NE103",
 }  # fmt: skip
-"""By the cause's id; a sign may know it closer (`Sign.code`). What no look at a machine could foresee, such as a loss that becomes NaN, has none."""
+"""By the cause's id; a sign may know it closer (`Sign.code`). What no look at a machine could foresee, such as a NaN
+loss, has none."""

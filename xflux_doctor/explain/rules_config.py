@@ -11,7 +11,9 @@ _EXTRA = r"Extra inputs are not permitted|extra fields not permitted"
 _DS_CONFIG = r"DeepSpeed\w*Config"
 _DS_PLUGIN = r"HfDeepSpeedConfig|DeepSpeedPlugin|in is_zero|find_config_node|deepspeed_plugin|utils/deepspeed\.py"
 """accelerate's reading of a DeepSpeed file (utils/deepspeed.py, utils/dataclasses.py)."""
-_DS_INLINE = r"ACCELERATE_DEEPSPEED_\w+|ACCELERATE_GRADIENT_\w+|DeepSpeedPlugin|in __post_init__[\s\S]*(?:zero_stage|zero3|clipping)"
+_DS_INLINE = (
+    r"ACCELERATE_(?:DEEPSPEED|GRADIENT)_\w+|DeepSpeedPlugin|in __post_init__[\s\S]*(?:zero_stage|zero3|clipping)"
+)
 """accelerate's reading of its own deepspeed_config, which comes to the ranks in variables."""
 _DS = "https://www.deepspeed.ai/docs/config-json/"
 _ACC_DS = "https://huggingface.co/docs/accelerate/usage_guides/deepspeed"

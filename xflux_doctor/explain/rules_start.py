@@ -7,7 +7,7 @@ from xflux_doctor.explain.rule import Rule, Sign
 
 _WEIGHTS = r"(?:pytorch_model|model|diffusion_pytorch_model|flux\w*|ae)[\w.-]*\.(?:safetensors|sft|bin)"
 _NOT_WRITTEN = r"(?:PermissionError|OSError|NotADirectoryError|FileExistsError): \[Errno (?:1|13|17|20|30)\]"
-_FOLDERS = "(?:torch|accelerate|diffusers|transformers|datasets|deepspeed|peft|numpy|safetensors|PIL|yaml|tokenizers)"
+_FOLDERS = "(torch|accelerate|diffusers|transformers|datasets|deepspeed|peft|numpy|safetensors|PIL|yaml|tokenizers)"
 """Packages that are folders: a single file of that name is another's."""
 _SAVES = r"save|makedirs|mkdir|open\(|Writer|checkpoint|log"
 
@@ -20,7 +20,9 @@ RULES: tuple[Rule, ...] = (
             Sign("is not a FLUX.", r"^error: .* is not a FLUX\.1 pipeline in diffusers' layout"),
             Sign("cannot be loaded: Error no file named", r"^error: "),
             Sign(
-                "Download the model again.", r"^error: .*(?:is missing|lacks|holds neither|cannot be loaded)", weight=48
+                "Download the model again.",
+                r"^error: .*(?:is missing|is empty|lacks|holds neither|cannot be loaded)",
+                weight=48,
             ),
             Sign("which is not a file. Correct ", r"^error: The environment variable"),
             Sign("no file named ", rf"OSError: Error no file named {_WEIGHTS}"),
@@ -38,7 +40,7 @@ RULES: tuple[Rule, ...] = (
         (
             Sign("Cannot write ", r"^error: Cannot write .*: (?:permission denied|operation not permitted)"),
             Sign("Cannot write ", r"^error: Cannot write .*: (?:read-only file system|not a directory|file exists)"),
-            Sign("Cannot write the cache ", r"^error: Cannot write the cache .*", weight=56, code="ST106"),
+            Sign("Cannot write the cache ", r"^error: .*(?:permi|read-only|not a dir|exists)", weight=56, code="ST106"),
             Sign("Errno", _NOT_WRITTEN, within=_SAVES),
             Sign(
                 "Errno", _NOT_WRITTEN, within=r"huggingface_hub/|hub/cache|/\.triton|/\.cache", weight=56, code="ST106"
@@ -60,11 +62,6 @@ RULES: tuple[Rule, ...] = (
                 "No scheme supplied", r"Invalid URL '[^']*api/models|Invalid URL '[^']*resolve", weight=68, code="EN406"
             ),
             Sign("No module named 'encodings'", code="EN407"),
-            Sign("CUDA_DEVICE_ORDER", r"(?i)(?:invalid|error).*CUDA_DEVICE_ORDER", code="EN104"),
-            Sign(
-                "TORCH_NCCL_", r"Error: .*(?:Invalid value for environment variable|TORCH_NCCL_\w+ must)", code="EN307"
-            ),
-            Sign("hf_transfer", r"(?:ValueError|ImportError): .*HF_HUB_ENABLE_HF_TRANSFER", code="EN405"),
         ),
         "It was set for another program or is misspelt: the library reads it at its start and stops.",
         "Correct the variable that the message names, or unset it.",
@@ -75,8 +72,8 @@ RULES: tuple[Rule, ...] = (
         "module-shadowed",
         "a file of the job's own folder is imported in a package's place",
         (
-            Sign("cannot import name", rf"from (?:partially initialized module )?'{_FOLDERS}' \(\S+/\w+\.py\)"),
-            Sign("consider renaming", r"(?:AttributeError|ImportError): .*consider renaming"),
+            Sign("cannot import name", rf"from (?:partially initialized module )?'{_FOLDERS}' \(\S+/\1\.py\)"),
+            Sign("consider renaming", rf"(?:AttributeError|ImportError): .*consider renaming '\S+/{_FOLDERS}\.py'"),
             Sign("is not a package", rf"No module named '{_FOLDERS}\.[\w.]+'; '\w+' is not a package"),
         ),
         "Python looks into the script's or the working folder first: a torch.py there wins over the real torch.",
@@ -162,10 +159,8 @@ SIGNS: dict[str, tuple[Sign, ...]] = {
     "invalid-device-ordinal": (Sign("GPU(s) here.", r"^error: Process \d+ of \d+ finds only"),),
     "no-nvidia-driver": (Sign("torch finds no GPU here", r"^error: "),),
     "disk-full": (
-        Sign(
-            "Cannot write ", r"^error: Cannot write .*: (?:no space left on device|disk quota exceeded)", code="DA102"
-        ),
-        Sign("Cannot write the cache ", r"^error: .*(?:no space left on|quota exceeded)", weight=51, code="ST102"),
+        Sign("Cannot write ", r"^error: Cannot write .*: (?:no space|disk quota exceeded)", weight=51, code="DA102"),
+        Sign("Cannot write the cache ", r"^error: .*(?:no space|disk quota exceeded)", weight=52, code="ST102"),
     ),
 }
 """What the bundled trainer says (trainer/errors.py: `error: `, what was seen, what to do next), by the cause."""
