@@ -18,6 +18,13 @@ def said(*sentences: str) -> list[str]:
 
 
 MORE: dict[str, list[str]] = {
+    "version-skew-import": [
+        crash("ImportError: cannot import name 'LocalEntryNotFoundError' from 'huggingface_hub.errors' (/x/huggingface_hub/errors.py)"),
+        crash("ImportError: Found an incompatible version of torchao. Found version 0.15.0, but only versions above 0.16.0 are supported"),
+        crash("TypeError: scaled_dot_product_attention() got an unexpected keyword argument 'enable_gqa'"),
+        crash("ValueError: infer_schema(func): Parameter q has unsupported type torch.Tensor. The valid types are: dict_keys([])"),
+    ],
+    "missing-shared-library": [crash("ImportError: libcudnn.so.9: cannot open shared object file: No such file or directory")],
     "config-missing-key": [
         *said("train.yaml: learning_rte: is not a key of the train config. Did you mean learning_rate?",
               "train config: lora_targets: matches no layer. Name endings such as attn.to_q."),
@@ -69,20 +76,26 @@ MORE: dict[str, list[str]] = {
         "flux cannot be read as a FLUX.1 model: flux/a.safetensors is cut short. Download it again.",
         "out/checkpoint-2/a.safetensors is not as it was written. Remove that folder.",
     ),
-    "hub-gated": said(
+    "hub-gated": [
+        crash("huggingface_hub.errors.GatedRepoError: 401 Client Error. (Request ID: x)"),
+        crash("huggingface_hub.errors.RepositoryNotFoundError: 404 Client Error. (Request ID: x)"),
+        *said(
         "black-forest-labs/FLUX.1-dev is gated: this account has not been let in. Accept its licence.",
-        "The hub has no model me/flux, or it is private. Log in.",
-    ),
-    "hub-offline": said(
+        "The hub has no model me/flux, or it is private. Log in."),
+    ],
+    "hub-offline": [
+        crash("huggingface_hub.errors.LocalEntryNotFoundError: An error happened while trying to locate the file."),
+        *said(
         "black-forest-labs/FLUX.1-dev is not on this machine and the hub cannot be reached. Connect to the network.",
-        "black-forest-labs/FLUX.1-dev is not on this machine and the hub may not be asked (HF_HUB_OFFLINE is set). Unset it.",
-    ),
+        "black-forest-labs/FLUX.1-dev is not on this machine and the hub may not be asked (HF_HUB_OFFLINE is set). Unset it."),
+    ],
     "module-missing": [
         *said("quantization nf4 needs bitsandbytes, which is not installed. Install it with `pip install bitsandbytes`, or set another quantization.",
               "optimizer is adamw8bit, but torchao cannot be imported: No module. Run `pip install 'torchao'`, or set optimizer to adamw or adafactor.",
               "train.parquet is a table. Run `pip install pyarrow`.",
               "control_type is canny. Run `pip install opencv-python-headless`, or set control_type to files."),
         crash("ModuleNotFoundError: No module named 'torch_xla'"),
+        crash("ModuleNotFoundError: No module named 'diffusers'"),
         crash("RuntimeError: FP8 is not available on this machine. Please ensure that either Transformer Engine, MSAMP or torchao is installed."),
         crash("ValueError: Using `fp8` precision requires `transformer_engine` or `MS-AMP` to be installed."),
     ],

@@ -121,7 +121,7 @@ PAIRS: tuple[Pair, ...] = (
     Pair("accelerate-type-unknown", "config-missing-key", "LA104", _accelerate_type),
     Pair("accelerate-yaml-broken", "config-missing-key", "LA101", _accelerate_broken),
     Pair("dataset-folder-absent", "dataset-file-missing", "DA101", _no_folder),
-    Pair("caption-absent", "dataset-file-missing", "DA101", _no_caption),
+    Pair("caption-absent", "dataset-file-missing", "DA101", _no_caption, quick=True),
     Pair("caption-key-absent", "dataset-key-missing", "DA101", _no_caption_key),
     Pair("image-broken", "image-decode", "DA101", _broken_image, quick=True),
     Pair("image-is-html", "image-decode", "DA101", _not_an_image),
@@ -131,7 +131,7 @@ PAIRS: tuple[Pair, ...] = (
     Pair("weights-are-a-pointer", "corrupt-checkpoint", "WE101", _pointer),
     Pair("weights-cut-short-diffusers", "corrupt-checkpoint", "WE101", _cut_for_diffusers),
     Pair("tokenizer-absent", "model-file-missing", "WE101", _no_tokenizer),
-    Pair("hub-offline", "hub-offline", "WE102", _hub_offline),
-    Pair("output-is-a-file", "output-not-writable", "DA102", _output_is_a_file),
+    Pair("hub-offline", "hub-offline", "WE102", _hub_offline, quick=True),
+    Pair("output-is-a-file", "output-not-writable", "DA102", _output_is_a_file, quick=True),
     Pair("cache-is-a-file", "output-not-writable", "ST106", _cache_is_a_file),
 )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import http.server
 import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +95,37 @@ def _unreachable(place: Place) -> None:
     place.check = ()
 
 
+class _Gate(http.server.BaseHTTPRequestHandler):
+    """A hub that lets nobody in, as it answers for a gated model."""
+
+    def do_HEAD(self) -> None:
+        self.send_response(401)
+        self.send_header("X-Error-Code", "GatedRepo")
+        self.send_header("X-Error-Message", "Access to model is restricted.")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_HEAD
+
+    def log_message(self, *arguments: object) -> None:
+        return
+
+
+def _gated(place: Place) -> None:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Gate)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    place.closing += [server.shutdown, server.server_close]
+    place.environment.update(HF_ENDPOINT=f"http://127.0.0.1:{server.server_address[1]}", HF_HUB_OFFLINE="-")
+    place.train["pretrained_model"] = "black-forest-labs/FLUX.1-dev"
+    place.check = ()
+
+
+def _format_missing(place: Place) -> None:
+    if find_spec("bitsandbytes") is not None:
+        skip("bitsandbytes is installed here")
+    place.train["quantization"] = "nf4"
+
+
 def _shadowed(place: Place) -> None:
     (place.folder / "torch.py").write_text("# my notes on torch\n")
 
@@ -168,11 +202,13 @@ PAIRS: tuple[Pair, ...] = (
     Pair("python-home", "variable-refused", "EN407", _pythonhome),
     Pair("hub-endpoint", "variable-refused", "EN406", _endpoint),
     Pair("hub-unreachable", "hub-offline", "WE104", _unreachable),
+    Pair("hub-gated", "hub-gated", "WE104", _gated),
+    Pair("format-missing", "module-missing", "SW116", _format_missing),
     Pair("small-shm", "dataloader-shm-bus-error", "HO103", _small_shm),
     Pair("few-files", "too-many-open-files", "HO105", _few_files),
     Pair("disk-full", "disk-full", "DA102", _disk_full),
     Pair("output-read-only", "output-not-writable", "DA102", _read_only),
-    Pair("torch-shadowed", "module-shadowed", "SW118", _shadowed),
+    Pair("torch-shadowed", "module-shadowed", "SW118", _shadowed, quick=True),
     Pair("no-compiler", "compiler-missing", "TC103", _no_compiler),
     Pair("no-ninja", "ninja-missing", "TC104", _no_ninja),
     Pair("cuda-home", "cuda-home-not-set", "TC101", _cuda_home),

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 CODES: dict[str, str] = {
     # The machine's setup
-    "no-nvidia-driver": "HW101", "driver-too-old": "HW102", "torch-no-cuda-build": "SW107", "no-visible-gpu": "SW107",
+    "no-nvidia-driver": "HW101", "driver-too-old": "HW102", "torch-no-cuda-build": "SW103", "no-visible-gpu": "SW107",
     "invalid-device-ordinal": "LA105", "nccl-duplicate-gpu": "LA105", "bf16-unsupported": "HW104",
     "no-kernel-image": "HW103", "exclusive-process": "HW105", "fabric-manager": "HW117", "mig-device": "HW118",
     "gpu-ecc-error": "HW110", "gpu-fell-off-bus": "HW106", "gpu-gsp-timeout": "HW115", "gpu-xid-app-fault": "HW115",
     "gpu-hardware-failure": "HW106",
     # Packages and toolchain
     "version-skew-import": "SW105", "torchvision-mismatch": "SW105", "undefined-symbol-abi": "SW108",
-    "numpy2-abi": "SW105", "xformers-mismatch": "SW105", "quanto-mismatch": "SW105", "bitsandbytes-setup": "SW105",
+    "numpy2-abi": "SW105", "xformers-mismatch": "SW105", "quanto-mismatch": "SW105",
+    "checkpoint-weights-only": "SW105", "bitsandbytes-setup": "SW105",
     "tokenizer-deps-missing": "SW109", "protobuf-version": "SW109", "module-missing": "SW109",
     "missing-shared-library": "SW106", "cuda-home-not-set": "TC101",
     "cuda-version-mismatch": "SW105", "compiler-missing": "TC103", "python-headers-missing": "TC105",
