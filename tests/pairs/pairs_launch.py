@@ -112,6 +112,16 @@ def _name_unknown(place: Place) -> None:
     place.start = (*ACCELERATE[:5], "--rdzv_conf", "timeout=8", *ACCELERATE[5:])
 
 
+def _fsdp_one(place: Place) -> None:
+    place.accelerate.update(distributed_type="FSDP", num_processes=2, fsdp_config={"fsdp_version": 1})
+    place.start = ACCELERATE
+
+
+def _quantised_and_cut(place: Place) -> None:
+    place.deepspeed(zero_stage=3, gradient_accumulation_steps=2)
+    place.train["quantization"] = "int8"
+
+
 def _interface(place: Place) -> None:
     two_ranks(place)
     place.environment["GLOO_SOCKET_IFNAME"] = "eth9"
@@ -179,6 +189,8 @@ PAIRS: tuple[Pair, ...] = (
     ),
     Pair("fp8-without-library", "module-missing", "LA207", accelerates(mixed_precision="fp8")),
     Pair("dynamo-backend", "config-missing-key", "LA203", accelerates(dynamo_config={"dynamo_backend": "INDUCTR"})),
+    Pair("fsdp-of-the-first-version", "setting-refused", "LA111", _fsdp_one),
+    Pair("quantised-and-cut", "setting-refused", "LA116", _quantised_and_cut),
     Pair("port-taken", "port-in-use", "LA112", _port_taken),
     Pair("name-unknown", "rendezvous-unreachable", "LA403", _name_unknown),
     Pair("interface-absent", "socket-ifname", "EN204", _interface),

@@ -36,6 +36,7 @@ RULES: tuple[Rule, ...] = (
                 weight=35,
             ),
             Sign("Dynamo is not supported on Python"),
+            Sign("Disabling PyTorch because PyTorch", r"is required but found", level="warning"),
             Sign("Found an incompatible version of", r"ImportError: Found an incompatible version of"),
             Sign("got an unexpected keyword argument", r"TypeError: scaled_dot_product_attention\(\) got", weight=36),
             Sign("infer_schema(func): Parameter", r"has unsupported type"),
