@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 _INIT = "import os, torch, torch.distributed as d\nd.init_process_group('nccl')\n"
@@ -27,8 +30,8 @@ class Fault(NamedTuple):
     code: str
     program: str
     ranks: int = 1
-    environment: dict[str, str] = {}
-    train: dict[str, Any] = {}
+    environment: Mapping[str, str] = MappingProxyType({})
+    train: Mapping[str, Any] = MappingProxyType({})
 
 
 def faults(cards: int) -> tuple[Fault, ...]:
@@ -84,8 +87,9 @@ def after(fault: Fault, folder: Path, environ: dict[str, str]) -> tuple[int, dic
 
 
 def main() -> int:
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    cards = sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+    smi = shutil.which("nvidia-smi")
+    listed = subprocess.run([smi, "-L"], capture_output=True, text=True, check=False).stdout if smi else ""
+    cards = sum(line.startswith("GPU ") for line in listed.splitlines())
     if not cards:
         print("There is no GPU here.")
         return 1

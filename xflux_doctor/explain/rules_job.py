@@ -213,12 +213,12 @@ RULES: tuple[Rule, ...] = (
         "hub-gated",
         "the Hugging Face repository is gated or private",
         (
-            Sign("GatedRepoError", r"(?<!')GatedRepoError"),
+            Sign("GatedRepoError", r"GatedRepoError: |^[\w.]*GatedRepoError"),
             Sign("Cannot access gated repo"),
             Sign("trying to access a gated repo"),
             Sign("Access to model", r"is restricted"),
             Sign("Client Error", r"(?:401|403) Client Error.*(?:huggingface\.co|hf\.co)"),
-            Sign("RepositoryNotFoundError", r"(?<!')RepositoryNotFoundError", weight=45),
+            Sign("RepositoryNotFoundError", r"RepositoryNotFoundError: |^[\w.]*RepositoryNotFoundError", weight=45),
             Sign("is not a valid model identifier listed on", weight=45),
             Sign("Invalid user token"),
             Sign("Invalid username or password"),
@@ -233,7 +233,7 @@ RULES: tuple[Rule, ...] = (
         "hub-offline",
         "the Hugging Face Hub cannot be reached and the file is not in the cache",
         (
-            Sign("LocalEntryNotFoundError", r"(?<!')LocalEntryNotFoundError"),
+            Sign("LocalEntryNotFoundError", r"LocalEntryNotFoundError: |^[\w.]*LocalEntryNotFoundError"),
             Sign("OfflineModeIsEnabled", code="WE102"),
             Sign("offline mode is enabled", r"Error", code="WE102"),
             Sign("We couldn't connect to '"),
