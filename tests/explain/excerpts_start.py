@@ -33,6 +33,7 @@ MORE: dict[str, list[str]] = {
         crash("ValueError: 'INDUCTR' is not a valid DynamoBackend"),
         crash("ValueError: Unknown dynamo backend: INDUCTR. Choose between ['NO', 'EAGER']."),
         crash("KeyError: 'FULL'", f"{_SITE}/accelerate/utils/dataclasses.py:1720:__post_init__: self.sharding_strategy = ShardingStrategy[self.sharding_strategy.upper()]"),
+        crash("ValueError: 'FULL' is not in list", f"{_SITE}/accelerate/utils/dataclasses.py:1121:__post_init__: FSDP_SHARDING_STRATEGY.index(sharding_strategy) + 1"),
         crash("ValueError: Less than two GPU ids were configured and tried to run on on multiple GPUs."),
         crash("RuntimeError: Mesh should not be bigger than default world size 2, but found 4 ranks!", f"{_SITE}/accelerate/parallelism_config.py:201:build_device_mesh: init_device_mesh("),
     ],

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -143,7 +144,10 @@ class Pair(NamedTuple):
 def sound(folder: Path, model: Path | None) -> Place:
     """A job that nothing is wrong with."""
     train = {**SOUND_TRAIN, "output_dir": str(folder / "out"), "cache_dir": str(folder / "encoded")}
-    return Place(folder, model, train, dict(SOUND_ACCELERATE))
+    with socket.socket() as free:  # 29500 may be another test's
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return Place(folder, model, train, {**SOUND_ACCELERATE, "main_process_port": port})
 
 
 def before(place: Place) -> dict[str, list[str]]:

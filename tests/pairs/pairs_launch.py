@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from importlib.metadata import version
 
-from pair_kit import ACCELERATE, TORCHRUN, TRAINER, Pair, Place
+from packaging.version import Version
+from pair_kit import ACCELERATE, TORCHRUN, TRAINER, Pair, Place, skip
 
 USER = """\
 import torch
@@ -112,6 +114,14 @@ def _name_unknown(place: Place) -> None:
     place.start = (*ACCELERATE[:5], "--rdzv_conf", "timeout=8", *ACCELERATE[5:])
 
 
+def _parallelism(place: Place) -> None:
+    if Version(version("accelerate")) < Version("1.10"):
+        skip("this accelerate has no parallelism_config")
+    sizes = {"parallelism_config_dp_shard_size": 4}
+    fsdp = {"fsdp_version": 2}
+    accelerates(distributed_type="FSDP", num_processes=2, fsdp_config=fsdp, parallelism_config=sizes)(place)
+
+
 def _fsdp_one(place: Place) -> None:
     place.accelerate.update(distributed_type="FSDP", num_processes=2, fsdp_config={"fsdp_version": 1})
     place.start = ACCELERATE
@@ -176,17 +186,7 @@ PAIRS: tuple[Pair, ...] = (
             distributed_type="FSDP", num_processes=2, fsdp_config={"fsdp_version": 1, "fsdp_sharding_strategy": "FULL"}
         ),
     ),
-    Pair(
-        "parallelism-product",
-        "config-missing-key",
-        "LA206",
-        accelerates(
-            distributed_type="FSDP",
-            num_processes=2,
-            fsdp_config={"fsdp_version": 2},
-            parallelism_config={"parallelism_config_dp_shard_size": 4},
-        ),
-    ),
+    Pair("parallelism-product", "config-missing-key", "LA206", _parallelism),
     Pair("fp8-without-library", "module-missing", "LA207", accelerates(mixed_precision="fp8")),
     Pair("dynamo-backend", "config-missing-key", "LA203", accelerates(dynamo_config={"dynamo_backend": "INDUCTR"})),
     Pair("fsdp-of-the-first-version", "setting-refused", "LA111", _fsdp_one),

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from packaging.version import Version
 from pair_kit import ACCELERATE, TORCHRUN, TRAINER, Pair, Place, skip
 
 TORCHRUN_TRAINS = "torchrun --nproc-per-node 2 -m xflux_trainer train --config train.yaml"
@@ -180,7 +181,7 @@ def _cuda_home(place: Place) -> None:
 
 
 def _no_aio(place: Place) -> None:
-    if Path("/usr/include/libaio.h").exists() or version("deepspeed") < "0.16":
+    if Path("/usr/include/libaio.h").exists() or Version(version("deepspeed")) < Version("0.16"):
         skip("libaio is installed here, or this DeepSpeed builds the operator on GPU hosts only")
     nvme = {"device": "nvme", "nvme_path": "/tmp"}
     code = "from deepspeed.ops.op_builder import AsyncIOBuilder\nAsyncIOBuilder().load()\n"
@@ -190,11 +191,11 @@ def _no_aio(place: Place) -> None:
 def _killed(place: Place) -> None:
     from group_kit import inside, limited
 
-    group = limited(380 << 20)
+    group = limited(240 << 20)
     folder = group.__enter__()
     place.closing.append(lambda: group.__exit__(None, None, None))
     place.inside = tuple(inside(folder))
-    place.start = ACCELERATE
+    place.start = ("bash", "-c", '"$@"; exit $?', "bash", *TRAINER)  # a job script, which says who was killed
 
 
 PAIRS: tuple[Pair, ...] = (

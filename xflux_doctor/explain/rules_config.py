@@ -58,6 +58,7 @@ RULES: tuple[Rule, ...] = (
             Sign("is not a valid DynamoBackend", code="LA203"),
             Sign("Unknown dynamo backend", code="LA203"),
             Sign("KeyError: ", within=r"ShardingStrategy|BackwardPrefetch|FSDP_\w+", weight=51, code="LA203"),
+            Sign("is not in list", r"ValueError: ", within="FSDP_SHARDING_STRATEGY", weight=51, code="LA203"),
             Sign("Less than two GPU ids were configured", code="LA115"),
             Sign("Mesh should not be bigger than default world size", within="accelerate/", code="LA206"),
             Sign("product of parallelism sizes", code="LA206"),
