@@ -37,7 +37,7 @@ wanted() { case " $parts " in *" $1 "*) return 0 ;; esac; return 1; }
     for stack in cpu xflux-2024; do
         wanted trainer && [ -e ".venvs/$stack/ok" ] || continue
         echo "== the trainer: kill loops and strategies on stack $stack"
-        ".venvs/$stack/bin/python" -m pytest -m long --durations=6 tests/trainer 2>&1 | tail -15
+        ".venvs/$stack/bin/python" -m pytest -m long --durations=6 tests/trainer tests/pairs 2>&1 | tail -15
         [ "${PIPESTATUS[0]}" = 0 ] || failed=1
     done
     if wanted skews; then

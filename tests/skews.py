@@ -109,3 +109,11 @@ SKEWS: tuple[Skew, ...] = (
 
 QUICK = ("R-TF-HUB-4", "R-TF-TOK-517", "module-removed")
 """The three that continuous integration makes as well: small downloads, and errors that come at import."""
+
+NOT_EXPLAINED = {
+    "R-DIF-IDS": "shapes that do not meet have other causes far more often",
+    "R-ORT-NUMPY": "the extension's ImportError has no words",
+    "library-cut-short": "a signal kills the interpreter without a word",
+    "shadowed-by-PYTHONPATH": "the log does not tell where the package came from: it is told as SW105",
+}
+"""Skews after whose true error `explain` cannot come to the check's code, and why."""

@@ -22,7 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "gather.host", "gather.metadata", "gather.interpreter", "gather.packages",
         "gather.driver", "gather.cards", "gather.clocks", "gather.topology", "gather.gpus",
         "gather.kernel_log", "gather.toolchain",
-        "gather.ports", "gather.machine",
+        "gather.ports", "gather.shadows", "gather.machine",
         "probes.torch_import", "probes.allreduce", "probes.hub_access", "probes.wire", "probes.meeting",
         "probes.gpu_loads", "probes.gpu_attention", "probes.gpu_blocks", "probes.gpu",
         "probes.runner", "probes.reduction", "probes.signs", "probes.retry", "probes.each_gpu", "probes.level",

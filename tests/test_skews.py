@@ -21,7 +21,9 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, XFLUX_ACCELERATE
-from skews import QUICK, SKEWS, Launch, Skew
+from skews import NOT_EXPLAINED, QUICK, SKEWS, Launch, Skew
+
+from xflux_doctor.explain.diagnosis import diagnose
 
 VENVS = ROOT / ".venvs"
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -158,6 +160,9 @@ def held(skew: Skew, venv: Path, folder: Path) -> dict[str, Any]:
     lines = [ANSI.sub("", line).strip() for line in true.splitlines() if skew.words in line]
     line = lines[-1] if lines else ""
     assert line, true[-1500:] or "nothing broke"
+    explained = diagnose(true)
+    if skew.name not in NOT_EXPLAINED:
+        assert explained is not None and explained.code == skew.code, f"{explained}\n{true[-1500:]}"
     before = untouched(skew)
     assert skew.words not in before, before[-600:]
     assert skew.fails_anyway == bool(before), before[-600:]
@@ -170,6 +175,7 @@ def held(skew: Skew, venv: Path, folder: Path) -> dict[str, Any]:
         "code": skew.code,
         "severity": findings[0]["severity"],
         "foretold": said.replace(str(site(venv)), "…").replace(str(venv), "…"),
+        "explained": explained.cause if explained else None,
         "true_error": line.replace(str(site(venv)), "…")[:400],
     }
     print(f"\n{skew.name}: {skew.stack} with {skew.change}")

@@ -81,7 +81,7 @@ def fill(
     problem: UserError | None = None
     text_id = image_id = ""
     try:
-        files.make_folder(folder)
+        files.make_folder(folder, "the cache ")
         # One rank of a host reads the weights, and only where they are not remembered.
         if ranks.launch.local_rank == 0:
             text_id, image_id = _who(base, folder)

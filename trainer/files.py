@@ -86,9 +86,10 @@ def _exchange(new: Path, old: Path) -> None:
         between.replace(new)
 
 
-def make_folder(path: Path) -> None:
-    """Make the folder, and see that files can be written there before hours are spent on what goes into it."""
-    with sentences(path):
+def make_folder(path: Path, what: str = "") -> None:
+    """Make the folder, and see that files can be written there before hours are spent on what goes into it; `what` it
+    is stands before its path where it cannot be."""
+    with sentences(path, what):
         path.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=TEMPORARY, dir=path)
         os.close(handle)
@@ -131,7 +132,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def sentences(path: Path) -> Iterator[None]:
+def sentences(path: Path, what: str = "") -> Iterator[None]:
     """Turn what the system says about writing into a sentence and a next step."""
     try:
         yield
@@ -149,4 +150,4 @@ def sentences(path: Path) -> Iterator[None]:
         if error.errno not in hints:
             raise
         reason = (error.strerror or str(error)).lower()
-        raise WriteError(f"Cannot write {path}: {reason}.", hints[error.errno]) from error
+        raise WriteError(f"Cannot write {what}{path}: {reason}.", hints[error.errno]) from error

@@ -93,6 +93,9 @@ def _complete(parts: dict[str, Path], place: Path) -> Base:
     for part in missing:
         if part in TEXT_REPOS:
             parts[part] = _snapshot(TEXT_REPOS[part], TEXT_FILES[TEXT_REPOS[part]])
+    for part in ("tokenizer", "tokenizer_2"):  # transformers makes a tokenizer of no words out of nothing
+        if not any(parts[part].iterdir()):
+            raise ModelError(f"{parts[part]} is empty.", "Download the model again.")
     parts.setdefault("scheduler", parts["transformer"].parent / "scheduler")
     return Base(**parts)
 
@@ -129,6 +132,7 @@ def _snapshot(name: str, patterns: list[str]) -> Path:
 @contextmanager
 def _hub(name: str) -> Iterator[None]:
     """Turn what the hub's client says into a sentence and a next step."""
+    from huggingface_hub import constants
     from huggingface_hub.utils import (
         GatedRepoError,
         HfHubHTTPError,
@@ -146,6 +150,7 @@ def _hub(name: str) -> Iterator[None]:
     except RepositoryNotFoundError as error:
         raise ModelError(f"The hub has no model {name}, or it is private.", LOGIN) from error
     except LocalEntryNotFoundError as error:
-        raise ModelError(f"{name} is not on this machine and the hub cannot be reached.", OFFLINE) from error
+        why = "may not be asked (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else "cannot be reached"
+        raise ModelError(f"{name} is not on this machine and the hub {why}.", OFFLINE) from error
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise ModelError(f"{name} could not be downloaded: {first_line(error)}.", LOGIN) from error

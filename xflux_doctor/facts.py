@@ -588,6 +588,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     hub_cache: HubCache | None = None
     """None: the model is a local folder, or the cache does not answer."""
     listeners: tuple[Listener, ...] | None = None
+    shadows: tuple[str, ...] = ()
+    """Files and folders of the working folder that Python would import in a package's place."""
     cluster: Cluster | None = None
     """Only for a job of several machines."""
     meeting: Meeting | None = None

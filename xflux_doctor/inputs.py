@@ -22,6 +22,7 @@ from xflux_doctor.gather.environment import environment_facts
 from xflux_doctor.gather.folders import with_folders
 from xflux_doctor.gather.machine import gather
 from xflux_doctor.gather.ports import listeners
+from xflux_doctor.gather.shadows import shadows
 from xflux_doctor.job import Job
 from xflux_doctor.launched import under_command, xflux_script
 from xflux_doctor.matrix import Matrix, Stack
@@ -98,6 +99,7 @@ def build(inputs: Inputs, matrix: Matrix) -> Case:
         facts = msgspec.structs.replace(
             facts,
             listeners=listeners(_ports(job, facts)),
+            shadows=shadows(Path()),
             cluster=cluster_facts(main, ask=not (inputs.quick or inputs.offline)) if main else None,
         )
         facts = with_folders(facts, job.train, os.environ)

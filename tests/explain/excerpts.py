@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 # ruff: noqa: E501 - lines as the programs print them
+from excerpts_kit import crash
+from excerpts_start import MORE as START
 
 CHILD_FAILED = """\
 E1123 23:10:16.080000 139965274831744 torch/distributed/elastic/multiprocessing/api.py:833] failed (exitcode: 1) local_rank: 1 (pid: 26042) of binary: /usr/bin/python
@@ -26,16 +28,6 @@ Root Cause (first observed failure):
   traceback : To enable traceback see: https://pytorch.org/docs/stable/elastic/errors.html
 ============================================================
 """
-
-
-def crash(error: str, *frames: str, rank: int | None = None) -> str:
-    """A traceback as Python prints it; a frame is `file:line:function: source`."""
-    mark = "" if rank is None else f"[rank{rank}]: "
-    lines = ["Traceback (most recent call last):"]
-    for frame in frames or ("/workspace/train.py:59:<module>: main()",):
-        file, line, function, source = frame.split(":", 3)
-        lines += [f'  File "{file}", line {line}, in {function}', f"    {source.strip()}"]
-    return "".join(f"{mark}{line}\n" for line in [*lines, *error.split("\n")])
 
 
 _SITE = "/usr/lib/python3/dist-packages"
@@ -830,3 +822,5 @@ for _cause, _texts in {
     ],
 }.items():
     EXCERPTS[_cause] += _texts
+for _cause, _texts in START.items():
+    EXCERPTS.setdefault(_cause, []).extend(_texts)

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from excerpts import CHILD_FAILED, EXCERPTS, crash
+from excerpts import CHILD_FAILED, EXCERPTS
+from excerpts_kit import crash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

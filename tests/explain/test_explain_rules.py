@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 import pytest
-from excerpts import EXCERPTS, crash
+from excerpts import EXCERPTS
+from excerpts_kit import crash
 
 from xflux_doctor.explain import log
 from xflux_doctor.explain.diagnosis import diagnose

@@ -52,6 +52,7 @@ ALL: tuple[Check, ...] = (
     software.python_in_range,
     software.pins,
     software.shadowed,
+    software.shadowed_here,
     rules.rules,
     software.torch_imports,
     software.torch_sees_gpus,

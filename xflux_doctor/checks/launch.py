@@ -253,7 +253,7 @@ def gpu_ids_enough(case: Case) -> Iterator[Finding]:
     )
 
 
-@check("LA112", "the port where the ranks meet is free", needs=("listeners", "accelerate"))
+@check("LA112", "the port where the ranks meet is free", needs=("listeners",))
 def port_free(case: Case) -> Iterator[Finding]:
     """accelerate before 1.8 stops when its port is taken; often by a left-over rank of the run before.
 
@@ -265,7 +265,9 @@ def port_free(case: Case) -> Iterator[Finding]:
     port = case.job.main_process_port
     holder = next((item for item in case.facts.listeners if item.port == port), None)
     version = installed(case, "accelerate")
-    if holder is None or port == 0 or (version is not None and version >= STANDALONE and case.job.num_machines <= 1):
+    torchrun = case.job.command is not None and case.job.command.launcher == "torchrun"
+    finds_another = not torchrun and version is not None and version >= STANDALONE and case.job.num_machines <= 1
+    if holder is None or port == 0 or finds_another:
         return
     taken = {item.port for item in case.facts.listeners}
     free = next((number for number in range(port + 1, port + 16) if number not in taken), None)
@@ -275,7 +277,9 @@ def port_free(case: Case) -> Iterator[Finding]:
         who, commands = f"process {holder.pid} ({holder.name}{age})", (f"ps -fp {holder.pid}", f"kill {holder.pid}")
     yield error(
         f"Port {port} is in use by {who}.",
-        f"'ConnectionError: Tried to launch distributed communication on port `{port}`, but another process is "
+        "torchrun stops with EADDRINUSE."
+        if torchrun
+        else f"'ConnectionError: Tried to launch distributed communication on port `{port}`, but another process is "
         "utilizing it'.",
         "If it is left over from a run of yours, end it (the doctor never does); or take another port.",
         # On several machines all files name the port: one machine's edit would part it from the others.

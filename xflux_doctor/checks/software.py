@@ -10,6 +10,7 @@ from xflux_doctor import pins as pins_of
 from xflux_doctor.check import Case, SkipCheck, check
 from xflux_doctor.facts import Package
 from xflux_doctor.finding import Finding, error, warning
+from xflux_doctor.gather.shadows import STACK
 from xflux_doctor.matrix import Pin
 from xflux_doctor.visible import selected
 
@@ -105,6 +106,20 @@ def shadowed(case: Case) -> Iterator[Finding]:
                 "Remove all copies and install one, in a clean venv if you can.",
                 commands=(f"pip uninstall -y {package.name}",),
             )
+
+
+@check("SW118", "no file here has a package's name")
+def shadowed_here(case: Case) -> Iterator[Finding]:
+    """`-m` puts the working folder first on the path: a torch.py there is imported for the package (sys.path)."""
+    for name in case.facts.shadows:
+        package = name.removesuffix(".py")
+        needed = package in STACK or (package == "deepspeed" and case.job.deepspeed)
+        make = error if needed else warning
+        yield make(
+            f"{name} lies in the working folder.",
+            f"A job that is started here imports it in the place of {package}.",
+            "Rename it and remove its __pycache__, or start from another folder.",
+        )
 
 
 @check("SW106", "torch can be imported")

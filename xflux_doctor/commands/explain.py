@@ -13,7 +13,6 @@ import msgspec
 
 from xflux_doctor.commands.lighter import Lighter, after
 from xflux_doctor.errors import DoctorError
-from xflux_doctor.explain.codes import CODES
 from xflux_doctor.explain.diagnosis import Diagnosis, diagnose_file, diagnose_stream
 from xflux_doctor.explain.folder import diagnose_folder, logs_in
 from xflux_doctor.report import jsonreport
@@ -59,7 +58,7 @@ def as_dict(diagnosis: Diagnosis | None, lighter: Lighter | None = None) -> dict
                 "file": "", "rank": None, "remedy": {}, "others": []}  # fmt: skip
     return {
         "cause": diagnosis.cause,
-        "code": CODES.get(diagnosis.cause),
+        "code": diagnosis.code,
         "confidence": confidence(diagnosis),
         "title": diagnosis.title,
         "because": diagnosis.because,
@@ -119,8 +118,7 @@ def words(diagnosis: Diagnosis | None, lighter: Lighter | None = None) -> str:
     """The diagnosis for a person."""
     if diagnosis is None:
         return "No known cause of failure stands in this log."
-    code = CODES.get(diagnosis.cause)
-    known = f"{diagnosis.cause}, {code}" if code else diagnosis.cause
+    known = f"{diagnosis.cause}, {diagnosis.code}" if diagnosis.code else diagnosis.cause
     lines = [click.style(f"✗ {diagnosis.title} ({known}; confidence {confidence(diagnosis)})", fg="red", bold=True)]
     at = f"{diagnosis.file}, line" if diagnosis.file else "line"
     lines += [f"    {at} {evidence.line}: {evidence.text}" for evidence in diagnosis.evidence]

@@ -14,6 +14,7 @@ from typing import BinaryIO
 import msgspec
 
 from xflux_doctor.explain import log
+from xflux_doctor.explain.codes import CODES
 from xflux_doctor.explain.reader import Mark, Reader
 from xflux_doctor.explain.rule import LEVELS, Level, Rule
 from xflux_doctor.explain.rules import RULES
@@ -49,6 +50,8 @@ class Diagnosis(msgspec.Struct, frozen=True):
     """How near to the root its mark stands."""
     file: str = ""
     """Where it stands, of several logs."""
+    code: str | None = None
+    """The check that foresees it; None where no look at a machine could."""
 
 
 def diagnose(source: str | Iterable[str], rules: tuple[Rule, ...] = RULES) -> Diagnosis | None:
@@ -133,6 +136,7 @@ def _told(seen: Reader, mark: Mark, marks: list[Mark]) -> Diagnosis:
         docs=rule.docs,
         others=tuple(name for name in dict.fromkeys(others) if name != rule.id),
         level=mark.level,
+        code=mark.code or CODES.get(rule.id),
     )
 
 

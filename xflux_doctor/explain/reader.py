@@ -22,6 +22,7 @@ _CHAINED = ("The above exception was the direct cause", "During handling of the 
 _IGNORED = "Exception ignored in"
 _RAISED = re.compile(
     r"((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Exit|Interrupt|Fault|Failed|Timeout|Invalid\w*))\b(?::|$)"
+    r"|(?:[a-z_]\w*\.)+[A-Z]\w*: "  # httpx.UnsupportedProtocol: …
 )
 _WRAPPERS = re.compile(
     r"ChildFailedError|CalledProcessError|SignalException|SystemExit|KeyboardInterrupt|ProcessRaised|ProcessExited"
@@ -30,6 +31,7 @@ _GAVE_UP = re.compile(
     r"ChildFailedError|returned non-zero exit status|failed \(exitcode|exits with return code|core dumped"
     r"|exited with (?:exit code|code) [1-9]|terminate called after throwing|Fatal Python error|srun: error"
     r"|terminated with (?:the following error|signal)"
+    r"|^error: \S.*[.!]$"  # the bundled trainer's last word
 )
 _FAILED_RANK = re.compile(r"^\s+rank\s+: (\d+) \(local_rank: ")
 _LIVELY = (
@@ -49,6 +51,7 @@ _LIVELY = (
     "Fatal Python",
     "srun: error",
     "(local_rank: ",
+    "error: ",
 )
 """Beside the keys of the signs, what the reader itself wants to see; no digits here either."""
 _PROGRESS = {"oss", "LOSS", "raining"}
@@ -131,6 +134,8 @@ class Mark(msgspec.Struct, frozen=True):
     rule: Rule | None = None
     level: Level = "error"
     weight: int = 0
+    code: str | None = None
+    """The sign's own, if it has one."""
 
 
 class _Found(NamedTuple):
@@ -309,7 +314,8 @@ class Reader:
         if level in ("error", "consequence") and _WARNS.search(line.text):
             level = "warning"
         weight = rule.weight if sign.weight is None else sign.weight
-        mark = msgspec.structs.replace(self._mark(line, block), rule=rule, level=level, weight=weight)
+        plain = self._mark(line, block)
+        mark = msgspec.structs.replace(plain, rule=rule, level=level, weight=weight, code=sign.code)
         self._keep(mark, sign)
 
     def _keep(self, mark: Mark, sign: Sign) -> None:

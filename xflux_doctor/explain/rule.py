@@ -39,6 +39,8 @@ class Sign(msgspec.Struct, frozen=True):
     """A last word on the match of `regex`, where numbers have to be compared."""
     level: Level | None = None
     weight: int | None = None
+    code: str | None = None
+    """The check that foresees what this mark shows, where it is another than the cause's own (codes.py)."""
 
 
 class Rule(msgspec.Struct, frozen=True):

@@ -46,7 +46,13 @@ RULES: tuple[Rule, ...] = (
         "the master's address cannot be reached",
         (
             Sign("client socket has timed out", r"DistNetworkError: The client socket has timed out"),
-            Sign("client socket has timed out", r"Error: The client socket has timed out", after="gai error: "),
+            Sign(
+                "client socket has timed out",
+                r"Error: The client socket has timed out",
+                after="gai error: ",
+                weight=66,
+                code="LA403",
+            ),
             Sign(
                 "client socket has timed out",
                 r"Error: The client socket has timed out",
@@ -56,7 +62,12 @@ RULES: tuple[Rule, ...] = (
             Sign("RendezvousConnectionError"),
             Sign("connection to the C", r"connection to the C10d store has failed"),
             Sign("Gloo connectFullMesh failed"),
-            Sign("gaierror", r"socket\.gaierror|gaierror: \[Errno", within=r"torch/distributed|deepspeed|socket\.py"),
+            Sign(
+                "gaierror",
+                r"socket\.gaierror|gaierror: \[Errno",
+                within=r"torch/distributed|deepspeed|socket\.py",
+                code="LA403",
+            ),
             Sign("ConnectionRefusedError", within=r"torch/distributed|deepspeed/comm|launcher"),
             Sign("No route to host", r"Error\b"),
         ),

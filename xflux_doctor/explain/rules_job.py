@@ -1,4 +1,4 @@
-"""Causes: the job itself: its config, data, checkpoints, model and numbers."""
+"""Causes: the job itself: its data, checkpoints, model and numbers."""
 
 from __future__ import annotations
 
@@ -13,106 +13,9 @@ _MODEL_JSON = r"(?![^']*(?:config|index|tokenizer\w*|vocab|special_tokens_map|ds
 _COLUMNS = (
     r"captions?|text|txt|prompts?|images?|img|pixel_values|file_name|path|jpg|json|label|mask|conditioning_\w+|hint"
 )
-_CONFIG = r"\b(?:cfg|config|conf|args|opt|params|hparams|settings)\w*(?:\.\w+)*(?:\[['\"]\w+['\"]\])*\["
 _NO_NET = r"(?:httpx|httpcore|requests\.exceptions)\.\w*(?:Connect|Timeout|Proxy)"
-_DS = "https://www.deepspeed.ai/docs/config-json/"
-_ACC_DS = "https://huggingface.co/docs/accelerate/usage_guides/deepspeed"
 
 RULES: tuple[Rule, ...] = (
-    Rule(
-        "accelerate-config-unknown-keys",
-        "the accelerate config has keys that this accelerate does not know",
-        (
-            Sign("had unknown keys"),
-            Sign("Config.__init__() got an unexpected keyword argument", r"(?:Cluster|SageMaker|Base)Config\.__init__"),
-            Sign(
-                "__init__() got an unexpected keyword argument",
-                within=r"accelerate/commands/config/config_args\.py",
-                weight=55,
-            ),
-        ),
-        "The file was written by another release of accelerate, or a key is misspelt.",
-        "Delete the named keys, or install the accelerate release that wrote the file.",
-        ("xflux-doctor fix", "accelerate config update --config_file FILE"),
-        weight=60,
-    ),
-    Rule(
-        "config-missing-key",
-        "the config file or the command line lacks a key, or cannot be read",
-        (
-            Sign("ConfigAttributeError"),
-            Sign("ConfigKeyError"),
-            Sign("MissingMandatoryValue"),
-            Sign("Missing mandatory value"),
-            Sign("yaml.", r"\byaml\.(?:parser\.ParserError|scanner\.ScannerError|composer\.|constructor\.)"),
-            Sign("unrecognized arguments: "),
-            Sign("the following arguments are required"),
-            Sign(": error: argument "),
-            Sign("ClusterConfig.__init__() missing"),
-            Sign("must be specified in the config file"),
-            Sign("using this config yaml"),
-            Sign("is not a valid DistributedType"),
-            Sign("Unknown mixed_precision mode"),
-            Sign("The passed configuration file"),
-            Sign("has no attribute 'lower'", r"'bool' object has no attribute 'lower'", within=r"accelerate/"),
-            Sign("'Namespace' object has no attribute"),
-            Sign("No such file or directory", r"No such file or directory: '[^']*\.ya?ml'"),
-            Sign("KeyError: ", r"^(?:\[\w+\]: ?)?KeyError: ", within=_CONFIG, weight=45),
-            Sign("JSONDecodeError", within=r"config", weight=45),
-            Sign("__init__() missing", within=r"[Cc]onfig", weight=40),
-            Sign(
-                "__init__() got an unexpected keyword argument",
-                r"\w*(?:Config|Args|Arguments|Params)\.__init__",
-                weight=34,
-            ),
-        ),
-        "What the trainer asks for is not in the file, or not under the name that it looks for.",
-        "Add or correct the key or argument that the message names; mind indentation and tabs in YAML.",
-        ("xflux-doctor check",),
-        weight=50,
-    ),
-    Rule(
-        "deepspeed-config-mismatch",
-        "the DeepSpeed config contradicts itself or the trainer",
-        (
-            Sign("Check batch related parameters"),
-            Sign("modes cannot be simultaneously enabled"),
-            Sign("validation error", r"validation errors? for DeepSpeed"),
-            Sign("in the config file and in the code at the same time"),
-            Sign("requires you to pass at least one of training or evaluation dataloaders"),
-            Sign(
-                "has to be greater than",
-                r"(?:[Tt]rain batch size|Micro batch size|Gradient accumulation steps).*has to be",
-            ),
-            Sign("Either train_batch_size or train_micro_batch_size_per_gpu"),
-            Sign("accelerate config variables will be ignored"),
-            Sign("DeepSpeedConfigError"),
-            Sign("Please correct the following DeepSpeed config values"),
-            Sign("Expected a string path to an existing deepspeed config"),
-            Sign("expected a string path to an existing deepspeed config"),
-            Sign("ZeRO-Offload with a client provided optimizer"),
-            Sign("untested ZeRO Optimizer"),
-            Sign("is not a valid ZeroStageEnum"),
-        ),
-        "DeepSpeed checks its numbers first: train_batch_size must be micro batch × accumulation × ranks, for example.",
-        "Correct the value that the message names, or leave it out (`auto`) so that it follows from the others.",
-        ("xflux-doctor check",),
-        _DS,
-        weight=60,
-    ),
-    Rule(
-        "deepspeed-multiple-models",
-        "more than one model was prepared for one DeepSpeed engine",
-        (
-            Sign("instance with multiple models when using DeepSpeed"),
-            Sign("multiple models", r"(?i)deepspeed.*multiple models"),
-        ),
-        "One Accelerator has one DeepSpeed engine, and that engine has one model.",
-        "Pass only the trained model to accelerator.prepare, and move the VAE and the text encoders by hand.",
-        (),
-        _ACC_DS,
-        weight=60,
-    ),
     Rule(
         "ddp-unused-parameters",
         "a trained parameter got no gradient",
@@ -310,12 +213,12 @@ RULES: tuple[Rule, ...] = (
         "hub-gated",
         "the Hugging Face repository is gated or private",
         (
-            Sign("GatedRepoError"),
+            Sign("GatedRepoError", r"GatedRepoError: |^[\w.]*GatedRepoError"),
             Sign("Cannot access gated repo"),
             Sign("trying to access a gated repo"),
             Sign("Access to model", r"is restricted"),
             Sign("Client Error", r"(?:401|403) Client Error.*(?:huggingface\.co|hf\.co)"),
-            Sign("RepositoryNotFoundError", weight=45),
+            Sign("RepositoryNotFoundError", r"RepositoryNotFoundError: |^[\w.]*RepositoryNotFoundError", weight=45),
             Sign("is not a valid model identifier listed on", weight=45),
             Sign("Invalid user token"),
             Sign("Invalid username or password"),
@@ -330,14 +233,14 @@ RULES: tuple[Rule, ...] = (
         "hub-offline",
         "the Hugging Face Hub cannot be reached and the file is not in the cache",
         (
-            Sign("LocalEntryNotFoundError"),
-            Sign("OfflineModeIsEnabled"),
-            Sign("offline mode is enabled", r"Error"),
+            Sign("LocalEntryNotFoundError", r"LocalEntryNotFoundError: |^[\w.]*LocalEntryNotFoundError"),
+            Sign("OfflineModeIsEnabled", code="WE102"),
+            Sign("offline mode is enabled", r"Error", code="WE102"),
             Sign("We couldn't connect to '"),
             Sign("Couldn't connect to the Hub"),
             Sign("Cannot find the requested files in the"),
             Sign("cannot find the requested files in the local cache"),
-            Sign("outgoing traffic has been disabled"),
+            Sign("outgoing traffic has been disabled", weight=66, code="WE102"),
             Sign("is not cached locally and an error occurred"),
             Sign("Max retries exceeded with url", r"/api/models|/resolve/|huggingface|hf\.co|/api/datasets"),
             Sign("Failed to resolve", r"huggingface|hf\.co|cdn-lfs"),

@@ -167,6 +167,7 @@ RULES: tuple[Rule, ...] = (
             Sign("SIGBUS", r"Signal 7 \(SIGBUS\) received|Signals\.SIGBUS", level="killed"),
             Sign("Bus error (core dumped)", level="killed"),
             Sign("No space left on device", r"unable to (?:write to file|open shared memory object|mmap).*torch_"),
+            Sign("No space left on device", r"unable to allocate shared memory"),
         ),
         "Workers hand batches over in shared memory; containers get only 64 MB of it unless told otherwise.",
         "Start the container with --shm-size=16g or --ipc=host, or set the number of workers to 0.",

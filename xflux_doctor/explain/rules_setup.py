@@ -5,9 +5,12 @@ from __future__ import annotations
 from xflux_doctor.explain.rule import Rule, Sign
 
 _STACK = (
-    "accelerate|bitsandbytes|datasets|deepspeed|diffusers|huggingface_hub|numpy|optimum|peft|pyarrow|pydantic|"
+    "accelerate|bitsandbytes|datasets|pynvml|deepspeed|diffusers|huggingface_hub|numpy|optimum|peft|pyarrow|pydantic|"
     "safetensors|timm|tokenizers|torch|torchao|torchvision|transformers|triton|typing_extensions"
 )
+_NVIDIA_WHEELS = r"(?:ImportError|OSError): lib(?:cudnn|cublas|cufft|curand|cusparse|cusolver|nccl|nvrtc|nvJit)\w*\.so"
+"""Libraries of the nvidia-* wheels that torch requires by exact version."""
+_CORE = "torch|accelerate|diffusers|transformers|peft|safetensors|numpy|PIL|deepspeed|tokenizers|huggingface_hub"
 _RAISED = r"(?:ImportError|OSError|ModuleNotFoundError|RuntimeError|AttributeError)\b"
 
 RULES: tuple[Rule, ...] = (
@@ -33,6 +36,10 @@ RULES: tuple[Rule, ...] = (
                 weight=35,
             ),
             Sign("Dynamo is not supported on Python"),
+            Sign("Disabling PyTorch because PyTorch", r"is required but found", level="warning"),
+            Sign("Found an incompatible version of", r"ImportError: Found an incompatible version of"),
+            Sign("got an unexpected keyword argument", r"TypeError: scaled_dot_product_attention\(\) got", weight=36),
+            Sign("infer_schema(func): Parameter", r"has unsupported type"),
         ),
         "One package expects a name or a release that the other, as installed, does not have.",
         "Install a set of releases that was tested together; `xflux-doctor fix --install` knows some.",
@@ -61,7 +68,13 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "module-missing",
         "a Python package is not installed",
-        (Sign("No module named", r"ModuleNotFoundError: No module named '[^']+'"),),
+        (
+            Sign("No module named", r"ModuleNotFoundError: No module named '[^']+'"),
+            Sign("No module named", rf"ModuleNotFoundError: No module named '(?:{_CORE})'", weight=22, code="SW103"),
+            Sign("No module named 'torch_xla'", weight=21, code="LA208"),
+            Sign("is not available on this machine. Please ensure", r"FP8", code="LA207"),
+            Sign("to be installed.", r"Using `fp8` precision requires", code="LA207"),
+        ),
         "The program imports a package that this environment does not have.",
         "Install it into the environment that runs the job; check that it is the environment you think it is.",
         ("which python", "pip install NAME"),
@@ -181,6 +194,7 @@ RULES: tuple[Rule, ...] = (
         "a system or CUDA library cannot be found",
         (
             Sign("cannot open shared object file", r"(?:ImportError|OSError): (?:\S+/)?lib\S+\.so"),
+            Sign("cannot open shared object file", _NVIDIA_WHEELS, weight=51, code="SW108"),
             Sign("error while loading shared libraries"),
             Sign("Could not load library lib"),
             Sign("Unable to load any of", r"lib\w+"),
