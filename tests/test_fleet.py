@@ -82,7 +82,6 @@ def test_cost_grows_linearly(tmp_path: Path) -> None:
     assert whole < 7 * quarter and whole < 3.5 * half
 
 
-@pytest.mark.long  # finds a seed now and then in which the outlier is blamed on nobody: docs/log.md
 @settings(max_examples=60, deadline=None)
 @given(
     machine=st.sampled_from(["h100-two", "h200-two", EIGHT, "b200-eight"]),
@@ -97,8 +96,8 @@ def test_any_outlier_is_the_only_one_named(machine: str, what: str, count: int, 
     if what in ("slow card",) and machine == "b200-eight":
         count = max(count, 7)  # no floor is known for it
     fleet = merge(kit.reports(machine, count, {number: plant}, seed))
-    if what == "model" and machine == "h200-two":
-        assert fleet.blamed == frozenset()  # it is that model
+    if machine == "h200-two" and what in ("model", "nvlink", "pcie"):
+        assert fleet.blamed == frozenset()  # it is that model, and the others of this recording tell of no links
     else:
         assert fleet.blamed == {kit.name_of(number)} and key in told(fleet)
 
