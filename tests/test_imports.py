@@ -42,7 +42,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("yamlnodes", "yamlscalar", "meaning", "plan", "yamlcomment", "yamltext", "jsontext", "repair", "joint", "nodes",
      "effective", "template", "launch",
      "explain.*", "explain", "inputs"),
-    ("guard", "supervise", "remember", "fleet.values", "fleet.reading", "fleet.fields", "fleet.node",
+    ("guard", "heartbeat", "hang", "stacks", "vitals", "outlets", "progress", "runstate", "attach", "watcher",
+     "supervise", "remember", "fleet.values", "fleet.reading", "fleet.fields", "fleet.node",
      "fleet.compare", "fleet.numbers", "fleet.links", "fleet.merge", "fleet.collect", "fleet.network",
      "fleet.__main__", "fleet"),
     ("report.placement", "report.summary", "report.text", "report.jsonreport", "report.planjson", "report.difference",
@@ -50,7 +51,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
      "report.fleettext", "report.fleetjson", "report"),
     ("commands.check", "commands.planned", "commands.fix", "commands.undo", "commands.install", "commands.lighter",
      "commands.again", "commands.explain", "commands.plan",
-     "commands.matrix", "commands.nodes", "commands.together", "commands.run",
+     "commands.matrix", "commands.nodes", "commands.together", "commands.lead", "commands.run",
      "commands.fleet",
      "commands", "cli"),
 )  # fmt: skip

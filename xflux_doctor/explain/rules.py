@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from xflux_doctor.explain import rules_cluster, rules_gpu, rules_job, rules_memory, rules_setup
+from xflux_doctor.explain import rules_cluster, rules_gpu, rules_hang, rules_job, rules_memory, rules_setup
 from xflux_doctor.explain.rule import Rule
 
 RULES: tuple[Rule, ...] = (
@@ -11,4 +11,5 @@ RULES: tuple[Rule, ...] = (
     *rules_cluster.RULES,
     *rules_setup.RULES,
     *rules_job.RULES,
+    *rules_hang.RULES,
 )
