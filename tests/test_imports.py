@@ -42,7 +42,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("yamlnodes", "yamlscalar", "meaning", "plan", "yamlcomment", "yamltext", "jsontext", "repair", "joint", "nodes",
      "effective", "template", "launch",
      "explain.*", "explain", "inputs"),
-    ("guard", "supervise", "preempt", "remember", "fleet.values", "fleet.reading", "fleet.fields", "fleet.node",
+    ("guard", "heartbeat", "hang", "stacks", "vitals", "outlets", "progress", "runstate", "attach", "watcher",
+     "supervise", "preempt", "remember", "fleet.values", "fleet.reading", "fleet.fields", "fleet.node",
      "fleet.compare", "fleet.numbers", "fleet.links", "fleet.merge", "fleet.collect", "fleet.network",
      "fleet.__main__", "fleet"),
     ("report.placement", "report.summary", "report.text", "report.jsonreport", "report.planjson", "report.difference",
@@ -52,7 +53,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("commands.check", "commands.planned", "commands.fix", "commands.undo", "commands.install", "commands.lighter",
      "commands.again", "commands.bundle", "commands.explain", "commands.plan",
      "commands.matrix", "commands.nodes", "commands.together", "commands.gate", "commands.shown", "commands.runfolder",
-     "commands.report", "commands.run",
+     "commands.lead", "commands.report", "commands.run",
      "commands.fleet",
      "commands", "cli"),
 )  # fmt: skip

@@ -28,6 +28,7 @@ from xflux_trainer.imagefile import shown
 from xflux_trainer.imagework import Item, Items, Recipe
 from xflux_trainer.keys import key
 from xflux_trainer.layout import Base
+from xflux_trainer.pulse import PULSE
 from xflux_trainer.ranks import Ranks
 from xflux_trainer.recall import Recall
 from xflux_trainer.samples import Sample
@@ -242,6 +243,7 @@ def _fill_texts(config: TrainConfig, base: Base, ranks: Ranks, texts: dict[str, 
             return
         encoders = TextEncoders(base, ranks.device, config.max_text_tokens, config.text_padding)
         for caption in own:
+            PULSE.tick()
             text, pooled = encoders.encode(caption)
             entries.write(place(caption), {"text": text.cpu(), "pooled": pooled.cpu()})
         cut = encoders.cut

@@ -25,6 +25,7 @@ from xflux_trainer import files, shards
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.errors import CheckpointError, UserError
 from xflux_trainer.optim import Piece, Stepper
+from xflux_trainer.pulse import PULSE
 from xflux_trainer.ranks import Ranks
 
 FORMAT = 2
@@ -131,7 +132,7 @@ def save(
         except UserError as error:
             problem = error
     for _ in pieces:  # making them is work of all ranks, so a full disk ends it on none of them alone
-        pass
+        PULSE.tick()
     ranks.agree(problem)
     if ranks.main and config.checkpoints_total_limit is not None:
         # Never the one just written, even where another run left later ones beside it.
@@ -153,6 +154,7 @@ def _write(
             cleanup.callback(writer.abandon)
         tensors = {}
         for name, piece in pieces:
+            PULSE.tick()
             tensors[name] = list(piece)
             for key, value in piece.items():
                 stem = STEMS.get(key, "optimizer")

@@ -15,6 +15,7 @@ import click
 from xflux_trainer import allocator, heap, kernelcache
 from xflux_trainer.config import load_with_notes
 from xflux_trainer.errors import CheckpointError, Interrupted, UserError, tell
+from xflux_trainer.pulse import PULSE
 from xflux_trainer.signals import Stop, ignore
 from xflux_trainer.targets import FILES
 
@@ -38,6 +39,7 @@ def train(path: Path) -> None:
     """Encode the images and captions, train, and save the result."""
     stop = Stop()
     stop.install()
+    PULSE.begin(os.environ)
     config, notes = load_with_notes(path)
     kernelcache.persist(os.environ)
     heap.give_back()

@@ -13,6 +13,7 @@ from xflux_trainer import cache, flow
 from xflux_trainer.cache import Entry
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.lora import generator
+from xflux_trainer.pulse import PULSE
 from xflux_trainer.ranks import Ranks
 
 SHARDED = ("zero3", "fsdp")
@@ -47,6 +48,7 @@ def heldout_loss(
     pairs = [(image, k) for image in range(len(entries)) for k in range(len(times))]
     for index, kept in turns(len(pairs), ranks, sharded=sharded):
         image, k = pairs[index]
+        PULSE.tick()
         batch = cache.read_batch([entries[image]])
         x_0 = flow.pack(batch.latents)
         # No seed of the run in the key: runs with different seeds are compared at the same noise.

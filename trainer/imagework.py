@@ -24,6 +24,7 @@ from xflux_trainer.errors import DataError
 from xflux_trainer.imagefile import shown
 from xflux_trainer.keys import key
 from xflux_trainer.layout import Base
+from xflux_trainer.pulse import PULSE
 from xflux_trainer.ranks import Ranks
 from xflux_trainer.samples import Sample
 
@@ -186,6 +187,7 @@ def encode(recipe: Recipe, base: Base, ranks: Ranks, work: list[tuple[int, Item]
     codec: ImageCodec | None = None
     started = told = time.monotonic()
     for prepared in _ahead(recipe, work):
+        PULSE.tick()
         for picture, view, flips in prepared.pictures:
             codec = codec or ImageCodec(base, ranks.device, torch.float32)
             for flip in flips:

@@ -14,6 +14,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from xflux_trainer.pulse import PULSE
 from xflux_trainer.speed import Rates, Window
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "deepspeed", "safetensors", "numpy")
@@ -96,9 +97,11 @@ class Meter:
         self._book_start()
         self.host.look()
         self.host.phase = name
+        told = PULSE.at(name)
         try:
             yield
         finally:
+            PULSE.at(told)
             self._read_device(name)
             self._book_start()
             self.host.look()

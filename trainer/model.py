@@ -20,6 +20,7 @@ from xflux_trainer.bfl_spec import count_parts, read_single_file, transformer_co
 from xflux_trainer.errors import ModelError
 from xflux_trainer.find import locate, resolve
 from xflux_trainer.layout import Base
+from xflux_trainer.pulse import PULSE
 from xflux_trainer.spec import FluxSpec, read_folder
 from xflux_trainer.weights import open_weights
 
@@ -86,6 +87,7 @@ def load_transformer(base: Base, dtype: torch.dtype, device: torch.device, prepa
         wanted = [f"{name}.{leaf}" for name, module in blocks(transformer) for leaf, _ in module.named_parameters()]
         with closing(weights.stream(wanted)) as tensors:
             for name, module in blocks(transformer):
+                PULSE.tick()
                 fill(module, tensors, dtype)
                 if prepare is not None:
                     prepare(name, module)

@@ -7,6 +7,7 @@ from typing import Any
 
 from xflux_trainer import card, evaluate, optim, report, sample, sheet
 from xflux_trainer.errors import UserError
+from xflux_trainer.pulse import PULSE
 from xflux_trainer.report import write_metrics
 from xflux_trainer.run import Run
 from xflux_trainer.sample import Prompt
@@ -20,7 +21,8 @@ def finish(run: Run, watch: Watch | None, stop: Stop) -> tuple[int, list[Path]]:
     Returns a signal, or 0, and the files that are the run's result.
     """
     ranks = run.ranks
-    paths = _write(run)
+    with PULSE.during("checkpoint"):
+        paths = _write(run)
     ranks.say(f"{run.trainee.result} is in {' and '.join(map(str, paths))}")
     after = measure(run, watch) if run.heldout else None
     if after and run.progress.heldout_before:
@@ -60,7 +62,7 @@ def _last_files(run: Run, watch: Watch, results: list[Path]) -> None:
 def measure(run: Run, watch: Watch | None) -> dict[str, Any]:
     """The held-out loss: measured by all ranks with the average where there is one, written by rank 0."""
     sharded = run.stepper.strategy in evaluate.SHARDED
-    with run.meter.phase("train"), run.stepper.averaged():
+    with run.meter.phase("train"), PULSE.during("heldout"), run.stepper.averaged():
         found = evaluate.heldout_loss(run.trainee.module, run.config, run.heldout, run.ranks, sharded=sharded)
     run.ranks.together(lambda: watch.heldout(run.progress.step, found) if watch else None)
     return found

@@ -28,6 +28,7 @@ from xflux_trainer.config import TrainConfig
 from xflux_trainer.errors import Unsupported, UserError, WriteError, tell
 from xflux_trainer.files import TEMPORARY
 from xflux_trainer.memory import CUDA_CONTEXT, GIB
+from xflux_trainer.pulse import PULSE
 
 PATIENCE = timedelta(hours=1)
 """How long a rank waits for another before it takes it for dead: samples and caches come in uneven shares."""
@@ -104,7 +105,8 @@ class Ranks:
             os.environ.setdefault("MASTER_PORT", "29500")
             os.environ.setdefault("LOCAL_RANK", str(self.launch.local_rank))  # DeepSpeed reads it again
             backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, rank=self.rank, world_size=self.world_size, timeout=PATIENCE)
+            with PULSE.during("join"), PULSE.waiting():
+                dist.init_process_group(backend, rank=self.rank, world_size=self.world_size, timeout=PATIENCE)
             self._joined = True
 
     def keep_within(self, gib: float | None) -> None:
@@ -146,7 +148,8 @@ class Ranks:
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        with PULSE.waiting():
+            dist.all_gather_object(values, value)
         return values
 
     def share(self, folder: Path) -> None:
@@ -169,8 +172,9 @@ class Ranks:
         if self.world_size == 1:
             return values
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
-        return [float(value) for value in tensor.tolist()]
+        with PULSE.waiting():
+            dist.all_reduce(tensor)
+            return [float(value) for value in tensor.tolist()]
 
     def agree(self, error: UserError | None = None) -> None:
         """Raise on every rank when any has an error, so that no rank waits for one that has left.

@@ -24,6 +24,7 @@ from xflux_trainer.evaluate import extras, turns
 from xflux_trainer.layout import Base
 from xflux_trainer.lora import generator
 from xflux_trainer.model import DTYPES
+from xflux_trainer.pulse import PULSE
 from xflux_trainer.ranks import Ranks
 from xflux_trainer.spec import FluxSpec, image_tokens, shift_mu
 
@@ -117,6 +118,7 @@ def denoise(
     mu = shift_mu(image_tokens(config.sample_width, config.sample_height)) if spec.dynamic_shift else 0.0
     times = flow.sampling_times(config.sample_steps, mu)
     for t, t_next in pairwise(times):
+        PULSE.tick()
         v = velocity(x_t, t.view(1).to(device), text, pooled, ids, text_ids, config.sample_guidance, *more)
         x_t = x_t + float(t_next - t) * v.float()
     return flow.unpack(x_t, h, w)[0]

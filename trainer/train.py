@@ -31,6 +31,7 @@ from xflux_trainer.encoders import free
 from xflux_trainer.errors import Interrupted, UserError
 from xflux_trainer.meter import Meter
 from xflux_trainer.outcome import draw, finish, measure
+from xflux_trainer.pulse import PULSE
 from xflux_trainer.ranks import Launch, Ranks
 from xflux_trainer.report import announce, write_metrics
 from xflux_trainer.run import Run, prepare
@@ -44,7 +45,8 @@ def train(config: TrainConfig, notes: tuple[str, ...], stop: Stop) -> None:
         main, results = _train(config, notes, stop)
     # The other ranks have gone: nobody waits for an upload in a collective.
     if config.push_to_hub and main:
-        pushed = hub.push(Path(config.output_dir), config, results)
+        with PULSE.during("publish"):
+            pushed = hub.push(Path(config.output_dir), config, results)
         print(pushed.text if pushed.done else f"note: {pushed.text}", flush=True)
 
 
@@ -119,6 +121,7 @@ def _loop(run: Run, watch: Watch | None, stop: Stop) -> int:
     draws = flow.Draws(config, run.spec, ranks.world_size * run.accumulation, progress.step, progress.batches)
     left = (run.total - progress.step) * run.accumulation * ranks.world_size
     numbers = range(progress.batches + ranks.rank, progress.batches + left, ranks.world_size)
+    PULSE.at("train")
     # Batches are read, and their noise drawn, while those before them are trained on.
     ahead = Ahead(lambda number: _read(run, draws, number), iter(numbers), ranks.device)
     try:
@@ -131,12 +134,15 @@ def _loop(run: Run, watch: Watch | None, stop: Stop) -> int:
                 losses = []
                 for k in range(run.accumulation):
                     asked = time.perf_counter()
+                    PULSE.at("data")
                     batch, drawn = ahead.take()
                     waited += time.perf_counter() - asked
+                    PULSE.at("forward")
                     with run.stepper.micro(last=k == run.accumulation - 1):
                         losses.append(_micro_step(run, batch, drawn))
                     size, tokens, _ = drawn.eps.shape
                     flops += size * cost(tokens, batch.text.shape[1])
+                PULSE.at("step")
                 norm = run.stepper.step()
                 loss = sum(float(value) for value in losses)  # read at the end: each reading waits for the device
             # One exchange a step: the mean loss, whether a rank could not write, and whether one was told to stop.
@@ -151,6 +157,7 @@ def _loop(run: Run, watch: Watch | None, stop: Stop) -> int:
             progress.batches += run.accumulation * ranks.world_size
             progress.seconds += gauge.step_seconds[-1]
             _book(progress, loss)
+            PULSE.stepped(progress.step, run.total, gauge.step_seconds[-1])
             if watch:
                 try:
                     watch.step(progress.step, {"loss": loss, "learning_rate": rate, "grad_norm": norm, **line})
@@ -163,13 +170,18 @@ def _loop(run: Run, watch: Watch | None, stop: Stop) -> int:
             if not math.isfinite(loss) or not (math.isfinite(norm) or config.mixed_precision == "fp16"):
                 ranks.agree(_diverged(progress.step, loss))
             last = progress.step == run.total
+            asked_to_save = stop.save(told)
             if signum and not last:
                 ranks.say(f"stopping after step {progress.step} of {run.total}: a checkpoint is being saved")
-            if signum or last or progress.step % config.checkpointing_steps == 0:
-                checkpoint.save(
-                    run.output, run.stepper, progress, config, ranks, meter.versions(), run.digests, run.accumulation
-                )
-                ranks.together(lambda: watch.plot() if watch else None)
+            elif asked_to_save and not last:
+                ranks.say(f"step {progress.step} of {run.total}: a checkpoint is being saved, as asked for by a signal")
+            if signum or asked_to_save or last or progress.step % config.checkpointing_steps == 0:
+                with PULSE.during("checkpoint"):
+                    checkpoint.save(
+                        run.output, run.stepper, progress, config, ranks, meter.versions(), run.digests,
+                        run.accumulation,
+                    )  # fmt: skip
+                    ranks.together(lambda: watch.plot() if watch else None)
             if signum and not last:
                 return signum
             if run.heldout and not last and progress.step % evaluate.interval(config, len(run.heldout), images) == 0:

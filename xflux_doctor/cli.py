@@ -186,17 +186,31 @@ def fix(
     help="What to end with after SIGUSR2, the notice of a preemption, once all is saved; given, after SIGTERM too. "
     "[default: 75]",
 )  # fmt: skip
+@click.option(
+    "--hang-after", type=click.FloatRange(min=0, max=86400), metavar="S",
+    help="End a run in which a rank stands still so long in a step, ten times that elsewhere; 0: never. "
+    "[default: 20 median steps, 60 s at the least; 600 s elsewhere]",
+)  # fmt: skip
+@click.option(
+    "--attach", metavar="[RUN]", is_flag=False, flag_value="",
+    help="Show the run in this folder, or in the config's output_dir, again. Ctrl-C detaches, and the run goes on.",
+)  # fmt: skip
+@click.option("-v", "--verbose", is_flag=True, help="Show all output of all ranks as it comes.")
 @click.argument("extra", nargs=-1, type=click.UNPROCESSED)
 @click.pass_context
 def run(
-    context: click.Context, /, dry_run: bool, yes: bool, wait_for_nodes: float, retries: int, extra: tuple[str, ...],
-    requeue_code: int | None, **options: Any,
+    context: click.Context, /, dry_run: bool, yes: bool, wait_for_nodes: float, retries: int, hang_after: float | None,
+    attach: str | None, verbose: bool, extra: tuple[str, ...], requeue_code: int | None, **options: Any,
 ) -> int:  # fmt: skip
     """Validate, repair in memory, launch the trainer. EXTRA after -- goes to the trainer."""
+    if attach is not None:
+        module: Any = importlib.import_module("xflux_doctor.attach")
+        return int(module.attach(module.folder_of(attach, options["config"]), raw=verbose))
     options["deep_timeout"] = _deep_seconds(context, options)
-    how = {"dry_run": dry_run, "yes": yes, "extra": extra, "wait": wait_for_nodes, "retries": retries}
+    how = _command("lead").How(retries, hang_after, verbose)
+    given = {"dry_run": dry_run, "yes": yes, "extra": extra, "wait": wait_for_nodes, "how": how}
     with Requeue(requeue_code) as requeue:
-        return requeue.exit_code(int(_command("run").run(inputs_of(options), **how)))
+        return requeue.exit_code(int(_command("run").run(inputs_of(options), **given)))
 
 
 @cli.command()

@@ -5,18 +5,28 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from xflux_doctor import guard
+from xflux_doctor.guard import VARIABLE
+from xflux_doctor.hang import Hang
 from xflux_doctor.launch import Launch
+from xflux_doctor.outlets import Merged, Outlets
+from xflux_doctor.watcher import Watcher
+
+HUNG = 124
+"""Exit code of a run that hung and was ended, as that of timeout(1)."""
 
 _DRAIN = 10.0
 """Seconds to read what the group wrote before its end."""
@@ -42,17 +52,36 @@ class End:
     signal: int | None
     interrupted: bool
     seconds: float
+    hang: Hang | None = None
+    """Why the doctor ended it."""
 
 
-def run(launch: Launch, log: Path, echo: Callable[[bytes], None]) -> End:
-    """Run to the end. Output goes to `log` and to `echo`; SIGINT, SIGTERM and SIGHUP are passed to the group."""
+@dataclass(frozen=True)
+class Watching:
+    """How a run is watched."""
+
+    folder: Path
+    """The run folder."""
+    hang_after: float | None = None
+    """Seconds that a rank may stand still in a step; None: by the run's own speed; 0: for ever."""
+    cards: tuple[str, ...] = ()
+    """UUIDs of the job's GPUs."""
+    hang_up: Callable[[], None] = lambda: None
+    """Called when the terminal is gone."""
+
+
+def run(launch: Launch, log: Path, echo: Callable[[bytes], None], watching: Watching | None = None) -> End:
+    """Run to the end. Output goes to `log` and to `echo`, whole lines at a time; SIGINT and SIGTERM are passed to the
+    group. On SIGHUP the run goes on without a terminal, and its ranks are asked for a checkpoint."""
     started = time.monotonic()
     read_end, write_end = os.pipe()
-    guard = Path(__file__).with_name("guard.py")
-    with log.open("wb") as file:
+    with log.open("wb") as file, _beating() as beating:
+        own = log.with_suffix("") if watching else None
+        merged = Merged(file, own, echo)
+        outlets = Outlets(beating, merged)
         process = subprocess.Popen(
-            [sys.executable, str(guard), str(read_end), *launch.argv],
-            env=launch.env,
+            [sys.executable, guard.__file__, str(read_end), *launch.argv],
+            env={**launch.env, VARIABLE: str(beating)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -60,39 +89,70 @@ def run(launch: Launch, log: Path, echo: Callable[[bytes], None]) -> End:
             pass_fds=(read_end,),
         )
         os.close(read_end)
-        signals = _Forward(process)
-        reader = threading.Thread(target=_copy, args=(process.stdout, file, echo), daemon=True)
+        watcher = None
+        if watching is not None:
+            watcher = Watcher(beating, watching.folder, process.pid, merged.say, after=watching.hang_after,
+                              cards=watching.cards)  # fmt: skip
+        signals = _Forward(process, str(beating), lambda: _hung_up(watching, watcher))
+        reader = threading.Thread(target=_copy, args=(process.stdout, outlets, merged), daemon=True)
         try:
             with signals:
                 reader.start()
+                outlets.start()
+                if watcher is not None:
+                    watcher.start()
                 code = process.wait()
         finally:
-            _end_group(process)
+            _end_group(process, str(beating))
             reader.join(_DRAIN)
+            outlets.stop()
+            if watcher is not None:
+                watcher.stop()
+                if watcher.hang is not None:  # last, because a rank that was only stopped takes more steps
+                    merged.say(watcher.hang.line)
+            merged.close()
             os.close(write_end)
-    return _end(code, log, signals.received, time.monotonic() - started)
+    return _end(code, log, signals.received, time.monotonic() - started, watcher.hang if watcher else None)
 
 
-def _copy(source: IO[bytes] | None, file: IO[bytes], echo: Callable[[bytes], None]) -> None:
-    """Keep the output and show it, as it comes. A full disk must not end the training: it is only shown then."""
+@contextlib.contextmanager
+def _beating() -> Iterator[Path]:
+    """The folder of this machine where the ranks tell what they do; gone afterwards (`guard.py` sees to it when the
+    doctor is killed)."""
+    folder = Path(tempfile.mkdtemp(prefix="xflux-watch-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _copy(source: IO[bytes] | None, outlets: Outlets, merged: Merged) -> None:
+    """Keep the launcher's output and show it, as it comes, after what the ranks had said by then."""
     assert source
-    keep = True
     for chunk in iter(lambda: source.read1(65536), b""):  # type: ignore[attr-defined]
-        if keep:
-            try:
-                file.write(chunk)
-                file.flush()
-            except OSError as error:
-                keep = False
-                echo(f"\nxflux-doctor: the log is no longer written: {error.strerror}.\n".encode())
-        echo(chunk)
+        outlets.drain()
+        merged.take(None, chunk)
+
+
+def _hung_up(watching: Watching | None, watcher: Watcher | None) -> None:
+    if watching is not None:
+        watching.hang_up()
+    if watcher is not None:
+        # Not here: the signal may have come while this very thread holds what a line of the log needs.
+        threading.Thread(target=_save, args=(watcher,), daemon=True).start()
+
+
+def _save(watcher: Watcher) -> None:
+    asked = watcher.save()
+    does = "a checkpoint was asked for" if asked else "nothing is trained yet"
+    watcher.warn("hangup", f"the terminal is gone (SIGHUP); {does}, and the run goes on")
 
 
 class _Forward:
     """Pass each signal on to the group once. The third one kills it: a person who insists is right."""
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self._process = process
+    def __init__(self, process: subprocess.Popen[bytes], folder: str, hung_up: Callable[[], None]) -> None:
+        self._process, self._folder, self._hung_up = process, folder, hung_up
         self._old: dict[int, object] = {}
         self.received: list[int] = []
 
@@ -105,22 +165,26 @@ class _Forward:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:  # nobody asks us to end: a connection was lost, or a terminal closed
+            self._hung_up()
+            return
         self.received.append(number)
-        # A closed terminal asks us to end; the trainer knows that wish as SIGTERM, and saves.
-        wish = signal.SIGTERM if number == signal.SIGHUP else signal.Signals(number)
-        passed = signal.SIGKILL if len(self.received) > 2 else wish
+        passed = signal.SIGKILL if len(self.received) > 2 else signal.Signals(number)
+        if passed == signal.SIGKILL:
+            guard.kill(self._folder)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, passed)
 
 
-def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """Whatever is left of the group, a rank whose launcher died say, ends with the run."""
+def _end_group(process: subprocess.Popen[bytes], folder: str) -> None:
+    """Whatever is left of the run, a rank whose launcher died say, ends with it."""
+    guard.kill(folder)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
-def _end(code: int, log: Path, received: list[int], seconds: float) -> End:
+def _end(code: int, log: Path, received: list[int], seconds: float, hang: Hang | None = None) -> End:
     named = trainer_code(log)
     number: int | None = None
     if named is not None and named < 0:
@@ -137,7 +201,9 @@ def _end(code: int, log: Path, received: list[int], seconds: float) -> End:
         exit_code = 128 + number
     if code == 0:
         named = 0
-    return End(exit_code, named, number, bool(received), seconds)
+    if hang is not None and code != 0:
+        exit_code = HUNG  # whatever the signals that ended it made of it
+    return End(exit_code, named, number, bool(received), seconds, hang)
 
 
 def trainer_code(log: Path) -> int | None:

@@ -824,3 +824,20 @@ for _cause, _texts in {
     EXCERPTS[_cause] += _texts
 for _cause, _texts in START.items():
     EXCERPTS.setdefault(_cause, []).extend(_texts)
+EXCERPTS |= {
+    cause: [f"[rank1]: xflux-doctor: {cause}: rank 1 has stood still for 61 s after step 12 in {where}\n"]
+    for cause, where in (
+        ("rank-stopped", "the forward and backward pass: it is stopped by a signal (SIGSTOP, Ctrl-Z, a debugger)"),
+        ("rank-lost", "the forward and backward pass: its process is gone, and nobody noticed"),
+        ("loader-stuck", "waiting for a batch: it waits for data that does not come"),
+        ("storage-stuck", "a step: it waits for a disk or a driver that does not answer (state D)"),
+        ("rank-stuck", "saving a checkpoint: it does not go on"),
+        ("collective-stuck", "a step, in a collective call: all ranks wait for each other"),
+    )
+}
+EXCERPTS["corrupt-checkpoint"] += [
+    "error: The cache entry /c/image-5f.safetensors cannot be read: Error while deserializing header: header too small.\n"
+    + CHILD_FAILED,
+    "error: The cache entry /c/image-5f.safetensors was damaged on the disk (its checksum differs) and was removed.\n"
+    + CHILD_FAILED,
+]

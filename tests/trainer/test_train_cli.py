@@ -185,7 +185,11 @@ def test_the_first_signal_counts() -> None:
     later.defer()
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(0.01)
-    assert later.flags() == [0.0, 1.0]
+    assert later.flags() == [0.0, 1.0, 0.0]
+    os.kill(os.getpid(), signal.SIGUSR1)  # a checkpoint is asked for, once
+    time.sleep(0.01)
+    assert later.flags() == [0.0, 1.0, 1.0] and later.flags() == [0.0, 1.0, 0.0]
+    assert Stop.save([0.0, 0.0, 2.0]) and not Stop.save([1.0, 0.0, 0.0])
     assert Stop.first([0.0, 2.0]) == signal.SIGTERM
     assert Stop.first([1.0, 1.0]) == signal.SIGINT
     assert Stop.first([0.0, 0.0]) == 0

@@ -19,7 +19,8 @@ from xflux_doctor.finding import Change, Edit
 FROM_OUTSIDE = frozenset({
     "peer-rank-died", "nccl-timeout", "collective-timeout", "nccl-connection-refused", "nccl-ib-link",
     "nccl-unhandled-cuda-error", "rendezvous-timeout", "segfault", "nccl-segfault", "gpu-peermem", "sigterm",
-    "port-in-use", "host-oom-kill", "unknown",
+    "port-in-use", "host-oom-kill", "rank-stopped", "rank-lost", "loader-stuck", "storage-stuck", "rank-stuck",
+    "collective-stuck", "unknown",
 })  # fmt: skip
 """Causes that a second start may not meet. A SIGKILL is taken for the host's memory, and can be anybody's."""
 RESUME = Edit("train", ("resume_from_checkpoint",), "latest", "go on from the last checkpoint")

@@ -7,7 +7,6 @@ import dataclasses
 import datetime
 import importlib
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from xflux_doctor.checks.words import devices
 from xflux_doctor.commands import gate, planned, runfolder, together
 from xflux_doctor.commands.check import summarize
 from xflux_doctor.commands.fix import confirm, edited, new_accelerate, plan_of
+from xflux_doctor.commands.lead import How, lead, note
 from xflux_doctor.commands.shown import show
 from xflux_doctor.commands.together import Self
 from xflux_doctor.deepspeed_file import KEY, SECTION
@@ -40,18 +40,18 @@ from xflux_doctor.plan import Plan, lay
 from xflux_doctor.preempt import goes_on
 from xflux_doctor.report import jsonreport, text
 from xflux_doctor.report.summary import Summary
+from xflux_doctor.runstate import RunState
 from xflux_doctor.supervise import End
-from xflux_doctor.supervise import run as supervise
 
 GIB = 1 << 30
 _DEEPSPEED = "deepspeed.json"
 
 
 def run(
-    inputs: Inputs, *, dry_run: bool, yes: bool, extra: tuple[str, ...], wait: float = 20.0, retries: int = 0
+    inputs: Inputs, *, dry_run: bool, yes: bool, extra: tuple[str, ...], wait: float = 20.0, how: How | None = None
 ) -> int:
-    """The gate, then the training, and after a death up to `retries` more from its last checkpoint. Exit 1 and nothing
-    started when the gate refuses, here or on another machine."""
+    """The gate, then the training, and after a death up to `how.retries` more from its last checkpoint. Exit 1 and
+    nothing started when the gate refuses, here or on another machine."""
     if inputs.facts and not dry_run:
         raise UsageError("Recorded facts are of another machine or another time.", "Give --dry-run with --facts.")
     case = build(inputs, matrices.load_with(inputs.matrix))
@@ -62,7 +62,8 @@ def run(
     plan, words = _planned(case, repaired)
     case = dataclasses.replace(case, job=plan.job)
     me = together.who(case)
-    if retries and me.count > 1:
+    how = how or How()
+    if how.retries and me.count > 1:
         raise UsageError(f"--retries starts one launch again, and this job has {me.count}.", together.NO_RETRIES)
     # Before the machines meet: what cannot be written here must not leave the others waiting for this one.
     copies = None if plan.blockers else _copies(case, plan, accelerate_text, me)
@@ -86,7 +87,7 @@ def run(
         if case.job.train is not None and not dry_run:
             _refused(me.folder(Path(case.job.train.output_dir)), summary)
         return summary.exit_code
-    return _launch(case, plan, summary, copies, me, log, extra=extra, retries=retries)
+    return _launch(case, plan, summary, copies, me, log, extra=extra, how=how)
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def _with_accelerate(case: Case) -> tuple[Case, str]:
 
 def _launch(
     case: Case, plan: Plan, summary: Summary, copies: _Copies, me: Self, log: Path | None, *, extra: tuple[str, ...],
-    retries: int,
+    how: How,
 ) -> int:  # fmt: skip
     """Write the run folder and start. Without a `log` nothing is written or started: the launch is shown."""
     assert case.job.train is not None and case.facts.python is not None
@@ -179,35 +180,18 @@ def _launch(
     if not me.quiet:
         click.echo(f"$ {launch.shell}\n  log: {log}\n")
     runfolder.started(folder, log, launch.shell)
-    end, log = _supervised(launch, copies, log, retries)
+    files = {"accelerate": copies.accelerate, "train": copies.train, "deepspeed": folder / _DEEPSPEED}
+    cards = () if job.use_cpu or seen is None else tuple(gpu.uuid for gpu in seen if gpu.uuid)
+    end, log = lead(
+        launch, folder, files, log, how, cards=cards, next_log=lambda attempt: _make_folder(folder, attempt)
+    )
     try:
         _finish(folder, log, end, quiet=me.quiet)
         write_atomic(folder / "report.txt", _report(summary, plan, launch, folder, end))
     except (DoctorError, OSError) as error:  # the training's own end is what counts
         click.echo(f"The run folder could not be completed: {error}", err=True)
+    note(folder, RunState.own(log, end.exit_code))  # last: who is attached reads the rest then
     return end.exit_code
-
-
-def _supervised(launch: Launch, copies: _Copies, log: Path, retries: int) -> tuple[End, Path]:
-    """Start, and start again while that may help; how the last one ended, and its log."""
-    end, tried = supervise(launch, log, _echo), set[str]()
-    files = {"accelerate": copies.accelerate, "train": copies.train, "deepspeed": copies.folder / _DEEPSPEED}
-    while end.exit_code and not end.interrupted and len(tried) < retries:
-        explain: Any = importlib.import_module("xflux_doctor.commands.explain")
-        again: Any = importlib.import_module("xflux_doctor.commands.again")
-        diagnosis = explain.of_file(log)
-        attempt = again.following(copies.folder, diagnosis, tried)
-        if attempt is None:
-            break
-        tried.add(attempt.mark)
-        again.write(attempt, {name: path for name, path in files.items() if path.is_file()})
-        click.echo(f"\nretry {len(tried)} of {retries} after {end.seconds:.0f} s: {attempt.words}\n")
-        runfolder.retried(
-            copies.folder, len(tried), attempt, explain.as_dict(diagnosis), end.exit_code, end.seconds, log
-        )
-        log = _make_folder(copies.folder, len(tried))
-        end = supervise(launch, log, _echo)
-    return end, log
 
 
 def _own_deepspeed(case: Case, plan: Plan, folder: Path) -> list[Change]:
@@ -273,13 +257,6 @@ def _record(folder: Path, case: Case, plan: Plan, summary: Summary, launch: Laun
 
 def _bill(plan: Plan) -> dict[str, Any] | None:
     return dataclasses.asdict(plan.bill) if plan.bill else None
-
-
-def _echo(chunk: bytes) -> None:
-    """Show it; a terminal or a pipe that is gone must not end the training, whose log is kept all the same."""
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdout.buffer.write(chunk)
-        sys.stdout.buffer.flush()
 
 
 def _refused(folder: Path, summary: Summary) -> None:

@@ -8,6 +8,7 @@ from xflux_doctor.explain import (
     rules_cluster,
     rules_config,
     rules_gpu,
+    rules_hang,
     rules_job,
     rules_memory,
     rules_setup,
@@ -32,6 +33,7 @@ RULES: tuple[Rule, ...] = tuple(
             *rules_setup.RULES,
             *rules_config.RULES,
             *rules_job.RULES,
+            *rules_hang.RULES,
             *rules_start.RULES,
         ),
     )

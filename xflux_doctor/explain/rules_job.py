@@ -136,6 +136,9 @@ RULES: tuple[Rule, ...] = (
             Sign("without having git-lfs installed"),
             Sign("Unable to load weights from", r"(?:OSError|checkpoint file)", weight=45),
             Sign("Consistency check failed: file should be of size"),
+            Sign(
+                "The cache entry ", r"The cache entry .* (?:cannot be read|was damaged on the disk)"
+            ),  # this trainer's
         ),
         "A download or a save was interrupted, or git left a small pointer file in the place of the weights.",
         "Look at the size of the file, delete it and download it again (`git lfs pull` for a clone).",

@@ -1,0 +1,111 @@
+"""When a run hangs and which rank is why, on made-up ranks; the stacks of a real process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from xflux_doctor.hang import FLOOR, REMOTE, SLOW, Limits, Pace, Rank, judge, table
+from xflux_doctor.heartbeat import Beat, beats, state
+from xflux_doctor.stacks import collect, innermost
+
+
+def rank(
+    number: int, phase: str = "forward", *, still: float = 0.0, state: str = "S", collective: bool = False,
+    step: int = 9, world: int = 2, beat: int = 5,
+) -> Rank:  # fmt: skip
+    made = Beat(number, world, 100 + number, "host", phase, collective, step, 100, 0.5, beat, 0.0, 0.0)
+    return Rank(made, still, state)
+
+
+LATE = FLOOR + 1
+
+
+@pytest.mark.parametrize(("ranks", "cause", "culprit"), [
+    # Nobody stands still for too long, or whoever does waits for one that works.
+    ([rank(0), rank(1)], None, None),
+    ([rank(0, "train", collective=True, still=9999), rank(1, "checkpoint", still=SLOW - 1)], None, None),
+    ([rank(0, "join", collective=True, still=9999, step=0), rank(1, "load", still=1, step=0)], None, None),
+    ([rank(0, "cache", still=SLOW - 1)], None, None),
+    ([rank(0, "forward", still=SLOW - 1, step=0)], None, None),  # the first step compiles
+    ([rank(0, "train", collective=True, still=LATE, world=4), rank(1, "train", collective=True, still=LATE, world=4)],
+     None, None),  # a rank of another machine may be busy
+    # The culprit, by the surest sign.
+    ([rank(0, still=LATE), rank(1, still=LATE, state="T")], "rank-stopped", 1),
+    ([rank(0, "train", collective=True, still=LATE), rank(1, still=LATE, state="t")], "rank-stopped", 1),
+    ([rank(0, still=LATE), rank(1, still=LATE, state="")], "rank-lost", 1),
+    ([rank(0, "data", still=LATE), rank(1, still=LATE)], "loader-stuck", 0),
+    ([rank(0, still=LATE), rank(1, "train", still=LATE, state="D")], "storage-stuck", 1),
+    ([rank(0, "checkpoint", still=SLOW + 1), rank(1, "checkpoint", still=SLOW + 1, collective=True)], "rank-stuck", 0),
+    ([rank(0, still=LATE), rank(1, "train", collective=True, still=LATE)], "rank-stuck", 0),
+    ([rank(0, world=1, still=LATE)], "rank-stuck", 0),
+    ([rank(0, still=LATE), rank(1, still=LATE, step=8)], "collective-stuck", 1),
+    ([rank(0, "train", collective=True, still=LATE), rank(1, "train", collective=True, still=LATE + 1)],
+     "collective-stuck", 1),
+    ([rank(0, "train", collective=True, still=REMOTE + 1, world=4),
+      rank(1, "train", collective=True, still=REMOTE + 1, world=4)], "collective-stuck", 0),
+])  # fmt: skip
+def test_the_verdict(ranks: list[Rank], cause: str | None, culprit: int | None) -> None:
+    found = judge(ranks, Limits())
+    assert (found and found.cause, found and found.rank) == (cause, culprit)
+    if found is not None:
+        assert f"rank {culprit} has stood still for" in found.words
+        assert len(table(ranks).splitlines()) == len(ranks)
+
+
+def test_the_limits() -> None:
+    step, cache = rank(0).beat, rank(0, "cache").beat
+    assert Limits().of(step) == 60 and Limits(step=10).of(step) == 200  # 20 median steps
+    assert Limits().of(cache) == 600 and Limits(step=100).of(cache) == 2000
+    assert Limits(after=5).of(step) == 5 and Limits(after=5).of(cache) == 50
+    pace = Pace()
+    assert pace.median() == 0 and pace.take(step) and not pace.take(step) and pace.median() == 0.5
+
+
+def test_nobody_is_no_hang() -> None:
+    assert judge([], Limits()) is None
+
+
+SITS = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+from xflux_trainer.pulse import PULSE
+PULSE.begin(os.environ)
+def sits():
+    time.sleep(60)
+with PULSE.during("data"):
+    sits()
+"""
+
+
+def test_the_beats_and_stacks_of_a_process(tmp_path: Path) -> None:
+    env = {**os.environ, "XFLUX_WATCH": str(tmp_path), "RANK": "3", "WORLD_SIZE": "4"}
+    # Nobody reads its pipe, so that its output stays where it was.
+    child = subprocess.Popen([sys.executable, "-c", SITS, str(Path(__file__).parents[1])], env=env)
+    try:
+        until = time.monotonic() + 30
+        while not (found := beats(tmp_path)) or found[3].phase != "data":
+            assert child.poll() is None and time.monotonic() < until
+            time.sleep(0.02)
+        beat = found[3]
+        assert (beat.rank, beat.world, beat.pid, beat.collective) == (3, 4, child.pid, False)
+        assert state(child.pid) == "S" and abs(beat.monotonic - time.monotonic()) < 30
+        text = collect([Rank(beat, 61.0, "S")], tmp_path)[3]
+        assert "in sits" in text and "sits" not in innermost("") and "line 7 in sits" in innermost(text)
+        assert "thread" in text and "wchan" in text and "State:" in text
+        child.send_signal(signal.SIGSTOP)
+        while state(child.pid) != "T":
+            time.sleep(0.01)
+        text = collect([Rank(beat, 61.0, "T")], tmp_path)[3]
+        assert "the process is stopped" in text
+    finally:
+        child.kill()
+        child.wait()
+    text = collect([Rank(beat, 61.0, "")], tmp_path)[3]
+    assert "the process is gone" in text

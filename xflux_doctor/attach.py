@@ -1,0 +1,93 @@
+"""Show a run again whose terminal is gone: follow its log until the doctor that leads it ends."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+from xflux_trainer import config as train_config
+
+from xflux_doctor import runstate
+from xflux_doctor.errors import DoctorError
+from xflux_doctor.progress import Display
+from xflux_doctor.runstate import RunState
+
+_BEFORE = 4096
+"""Bytes of the log that are shown of what was before."""
+_LOOK = 0.2
+
+
+def folder_of(named: str, config: str | None) -> Path:
+    """The run folder that is named, or else the output_dir of the training file."""
+    if named:
+        return Path(named)
+    path = Path(config or "train.yaml")
+    if not path.is_file():
+        raise DoctorError(f"There is no training file at {path}.", "Name the run's folder, or give --config.", code=2)
+    try:
+        return Path(train_config.load_with_notes(path)[0].output_dir)
+    except train_config.ConfigError as error:
+        raise DoctorError(str(error), "Mend it, or name the run's folder.", code=2) from error
+
+
+def attach(folder: Path, *, raw: bool = False) -> int:
+    """Follow the run in this folder. Returns its exit code; 0 for whoever detaches with Ctrl-C, 1 where the doctor that
+    led it was killed."""
+    state = runstate.read(folder)
+    if state is None:
+        seen = f"{folder} holds no run that was started by `xflux-doctor run`."
+        raise DoctorError(seen, "Name the run's folder, its output_dir.", code=2)
+    which, how = ("The run", " Ctrl-C detaches.") if state.alive else ("The last run", "")
+    click.echo(f"{which} in {folder}, led by process {state.pid} on {state.host}.{how}")
+    display = Display(raw=raw)
+    try:
+        state = _follow(folder, state, display)
+    except KeyboardInterrupt:
+        display.close()
+        click.echo("\nDetached; the run goes on. To end it with a checkpoint: "
+                   f"kill -INT {state.pid}{'' if state.here else f' on {state.host}'}")  # fmt: skip
+        return 0
+    display.close()
+    if state.exit_code is None:
+        click.echo("The doctor that led the run was killed, and the run with it. Resume from its last checkpoint.")
+        return 1
+    click.echo(f"The run ended with {state.exit_code}. `xflux-doctor explain {folder}` says why." if state.exit_code
+               else "The run is done.")  # fmt: skip
+    return state.exit_code
+
+
+def _follow(folder: Path, state: RunState, display: Display) -> RunState:
+    """Show what comes, of one log after the other; how the run stood at its end."""
+    log, place = Path(state.log), None
+    while True:
+        alive = state.alive
+        place = _show(log, place, display)
+        if Path(state.log) != log:  # the next attempt has its own
+            log, place = Path(state.log), 0
+            continue
+        if not alive:
+            return runstate.read(folder) or state
+        time.sleep(_LOOK)
+        state = runstate.read(folder) or state
+
+
+def _show(log: Path, place: int | None, display: Display) -> int:
+    """Show the log from that place on, from a little before its end without one. Returns where it ends."""
+    try:
+        with log.open("rb") as file:
+            if place is None:
+                place = max(0, file.seek(0, 2) - _BEFORE)
+                file.seek(place)
+                place += len(file.readline()) if place else 0
+            file.seek(place)
+            while piece := file.read(65536):
+                whole = piece[: piece.rfind(b"\n") + 1]
+                if not whole:
+                    break
+                display(whole)
+                place += len(whole)
+                file.seek(place)
+    except OSError:
+        return place or 0
+    return place

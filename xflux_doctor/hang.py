@@ -1,0 +1,154 @@
+"""When a run hangs, and which rank is why. Pure.
+
+A rank that waits in a collective call is no cause: it waits for another, which may have hours of work to do. A run
+hangs when a rank stands still that waits for nobody, or when all of them wait for each other.
+"""
+
+from __future__ import annotations
+
+from statistics import median
+
+import msgspec
+
+from xflux_doctor.heartbeat import Beat
+
+FLOOR, SLOW, REMOTE = 60.0, 600.0, 1800.0
+"""Seconds: a step's own phases; those that may take long, and all until the first step is done; waiting for ranks of
+other machines, whose beats are not seen here."""
+STEPS = 20
+"""Median steps that one may stand still at the least."""
+_QUICK = frozenset({"train", "data", "forward", "step"})
+_SHARED = frozenset({"forward", "step"})
+"""Phases with collectives of the gradients inside, which the host does not see."""
+
+
+class Rank(msgspec.Struct, frozen=True):
+    """A rank as the doctor sees it."""
+
+    beat: Beat
+    still: float
+    """Seconds since its record changed, as far as the doctor was awake to see it."""
+    state: str
+    """The kernel's letter; empty when the process is gone."""
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """Seconds that a rank may stand still."""
+
+    after: float | None = None
+    """What the user set for the phases of a step; the slow ones get ten times that, where that is more."""
+    step: float = 0.0
+    """The run's median step."""
+
+    def of(self, beat: Beat) -> float:
+        quick = max(FLOOR, STEPS * self.step) if self.after is None else self.after
+        if beat.phase in _QUICK and beat.step > 0:
+            return quick
+        return max(quick, SLOW) if self.after is None else 10 * self.after
+
+
+class Hang(msgspec.Struct, frozen=True):
+    """Why the run stands still."""
+
+    cause: str
+    """Of the vocabulary of causes."""
+    rank: int
+    """The one that the others wait for, as far as that can be told."""
+    seconds: float
+    words: str
+
+    @property
+    def line(self) -> str:
+        """For the log, as `explain/rules_hang.py` reads it."""
+        return f"[rank{self.rank}]: xflux-doctor: {self.cause}: {self.words}"
+
+
+def judge(ranks: list[Rank], limits: Limits) -> Hang | None:
+    """The hang that these ranks are in; None while somebody may still do something."""
+    if not ranks:
+        return None
+    late = [one for one in ranks if not one.beat.collective and one.still > limits.of(one.beat)]
+    if not late:
+        if not all(one.beat.collective for one in ranks):
+            return None
+        remote = ranks[0].beat.world > len(ranks)
+        late = [
+            one for one in ranks if one.still > (max(REMOTE, limits.of(one.beat)) if remote else limits.of(one.beat))
+        ]
+        if len(late) < len(ranks):
+            return None
+    cause, one = _culprit(ranks)
+    return Hang(cause, one.beat.rank, round(one.still, 1), _words(cause, one))
+
+
+def _culprit(ranks: list[Rank]) -> tuple[str, Rank]:
+    """The surest sign first; of several ranks with the same the one that stood still first."""
+    ranks = sorted(ranks, key=lambda one: (-one.still, one.beat.rank))
+    free = [one for one in ranks if not one.beat.collective]
+    signs = (
+        ("rank-stopped", [one for one in ranks if one.state in ("T", "t")]),
+        ("rank-lost", [one for one in ranks if one.state in ("", "Z", "X")]),
+        ("loader-stuck", [one for one in free if one.beat.phase in ("data", "list", "cache")]),
+        ("storage-stuck", [one for one in free if one.state == "D"]),
+        ("rank-stuck", [one for one in free if one.beat.phase not in _SHARED]),
+        ("rank-stuck", free if len(ranks) == 1 or 0 < len(free) < len(ranks) else []),
+    )
+    for cause, found in signs:
+        if found:
+            return cause, found[0]
+    # Everybody waits for everybody: the one that is behind, if one is.
+    return "collective-stuck", min(ranks, key=lambda one: (one.beat.step, one.beat.collective, -one.still))
+
+
+def _words(cause: str, one: Rank) -> str:
+    what = {
+        "rank-stopped": "it is stopped by a signal (SIGSTOP, Ctrl-Z, a debugger)",
+        "rank-lost": "its process is gone, and nobody noticed",
+        "loader-stuck": "it waits for data that does not come",
+        "storage-stuck": "it waits for a disk or a driver that does not answer (state D)",
+        "rank-stuck": "it does not go on",
+        "collective-stuck": "all ranks wait for each other",
+    }[cause]
+    since = f"rank {one.beat.rank} has stood still for {one.still:.0f} s after step {one.beat.step}"
+    return f"{since} in {place(one.beat)}: {what}"
+
+
+def place(beat: Beat) -> str:
+    """What a rank does, in words."""
+    said = {
+        "start": "the imports", "join": "the meeting of the ranks", "list": "listing the images",
+        "cache": "the encoding of the images and captions", "load": "loading the model", "train": "a step",
+        "data": "waiting for a batch", "forward": "the forward and backward pass", "step": "the optimizer's step",
+        "checkpoint": "saving a checkpoint", "heldout": "the held-out loss", "sample": "drawing samples",
+        "publish": "the upload",
+    }.get(beat.phase, beat.phase)  # fmt: skip
+    return f"{said}, in a collective call" if beat.collective else said
+
+
+def table(ranks: list[Rank]) -> str:
+    """Which rank stands where, a line each."""
+    lines = [
+        f"rank {one.beat.rank} (process {one.beat.pid} on {one.beat.host}, state {one.state or 'gone'}): "
+        f"{place(one.beat)}, after step {one.beat.step}, still for {one.still:.0f} s"
+        for one in sorted(ranks, key=lambda one: one.beat.rank)
+    ]
+    return "\n".join(lines) + "\n"
+
+
+class Pace:
+    """The run's step times, as far as its beats show them."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, float] = {}
+
+    def take(self, beat: Beat) -> bool:
+        """Whether the record shows a step that was not seen before."""
+        if beat.step <= 0 or beat.step in self._seen:
+            return False
+        self._seen[beat.step] = beat.seconds
+        if len(self._seen) > 1000:
+            del self._seen[next(iter(self._seen))]
+        return True
+
+    def median(self) -> float:
+        return median(self._seen.values()) if self._seen else 0.0
