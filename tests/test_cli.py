@@ -109,7 +109,7 @@ def test_matrix_commands(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("gpu", "code", "words"), [
-    ("H100:80", 0, "fits"), ("RTX 5090:26.2", 0, "tight"), ("T4:15", 0, "base in int4"),
+    ("H100:80", 0, "fits"), ("RTX 5090:27.2", 0, "tight"), ("T4:15", 0, "base in int4"),
     ("RTX 3050:8", 1, "Nothing fits this card"),  # the text encoders alone are 9.2 GiB
 ])  # fmt: skip
 def test_plan(place: Path, gpu: str, code: int, words: str) -> None:

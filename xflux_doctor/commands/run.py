@@ -280,25 +280,21 @@ def _of_finding(finding: Finding) -> dict[str, Any]:
 
 
 def _finish(folder: Path, log: Path, end: End, *, quiet: bool = False) -> None:
-    """Write result.json and say how it ended."""
-    cause = None
+    """Write result.json and say how it ended: the file first, since a terminal may be gone."""
+    cause, words = None, f"\nDone in {end.seconds:.0f} s: {folder}"
     if end.exit_code != 0 and not end.interrupted:
         explain: Any = importlib.import_module("xflux_doctor.commands.explain")  # not for every start of the doctor
         diagnosis = explain.of_file(log)
         lighter = explain.next_plan(diagnosis, log)
         cause = explain.as_dict(diagnosis, lighter)
-        click.echo(f"\nThe training ended with {end.exit_code} after {end.seconds:.0f} s.")
-        click.echo(explain.words(diagnosis, lighter))
-        click.echo(explain.suggestion(diagnosis, folder), nl=False)
-        click.echo(f"    log: {log}")
-    elif quiet:
-        pass
+        words = f"\nThe training ended with {end.exit_code} after {end.seconds:.0f} s.\n"
+        words += f"{explain.words(diagnosis, lighter)}\n{explain.suggestion(diagnosis, folder)}    log: {log}"
     elif end.interrupted:
-        click.echo("\nInterrupted. Run the same command again with resume_from_checkpoint: latest to go on.")
-    else:
-        click.echo(f"\nDone in {end.seconds:.0f} s: {folder}")
+        words = "\nInterrupted. Run the same command again with resume_from_checkpoint: latest to go on."
     _result(folder, "train", end.exit_code, end.trainer_exit_code, end.signal, cause)
     runfolder.ended(folder, log, end.exit_code, end.seconds, cause or {"cause": "none"})
+    if cause is not None or not quiet:
+        click.echo(words)
 
 
 def _result(folder: Path, phase: str, code: int, trainer: int | None, number: int | None, cause: object) -> None:
