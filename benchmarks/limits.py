@@ -188,7 +188,7 @@ def judge(row: Outcome, times: dict[str, Outcome]) -> tuple[str, bool]:
     best = min(allowed, default=None)
     if row["plan"] is None:
         return f"{head}nothing fits: {row['outcome']} | – | – | – |", row["outcome"] == "refused" and best is None
-    own = times.get(key(row["mode"], row["plan"]["changes"]), {}).get("seconds")
+    own = times.get(key(row["mode"], row["plan"]["changes"]), {}).get("seconds") or row.get("seconds_per_step")
     ratio = own / best[0] if own and best else None
     shown = [f"{value:.3f}" if value else "–" for value in (row.get("seconds_per_step"), own, ratio)]
     good = row["outcome"] == "trained" and row.get("within", False) and (ratio is None or ratio <= SLOWEST)

@@ -29,7 +29,7 @@ jobs=""
 trap 'for job in $(cat "$logs"/*.pid 2>/dev/null); do kill -- "-$job" 2>/dev/null || true; done; rm -rf "$logs"' EXIT
 test_stack() {
     local python=.venvs/$1/bin/python rc=0
-    "$python" -m pytest -m "not long" --durations=8 -p no:cacheprovider || rc=1
+    "$python" -m pytest -m "not long" --share "$2" --durations=8 -p no:cacheprovider || rc=1
     echo "-- with torchao and bitsandbytes"
     PYTHONPATH=.venvs/$1/aside "$python" -m pytest -m "not long" -p no:cacheprovider -k "torchao or nf4 or 8bit or 8_bits" \
         tests/trainer/test_train_steps.py tests/trainer/test_train_quantize.py || rc=1
@@ -37,8 +37,10 @@ test_stack() {
 }
 
 export OMP_NUM_THREADS=1
+number=0
 for stack in $made; do
-    test_stack "$stack" >"$logs/$stack.log" 2>&1 &
+    number=$((number + 1))
+    test_stack "$stack" "$number/$(echo $made | wc -w)" >"$logs/$stack.log" 2>&1 &
     echo $! >"$logs/$stack.pid"
 done
 failed=0
