@@ -197,7 +197,7 @@ RULES: tuple[Rule, ...] = (
         "CUDA_LAUNCH_BLOCKING=1 it shows as an illegal access reported somewhere else.",
         "Turn this backend off with torch.backends.cuda.enable_cudnn_sdp(False). If the fault stays, run once with "
         "CUDA_LAUNCH_BLOCKING=1 to find the kernel.",
-        ("TORCH_CUDNN_SDPA_ENABLED=0", "CUDA_LAUNCH_BLOCKING=1"),
+        ("TORCH_CUDNN_SDPA_DEPRIORITIZED=1", "CUDA_LAUNCH_BLOCKING=1"),
         weight=60,
     ),
     Rule(
