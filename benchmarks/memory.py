@@ -51,7 +51,7 @@ def predict(row: Row, spec: Any, device: str, limit: int, *, triton: bool, preci
     terms = [term for term in terms if term.name != "Python and torch"]
     peak = sum(term.bytes for term in terms)
     config = row.config(precision)
-    share = (peak + made.gpu_context) / limit if limit else 0.0
+    share = (peak + made.gpu_holes + made.gpu_context) / limit if limit else 0.0
     return {
         "row": row.name, "config": row.keys, "shape": row.shape or (config.img_size, config.img_size),
         "batch": config.train_batch_size, "predicted_bytes": peak, "predicted_context_bytes": made.gpu_context,
@@ -230,7 +230,8 @@ class Grid:
 
 
 def _device_bytes() -> int:
-    """What of the card is in use, by NVML; by the CUDA runtime, which counts the same, where there is no pynvml."""
+    """What processes use of the card, by NVML; by the CUDA runtime, with what the driver keeps for itself (0.6 GiB on an
+    H200), where there is no pynvml."""
     import torch
 
     try:
@@ -238,7 +239,7 @@ def _device_bytes() -> int:
 
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
-        return int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
+        return int(pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2).used)
     except Exception:  # noqa: BLE001 - a foreign pynvml, or a torch that does not tell the card's UUID
         free, total = torch.cuda.mem_get_info()
         return int(total - free)

@@ -8,7 +8,9 @@ up.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from xflux_trainer import memory_fused
 from xflux_trainer.config import TrainConfig
@@ -79,7 +81,7 @@ class Job:
         self.backend = _backend(config, card, fused=self.fused, flash4=flash4)
 
     @functools.cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Of what is trained."""
         return _shapes(self.config, self.spec, self.what)
 
@@ -107,15 +109,20 @@ def _matrices(spec: FluxSpec) -> tuple[int, int]:
     return sum(n for mod, n in sizes if not mod), sum(n for mod, n in sizes if mod)
 
 
-def _shapes(config: TrainConfig, spec: FluxSpec, what: Trained) -> dict[str, tuple[int, ...]]:
+def _shapes(config: TrainConfig, spec: FluxSpec, what: Trained) -> Mapping[str, tuple[int, ...]]:
     """Shapes of what is trained, by the names that `speed` knows."""
     if config.mode == "lora":
-        sides = {f"{one.name}.lora_A.weight": (config.rank, one.inputs) for one in what.adapters}
-        return sides | {f"{one.name}.lora_B.weight": (one.outputs, config.rank) for one in what.adapters}
+        return _sides(what, config.rank)
     if config.mode == "controlnet":
         linears = controlnet_spec(config, spec).linears()
         return {f"{one.name}.weight": (one.outputs, one.inputs) for one in linears}
     return {f"{one.name}.weight": (one.outputs, one.inputs) for one in spec.linears() if one.name in what.layers}
+
+
+@functools.lru_cache(maxsize=16)
+def _sides(what: Trained, rank: int) -> Mapping[str, tuple[int, ...]]:
+    sides = {f"{one.name}.lora_A.weight": (rank, one.inputs) for one in what.adapters}
+    return MappingProxyType(sides | {f"{one.name}.lora_B.weight": (one.outputs, rank) for one in what.adapters})
 
 
 def _backend(config: TrainConfig, card: Card, *, fused: bool, flash4: bool) -> str:
