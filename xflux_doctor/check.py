@@ -68,6 +68,8 @@ _NOT_PROBED = {
     "torch": "torch was not imported (quick level)",
     "allreduce": "no all-reduce was run (quick level)",
     "gpu_probes": "no GPU was tried (check --deep)",
+    "dcgm": "DCGM was not asked (check --deep)",
+    "nccl_tests": "nccl-tests was not run (check --deep, of two ranks and more)",
     "cluster": "the job is for one machine, or names no main_process_ip",
     "meeting": "no launch over several machines was begun",
     "train": "no readable training file was given (--config)",

@@ -446,6 +446,43 @@ class GpuProbe(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float = 0.0
 
 
+class DcgmFailure(msgspec.Struct, frozen=True):
+    """One test of DCGM's that ended in Fail."""
+
+    test: str
+    gpus: tuple[int, ...] = ()
+    """DCGM's own numbers of the cards, see `DcgmResult.cards`; empty: it named none."""
+    detail: str = ""
+    severity: int | None = None
+    """DCGM's dcgmErrorSeverity_t: 1 monitor, 2 isolate, 4 triage, 5 config, 6 reset; None: not told."""
+
+
+class DcgmResult(msgspec.Struct, frozen=True):
+    """What `dcgmi diag -r 1 -j` said (deep level)."""
+
+    version: str = ""
+    passed: int = 0
+    """Results that are Pass or Warn; a test may have one for each card."""
+    failures: tuple[DcgmFailure, ...] = ()
+    cards: dict[str, str] = {}
+    """UUIDs by DCGM's numbers, asked for after a failure; empty: not known."""
+    seconds: float = 0.0
+
+
+class NcclTests(msgspec.Struct, frozen=True):
+    """What nccl-tests' all_reduce_perf said over the job's cards of this machine (deep level)."""
+
+    ranks: int
+    bytes: int
+    busbw: float | None = None
+    """GB/s, out of place; None: it came to no result."""
+    wrong: int = 0
+    """Values that were wrong."""
+    failed: str = ""
+    """What CUDA or NCCL said where it failed."""
+    seconds: float = 0.0
+
+
 class Cluster(msgspec.Struct, frozen=True):
     """This machine's names and addresses, and where the job's main_process_ip leads."""
 
@@ -599,11 +636,14 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     allreduce: AllReduce | None = None
     gpu_probes: tuple[GpuProbe, ...] | None = None
     """Of each visible GPU (deep level)."""
+    dcgm: DcgmResult | None = None
+    """None: dcgmi is not there, or did not come to a result."""
+    nccl_tests: NcclTests | None = None
     clock: Clock | None = None
     """None: the clock was held against no other; only a fleet's run does so."""
     speeds: dict[str, float] = {}
     """Measured rates, of the slowest card where there are several; more is better. Names: matmul_bf16_tflops, h2d_gbs,
-    allreduce_busbw_gbs (GB/s) and others; a fleet compares whatever is there."""
+    allreduce_busbw_gbs, nccl_tests_busbw_gbs (GB/s) and others; a fleet compares whatever is there."""
     links: tuple[Link, ...] = ()
     unknown: dict[str, str] = {}
     timings: dict[str, float] = {}

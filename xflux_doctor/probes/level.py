@@ -1,7 +1,7 @@
 """The facts of the default level and the deep one: what torch sees, and whether the job's ranks reduce aright.
 
-Both end within one deadline. The deep level also tries each GPU, times the reduction, and seeks a way round one that
-fails.
+Both end within one deadline. The deep level also tries each GPU, times the reduction, seeks a way round one that
+fails, and asks NVIDIA's own tools where they are installed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from xflux_doctor.gather.clocks import reading
 from xflux_doctor.gather.environment import is_offline, without_login
 from xflux_doctor.job import Job
 from xflux_doctor.probes.each_gpu import Ask, each_gpu
+from xflux_doctor.probes.outside import ask_dcgm, ask_nccl_tests
 from xflux_doctor.probes.reduction import all_reduce
 from xflux_doctor.probes.retry import retry, trials
 from xflux_doctor.probes.runner import Outcome, run
@@ -28,6 +29,8 @@ DEEP_SECONDS = 180.0
 """Deadline of the deep level, which may have to wait out a hang and try again."""
 GPU_SHARE, GPU_SECONDS = 0.6, 45.0
 """Of the deadline, and at the most: what the stages of all GPUs together may take."""
+OUTSIDE_SHARE = 0.25
+"""Of the deadline: what DCGM's diagnosis may take, where it is installed."""
 MOST_RANKS = 16
 """Of more ranks than there are cards so many are started to hear what NCCL says."""
 SQUARE = "8192x8192x8192"
@@ -56,6 +59,8 @@ def probe(facts: Facts, job: Job, environ: Mapping[str, str], seconds: float, de
     python = facts.python.executable
     facts = ask_hub(facts, job, environ, min(HUB_SECONDS, seconds / 2))
     environment = job_environment(job, environ)
+    if deep is not None:  # before torch, without which it can be had
+        facts = ask_dcgm(facts, job, environment, (deadline - time.monotonic()) * OUTSIDE_SHARE)
     unknown = dict(facts.unknown)
     outcome = run(python, "torch_import", (), environment, deadline - time.monotonic())
     torch = _torch(outcome)
@@ -72,6 +77,9 @@ def probe(facts: Facts, job: Job, environ: Mapping[str, str], seconds: float, de
         unknown["allreduce"] = why_not
         return msgspec.structs.replace(facts, unknown=unknown)
     reduced = (_deep if deep else _plain)(facts, job, environment, max(1.0, deadline - time.monotonic()))
+    if deep is not None:
+        facts = ask_nccl_tests(facts, job, environment, deadline - time.monotonic())
+        unknown = dict(facts.unknown)
     speeds = dict(facts.speeds)
     if reduced.bandwidth and reduced.backend == "nccl" and reduced.ranks > 1:
         speeds["allreduce_busbw_gbs"] = max(reduced.bandwidth, key=lambda one: one.bytes).busbw

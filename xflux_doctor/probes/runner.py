@@ -17,7 +17,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -43,6 +43,8 @@ class Outcome:
     seconds: float
     said: str = ""
     """The end of its stdout that is no JSON: what libraries print there."""
+    output: str = ""
+    """All of its stdout, for who reads what is no probe."""
 
     @property
     def how(self) -> str:
@@ -77,13 +79,16 @@ class Child:
     """A running probe whose output goes to files, so that a full pipe can never block it."""
 
     def __init__(self, python: str, name: str, arguments: tuple[str, ...], environment: Mapping[str, str]) -> None:
-        self._out, self._err = _output(), _output()  # closed in finish()
         path = Path(__file__).with_name(f"{name}.py")
+        self._start([python, "-c", _START, str(path), *arguments], environment)
+
+    def _start(self, argv: Sequence[str], environment: Mapping[str, str]) -> None:
+        self._out, self._err = _output(), _output()  # closed in finish()
         prctl = ctypes.CDLL(None).prctl  # found before the fork: nothing may be loaded after it
         self._started = time.monotonic()
         try:
             self._process = subprocess.Popen(
-                [python, "-c", _START, str(path), *arguments],
+                argv,
                 stdin=subprocess.DEVNULL,
                 stdout=self._out,
                 stderr=self._err,
@@ -120,8 +125,9 @@ class Child:
         finally:
             self.kill(gone_by)
         seconds = time.monotonic() - self._started
-        lines, said = _json_lines(_read(self._out))
-        outcome = Outcome(code, lines, _read(self._err)[-_LAST_WORDS:], seconds, said[-_LAST_WORDS:])
+        output = _read(self._out)
+        lines, said = _json_lines(output)
+        outcome = Outcome(code, lines, _read(self._err)[-_LAST_WORDS:], seconds, said[-_LAST_WORDS:], output)
         self._out.close()
         self._err.close()
         return outcome
@@ -137,10 +143,22 @@ class Child:
             self._process.wait(timeout=5 if gone_by is None else max(0.0, gone_by - time.monotonic()))
 
 
+class Foreign(Child):
+    """A running program that is none of ours, under the same rules."""
+
+    def __init__(self, argv: Sequence[str], environment: Mapping[str, str]) -> None:
+        self._start(argv, environment)
+
+
 def run(python: str, name: str, arguments: tuple[str, ...], environment: Mapping[str, str], seconds: float) -> Outcome:
     """Run one probe to its end or its deadline."""
     child = Child(python, name, arguments, environment)
     return child.finish(time.monotonic() + seconds)
+
+
+def run_program(argv: Sequence[str], environment: Mapping[str, str], seconds: float) -> Outcome:
+    """Run a program that is no probe of ours to its end or its deadline. Raises OSError where it cannot be started."""
+    return Foreign(argv, environment).finish(time.monotonic() + seconds)
 
 
 def has_room(folder: str) -> bool:

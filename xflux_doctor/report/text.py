@@ -81,11 +81,21 @@ def _bandwidth(summary: Summary) -> list[str]:
     """The timed sweep of the deep level, a size a line."""
     result = summary.facts.allreduce
     if result is None or not result.bandwidth:
-        return []
+        return _nccl_tests(summary)
     lines = [f"all-reduce over {result.ranks} {result.backend} ranks, bus bandwidth as nccl-tests counts it:"]
     for one in result.bandwidth:
         lines.append(f"  {one.bytes / 1024:>9,.0f} KiB  {one.seconds * 1000:9.3f} ms  {one.busbw:8.2f} GB/s")
-    return lines + [f"  {words}" for words in result.skipped]
+    return lines + [f"  {words}" for words in result.skipped] + _nccl_tests(summary)
+
+
+def _nccl_tests(summary: Summary) -> list[str]:
+    """NVIDIA's own figure, below ours."""
+    found = summary.facts.nccl_tests
+    if found is None or found.busbw is None:
+        return []
+    words = f"{found.wrong} values wrong" if found.wrong else ""
+    rate = f"  {found.bytes / 1024:>9,.0f} KiB  {'':12}  {found.busbw:8.2f} GB/s  {words}".rstrip()
+    return [f"nccl-tests itself over {found.ranks} GPUs:", rate]
 
 
 def _verdict(verdict: Verdict, verbose: bool) -> Iterator[str]:
