@@ -40,6 +40,11 @@ class TestDiagnosis:
         assert finding.severity == "error" and "failed for GPU 1: Pending page" in finding.seen
         assert Edit("accelerate", ("gpu_ids",), "0,2", "DCGM's diagnosis fails for the card") in finding.edits
 
+    def test_two_bad_cards_leave_the_same_others(self, matrix: Matrix) -> None:
+        both = findings(asked(matrix, SICK, DcgmFailure("software", (2,), "", 2)), outside.diagnosis)
+        assert [finding.severity for finding in both] == ["error", "warning"]  # the job runs on 0 and 1
+        assert Edit("accelerate", ("gpu_ids",), "0,3", "DCGM's diagnosis fails for the card") in both[0].edits
+
     def test_another_card(self, matrix: Matrix) -> None:
         (finding,) = findings(asked(matrix, SICK, ranks=1), outside.diagnosis)
         assert finding.severity == "warning" and not finding.edits
@@ -54,7 +59,7 @@ class TestDiagnosis:
 
     def test_no_card_named(self, matrix: Matrix) -> None:
         (finding,) = findings(asked(matrix, DcgmFailure("NVML Library", (), "", 4)), outside.diagnosis)
-        assert finding.severity == "error" and finding.seen.endswith("failed for this machine.")
+        assert finding.severity == "error" and finding.seen.endswith("failed for this machine.") and not finding.edits
 
     @pytest.mark.parametrize("failure", [
         DcgmFailure("software", (0,), "Persistence mode for GPU 0 is disabled.", 5),

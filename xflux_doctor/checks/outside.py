@@ -24,6 +24,7 @@ def diagnosis(case: Case) -> Iterator[Finding]:
     result = case.facts.dcgm
     assert result
     mine = {gpu.index for gpu in used(case)}
+    bad = {gpu.index for one in result.failures if not _is_setting(one) for gpu in _cards(case, one)}
     for failure in result.failures:
         cards = _cards(case, failure)
         indices = sorted(gpu.index for gpu in cards)
@@ -40,7 +41,9 @@ def diagnosis(case: Case) -> Iterator[Finding]:
             yield warning(seen, "The job does not use it.", "Have it tested before a job does.",
                           commands=("dcgmi diag -r 3",))  # fmt: skip
         else:
-            edits, commands, plan = without(case, set(indices), "DCGM's diagnosis fails for the card")
+            # One choice of cards for all findings: each alone would name another bad one.
+            reason = "DCGM's diagnosis fails for the card"
+            edits, commands, plan = without(case, bad, reason) if indices else ((), (), "")
             yield error(
                 seen, "Training would run on what NVIDIA's own test rejects.",
                 f"Take it out of use and have it tested for longer. {plan}".rstrip(),
