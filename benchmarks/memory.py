@@ -230,8 +230,8 @@ class Grid:
 
 
 def _device_bytes() -> int:
-    """What processes use of the card, by NVML; by the CUDA runtime, with what the driver keeps for itself (0.6 GiB on an
-    H200), where there is no pynvml."""
+    """What processes use of the card, by NVML; by the CUDA runtime, with what the driver keeps for itself (0.6 GiB on
+    an H200), where there is no pynvml."""
     import torch
 
     try:

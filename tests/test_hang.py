@@ -36,12 +36,18 @@ LATE = FLOOR + 1
     ([rank(0, "forward", still=SLOW - 1, step=0)], None, None),  # the first step compiles
     ([rank(0, "train", collective=True, still=LATE, world=4), rank(1, "train", collective=True, still=LATE, world=4)],
      None, None),  # a rank of another machine may be busy
+    ([rank(0, still=LATE, world=4), rank(1, still=LATE, world=4)], None, None),
+    ([rank(0, still=LATE), rank(1, "train", still=LATE, state="D")], None, None),  # its disk may come back
+    ([rank(0, still=LATE), rank(1, "checkpoint", still=LATE)], None, None),
+    ([rank(0, "download", still=9999, step=0), rank(1, "join", collective=True, still=9999, step=0)], None, None),
+    ([rank(0, "publish", still=9999), rank(1, "done", still=9999, state="")], None, None),
+    ([rank(0, "end", still=LATE), rank(1, "end", still=LATE)], None, None),  # a tracker's last words
     # The culprit, by the surest sign.
     ([rank(0, still=LATE), rank(1, still=LATE, state="T")], "rank-stopped", 1),
     ([rank(0, "train", collective=True, still=LATE), rank(1, still=LATE, state="t")], "rank-stopped", 1),
     ([rank(0, still=LATE), rank(1, still=LATE, state="")], "rank-lost", 1),
     ([rank(0, "data", still=LATE), rank(1, still=LATE)], "loader-stuck", 0),
-    ([rank(0, still=LATE), rank(1, "train", still=LATE, state="D")], "storage-stuck", 1),
+    ([rank(0, still=SLOW + 1), rank(1, "train", still=SLOW + 1, state="D")], "storage-stuck", 1),
     ([rank(0, "checkpoint", still=SLOW + 1), rank(1, "checkpoint", still=SLOW + 1, collective=True)], "rank-stuck", 0),
     ([rank(0, still=LATE), rank(1, "train", collective=True, still=LATE)], "rank-stuck", 0),
     ([rank(0, world=1, still=LATE)], "rank-stuck", 0),
@@ -60,12 +66,12 @@ def test_the_verdict(ranks: list[Rank], cause: str | None, culprit: int | None) 
 
 
 def test_the_limits() -> None:
-    step, cache = rank(0).beat, rank(0, "cache").beat
+    step, cache = rank(0), rank(0, "cache")
     assert Limits().of(step) == 60 and Limits(step=10).of(step) == 200  # 20 median steps
     assert Limits().of(cache) == 600 and Limits(step=100).of(cache) == 2000
     assert Limits(after=5).of(step) == 5 and Limits(after=5).of(cache) == 50
     pace = Pace()
-    assert pace.median() == 0 and pace.take(step) and not pace.take(step) and pace.median() == 0.5
+    assert pace.median() == 0 and pace.take(step.beat) and not pace.take(step.beat) and pace.median() == 0.5
 
 
 def test_nobody_is_no_hang() -> None:

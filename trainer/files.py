@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from xflux_trainer.errors import WriteError
+from xflux_trainer.pulse import PULSE
 
 TEMPORARY = ".xflux-tmp-"
 """Start of the names of files and folders that are still being written."""
@@ -110,6 +111,7 @@ def sha256(path: Path) -> str:
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
+            PULSE.tick()  # of a large file on a slow disk: it goes on
     return digest.hexdigest()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.errors import ModelError, first_line
 from xflux_trainer.layout import PARTS, TRANSFORMER_FILES, VAE_FILE, VAE_VARIABLE, VARIABLES, Base, parts_in
+from xflux_trainer.pulse import PULSE
 
 CLIP_REPO, T5_REPO = "openai/clip-vit-large-patch14", "xlabs-ai/xflux_text_encoders"
 """Where X-Flux has its text encoders from: one folder each, for the weights and the tokenizer."""
@@ -115,7 +116,7 @@ def _hub_vae(transformer: Path) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
-        with _hub(VAE_REPO):
+        with _hub(VAE_REPO), PULSE.during("download"):
             return Path(hf_hub_download(VAE_REPO, VAE_FILE))
     except ModelError as error:
         seen = f"{transformer} has no {VAE_FILE} beside it. {error.seen}"
@@ -125,7 +126,7 @@ def _hub_vae(transformer: Path) -> Path:
 def _snapshot(name: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
-    with _hub(name):
+    with _hub(name), PULSE.during("download"):
         return Path(snapshot_download(name, allow_patterns=patterns))
 
 

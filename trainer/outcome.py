@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from xflux_trainer import card, evaluate, optim, report, sample, sheet
 from xflux_trainer.errors import UserError
 from xflux_trainer.pulse import PULSE
@@ -40,7 +42,7 @@ def finish(run: Run, watch: Watch | None, stop: Stop) -> tuple[int, list[Path]]:
 
 def _write(run: Run) -> list[Path]:
     """Rank 0 writes what was trained, its average where there is one; every rank takes part in gathering it."""
-    weights = ((name, piece.get("ema", piece["weight"])) for name, piece in run.stepper.pieces() if piece)
+    weights = _told((name, piece.get("ema", piece["weight"])) for name, piece in run.stepper.pieces() if piece)
     paths: list[Path] = []
     problem: UserError | None = None
     if run.ranks.main:
@@ -52,6 +54,13 @@ def _write(run: Run) -> list[Path]:
         pass
     run.ranks.agree(problem)
     return paths
+
+
+def _told(pieces: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The same; whoever watches sees that it goes on."""
+    for piece in pieces:
+        PULSE.tick()
+        yield piece
 
 
 def _last_files(run: Run, watch: Watch, results: list[Path]) -> None:

@@ -41,8 +41,9 @@ class Pulse:
         if not environ.get(VARIABLE):
             return
         folder, rank = Path(environ[VARIABLE]), int(environ.get("RANK", "0"))
-        with suppress(OSError):
+        with suppress(OSError):  # a folder may take files and no pipes
             _print_into(folder / f"rank{rank}.out")
+        with suppress(OSError):
             # Open for as long as the process lives: the handler writes at any moment, into whatever has this number.
             stacks = os.open(folder / f"rank{rank}.stack", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
             faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)

@@ -83,6 +83,7 @@ def _train(config: TrainConfig, notes: tuple[str, ...], stop: Stop) -> tuple[boo
         traceback.clear_frames(error.__traceback__)  # they hold the model, see below
         raise
     finally:
+        PULSE.at("end")
         gauge.host.stop()
         if watch:
             watch.close()
@@ -93,6 +94,7 @@ def _train(config: TrainConfig, notes: tuple[str, ...], stop: Stop) -> tuple[boo
         # while they are inside a collective would make both wait for ever under NCCL.
         if not alone:
             ranks.leave()
+            PULSE.at("done")
     return ranks.main, results
 
 

@@ -6,6 +6,7 @@ hangs when a rank stands still that waits for nobody, or when all of them wait f
 
 from __future__ import annotations
 
+import math
 from statistics import median
 
 import msgspec
@@ -18,6 +19,10 @@ other machines, whose beats are not seen here."""
 STEPS = 20
 """Median steps that one may stand still at the least."""
 _QUICK = frozenset({"train", "data", "forward", "step"})
+_ENDLESS = frozenset({"download", "publish"})
+"""Phases that take as long as the network does, and tell nothing meanwhile."""
+LISTING = 3600.0
+"""Millions of images on a file system of the network."""
 _SHARED = frozenset({"forward", "step"})
 """Phases with collectives of the gradients inside, which the host does not see."""
 
@@ -40,11 +45,16 @@ class Limits(msgspec.Struct, frozen=True):
     step: float = 0.0
     """The run's median step."""
 
-    def of(self, beat: Beat) -> float:
-        quick = max(FLOOR, STEPS * self.step) if self.after is None else self.after
-        if beat.phase in _QUICK and beat.step > 0:
+    def of(self, one: Rank) -> float:
+        """A rank that waits for a disk gets more: file systems of the network come back after minutes."""
+        beat, quick = one.beat, max(FLOOR, STEPS * self.step) if self.after is None else self.after
+        if beat.phase in _ENDLESS and not _gone(one):
+            return math.inf
+        if beat.phase in _QUICK and beat.step > 0 and (one.state != "D" or self.after is not None):
             return quick
-        return max(quick, SLOW) if self.after is None else 10 * self.after
+        if self.after is not None:
+            return 10 * self.after
+        return max(quick, LISTING if beat.phase == "list" else SLOW)
 
 
 class Hang(msgspec.Struct, frozen=True):
@@ -65,20 +75,25 @@ class Hang(msgspec.Struct, frozen=True):
 
 def judge(ranks: list[Rank], limits: Limits) -> Hang | None:
     """The hang that these ranks are in; None while somebody may still do something."""
+    ranks = [one for one in ranks if one.beat.phase != "done"]
     if not ranks:
         return None
-    late = [one for one in ranks if not one.beat.collective and one.still > limits.of(one.beat)]
-    if not late:
-        if not all(one.beat.collective for one in ranks):
-            return None
-        remote = ranks[0].beat.world > len(ranks)
-        late = [
-            one for one in ranks if one.still > (max(REMOTE, limits.of(one.beat)) if remote else limits.of(one.beat))
-        ]
-        if len(late) < len(ranks):
-            return None
+    # Some of those that all of these may wait for are on other machines.
+    least = REMOTE if all(map(_may_wait, ranks)) and ranks[0].beat.world > len(ranks) else 0.0
+    late = [one for one in ranks if one.still > (limits.of(one) if _gone(one) else max(least, limits.of(one)))]
+    if len(late) < len(ranks) and not any(_gone(one) or not _may_wait(one) for one in late):
+        return None
     cause, one = _culprit(ranks)
     return Hang(cause, one.beat.rank, round(one.still, 1), _words(cause, one))
+
+
+def _gone(one: Rank) -> bool:
+    """Ended or stopped: it will not come by itself."""
+    return one.state in ("", "Z", "X", "T", "t")
+
+
+def _may_wait(one: Rank) -> bool:
+    return one.beat.collective or one.beat.phase in _SHARED
 
 
 def _culprit(ranks: list[Rank]) -> tuple[str, Rank]:
@@ -120,7 +135,7 @@ def place(beat: Beat) -> str:
         "cache": "the encoding of the images and captions", "load": "loading the model", "train": "a step",
         "data": "waiting for a batch", "forward": "the forward and backward pass", "step": "the optimizer's step",
         "checkpoint": "saving a checkpoint", "heldout": "the held-out loss", "sample": "drawing samples",
-        "publish": "the upload",
+        "publish": "the upload", "download": "the download of the model", "end": "leaving the other ranks",
     }.get(beat.phase, beat.phase)  # fmt: skip
     return f"{said}, in a collective call" if beat.collective else said
 

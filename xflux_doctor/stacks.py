@@ -6,15 +6,14 @@ gdb where one is installed and may look. What could not be had is said, and noth
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
+from xflux_doctor import guard
 from xflux_doctor.hang import Rank, place
 
 _PYTHON, _NATIVE = 3.0, 30.0
@@ -25,9 +24,8 @@ _THREADS = 200
 def collect(ranks: list[Rank], folder: Path) -> dict[int, str]:
     """A text for each rank. `folder` is where their `rankN.stack` grow."""
     marks = {one.beat.rank: _size(folder / f"rank{one.beat.rank}.stack") for one in ranks}
-    for one in ranks:
-        with suppress(OSError):
-            os.kill(one.beat.pid, signal.SIGUSR2)
+    own = set(guard.members(str(folder)))  # a rank's number may be another's by now
+    guard.send([one.beat.pid for one in ranks if one.beat.pid in own], signal.SIGUSR2)
     time.sleep(0.3)
     until = time.monotonic() + _PYTHON
     awake = [one for one in ranks if one.state not in ("T", "t", "", "Z")]

@@ -70,9 +70,12 @@ class Watcher:
         self._copied = self._looked = time.monotonic()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watcher", daemon=True)
+        # NVML may hang with the driver, which is when hangs have to be seen.
+        self._looker = threading.Thread(target=self._look_at_machine, name="vitals", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
+        self._looker.start()
 
     def stop(self) -> None:
         """At the end of the run."""
@@ -83,10 +86,9 @@ class Watcher:
 
     def save(self) -> list[int]:
         """Ask the ranks for a checkpoint now. Those that were asked: none where none has told of itself yet."""
-        found = sorted(beats(self._beating).items())
-        for _, beat in found:
-            with contextlib.suppress(OSError):
-                os.kill(beat.pid, signal.SIGUSR1)
+        own = set(guard.members(str(self._beating)))  # a record may outlive its process, and its number be another's
+        found = [(rank, beat.pid) for rank, beat in sorted(beats(self._beating).items()) if beat.pid in own]
+        guard.send([pid for _, pid in found], signal.SIGUSR1)
         return [rank for rank, _ in found]
 
     def warn(self, kind: str, text: str) -> None:
@@ -98,20 +100,28 @@ class Watcher:
     def _run(self) -> None:
         while not self._done.wait(LOOK):
             ranks = self._look()
-            for text in self._vitals.look([one.beat for one in ranks]):
-                self.warn("warning", text)
-            if self._after != 0 and (found := judge(ranks, Limits(self._after, self._pace.median()))):
-                self._end(found, ranks)
+            found = self._judge(ranks)
+            if found is not None and self._end(found, ranks):
                 return
+
+    def _judge(self, ranks: list[Rank]) -> Hang | None:
+        return None if self._after == 0 else judge(ranks, Limits(self._after, self._pace.median()))
+
+    def _look_at_machine(self) -> None:
+        while not self._done.wait(LOOK):
+            for text in self._vitals.look([*self._beats.values()]):
+                self.warn("warning", text)
 
     def _look(self) -> list[Rank]:
         now = time.monotonic()
         passed, self._looked = min(now - self._looked, _MISSED), now
-        self._beats.update(beats(self._beating))
+        fresh = beats(self._beating)
+        self._beats = {**self._beats, **fresh}
         ranks = []
         for rank, beat in sorted(self._beats.items()):
             count, still = self._still.get(rank, (-1, 0.0))
-            still = still + passed if beat.beat == count else 0.0
+            # A record that somebody removed tells nothing.
+            still = still + passed if beat.beat == count and rank in fresh else 0.0
             self._still[rank] = beat.beat, still
             ranks.append(Rank(beat, still, state(beat.pid)))
         if ranks and self._pace.take(ranks[0].beat) and (text := self._vitals.step(ranks[0].beat.seconds)):
@@ -126,10 +136,10 @@ class Watcher:
             text = json.dumps({name: getattr(beat, name) for name in beat.__struct_fields__})
             self._recorder.put(self._folder / "heartbeats" / f"rank{rank}.json", text + "\n")
 
-    def _end(self, found: Hang, ranks: list[Rank]) -> None:
-        """Say it, keep where everybody stands, then end the group: SIGTERM first."""
+    def _end(self, found: Hang, ranks: list[Rank]) -> bool:
+        """Say it, keep where everybody stands, then end the group: SIGTERM first. False: it went on meanwhile."""
         self.hang = found
-        self._say(f"xflux-doctor: the run hangs, and is ended: {found.words}")
+        self._say(f"xflux-doctor: the run hangs: {found.words}")
         for line in table(ranks).splitlines():
             self._say(f"xflux-doctor: {line}")
         collected: dict[int, str] = {}
@@ -149,11 +159,17 @@ class Watcher:
         self._recorder.put(self._folder / "events.jsonl", json.dumps(event, ensure_ascii=False) + "\n", more=True)
         kept = f"every rank's stacks: {self._folder / 'stacks'}" if collected else "the stacks could not be had"
         self._say(f"xflux-doctor: {kept}")
+        if self._judge(self._look()) is None:
+            self.hang = None
+            self._say("xflux-doctor: it goes on again, and is left alone")
+            return False
+        self._say("xflux-doctor: the run is ended")
         self._signal(signal.SIGTERM)  # the launcher passes it on
         guard.send(guard.members(str(self._beating)), signal.SIGCONT)  # who was only stopped can save
         if not self._done.wait(GRACE):
             guard.kill(str(self._beating))
             self._signal(signal.SIGKILL)
+        return True
 
     def _signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
