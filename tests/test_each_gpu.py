@@ -10,6 +10,7 @@ import stat
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -162,3 +163,19 @@ class TestAsk:
     def test_without_a_job(self, matrix: Matrix) -> None:
         bare = dataclasses.replace(job(None), train=None)
         assert deep.ask_of(case(matrix, machine(matrix), bare)).stages[-1] == "link"
+
+
+def test_auto_passes_over_what_does_not_work_and_a_named_one_is_judged() -> None:
+    """A V100 has no flash attention: `auto` takes the next, as the trainer does."""
+    torch = pytest.importorskip("torch")
+    from xflux_trainer.errors import Unsupported
+
+    from xflux_doctor.probes import gpu_attention
+
+    ask = {"dtype": "int8", "shape": (1, 16, 2, 8), "attention": "auto"}  # no attention is for whole numbers
+    gpu = SimpleNamespace(torch=torch, device=torch.device("cpu"), ask=ask)
+    with pytest.raises(gpu_attention.Absent):
+        gpu_attention._trainers(gpu, "flash")
+    gpu.ask["attention"] = "flash"
+    with pytest.raises(Unsupported, match="does not work here"):
+        gpu_attention._trainers(gpu, "flash")

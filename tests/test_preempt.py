@@ -24,15 +24,25 @@ TORCH = all(importlib.util.find_spec(name) for name in ("torch", "accelerate", "
 ])  # fmt: skip
 def test_exit_codes(given: int | None, notice: bool, code: int, wanted: int) -> None:
     seen: list[int] = []
-    old = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
-    try:
-        with Requeue(given) as requeue:
-            for _ in range(2 * notice):
-                os.kill(os.getpid(), signal.SIGUSR2)
-            assert requeue.exit_code(code) == wanted
-    finally:
+    before = signal.getsignal(signal.SIGTERM)
+    with Requeue(given) as requeue:
+        old = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))  # as the training does
+        for _ in range(2 * notice):
+            os.kill(os.getpid(), signal.SIGUSR2)
         signal.signal(signal.SIGTERM, old)
-    assert seen == [signal.SIGTERM] * notice
+        assert requeue.exit_code(code) == wanted
+    assert seen == [signal.SIGTERM] * notice and signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(("given", "number", "wanted"), [
+    (None, signal.SIGUSR2, CODE), (99, signal.SIGTERM, 99), (None, signal.SIGTERM, 143),
+])  # fmt: skip
+def test_a_notice_outside_of_the_training(given: int | None, number: signal.Signals, wanted: int) -> None:
+    """While probes run, or between two attempts."""
+    with Requeue(given) as requeue:
+        with pytest.raises(SystemExit) as ended:
+            os.kill(os.getpid(), number)
+        assert ended.value.code == 143 and requeue.exit_code(143) == wanted
 
 
 def test_a_requeued_job_goes_on(tmp_path: Path) -> None:

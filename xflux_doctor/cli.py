@@ -210,7 +210,11 @@ def run(
     how = _command("lead").How(retries, hang_after, verbose)
     given = {"dry_run": dry_run, "yes": yes, "extra": extra, "wait": wait_for_nodes, "how": how}
     with Requeue(requeue_code) as requeue:
-        return requeue.exit_code(int(_command("run").run(inputs_of(options), **given)))
+        try:
+            code = int(_command("run").run(inputs_of(options), **given))
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+        return requeue.exit_code(code)
 
 
 @cli.command()

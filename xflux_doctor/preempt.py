@@ -31,18 +31,25 @@ class Requeue:
         self._code, self._also_term = CODE if code is None else code, code is not None
         self._came = False
         self._old: object = signal.SIG_DFL
+        self._old_term: object = signal.SIG_DFL
 
     def __enter__(self) -> Requeue:
         self._old = signal.signal(NOTICE, self._notice)
+        self._old_term = signal.signal(signal.SIGTERM, self._term)  # the training's own handler replaces it meanwhile
         return self
 
     def __exit__(self, *_: object) -> None:
         signal.signal(NOTICE, self._old)  # type: ignore[arg-type]
+        signal.signal(signal.SIGTERM, self._old_term)  # type: ignore[arg-type]
 
     def exit_code(self, code: int) -> int:
         """What to end with after a training that ended with `code`: one that was done in time is done."""
         noticed = code != 0 and self._came
         return self._code if noticed or (self._also_term and code in _ENDED) else code
+
+    def _term(self, _number: int, _frame: FrameType | None) -> None:
+        """Before the training, between two attempts, or after it: end, and let the caller say by which code."""
+        raise SystemExit(128 + signal.SIGTERM)
 
     def _notice(self, _number: int, _frame: FrameType | None) -> None:
         if not self._came:  # Slurm may send it to a process more than once; a second SIGTERM would be taken for haste

@@ -119,7 +119,10 @@ def run(launch: Launch, log: Path, echo: Callable[[bytes], None], watching: Watc
 def _beating() -> Iterator[Path]:
     """The folder of this machine where the ranks tell what they do; gone afterwards (`guard.py` sees to it when the
     doctor is killed)."""
-    folder = Path(tempfile.mkdtemp(prefix="xflux-watch-"))
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="xflux-watch-"))
+    except OSError:  # no temporary folder, or no room in it: shared memory has some
+        folder = Path(tempfile.mkdtemp(prefix="xflux-watch-", dir="/dev/shm"))
     try:
         yield folder
     finally:

@@ -14,7 +14,7 @@ from xflux_doctor.checks.spare import used, without
 from xflux_doctor.facts import Gpu, GpuProbe, Product, Reading
 from xflux_doctor.finding import Change, Finding, error, warning
 from xflux_doctor.floors import floor_of
-from xflux_doctor.verdict import fitting, held
+from xflux_doctor.verdict import fitting, held_by
 
 GIB = 1 << 30
 _SQUARE = "8192x8192x8192"
@@ -81,7 +81,7 @@ def memory(case: Case) -> Iterator[Finding]:
                         commands=(_XID,))  # fmt: skip
         if not probe.wanted or probe.pieces is not False:
             continue
-        if probe.total and fitting(held(bill.gpu_allocated, bill.gpu_context), probe.total) == "does not fit":
+        if probe.total and fitting(held_by(bill), probe.total) == "does not fit":
             continue  # larger than the card itself: ME101's
         gpu = card(case, probe)
         who = "; ".join(holder(process) for process in gpu.processes) if gpu else ""

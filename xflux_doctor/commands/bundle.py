@@ -29,11 +29,13 @@ _DOCUMENTS = (
 )  # fmt: skip
 _TEXTS = (
     "train.yaml", "config.yaml", "accelerate.yaml", "accelerate.json", "deepspeed.json", "history.jsonl",
-    "retries.jsonl", "heartbeats.jsonl",
+    "retries.jsonl", "events.jsonl",
 )  # fmt: skip
 _MOST = 2 << 20
 """Bytes of one file; more of it is left out and said."""
 _LOGS = 16
+_RANKS = 64
+"""Files of single ranks: what each was at, and where it stood."""
 
 
 def write(target: Path, source: Path, diagnosis: Mapping[str, Any], *, hosts: bool = False) -> str:
@@ -93,7 +95,8 @@ def _run_folder(source: Path) -> Path | None:
 
 
 def _of_folder(folder: Path, redactor: Redactor, notes: list[str]) -> Iterator[tuple[str, str]]:
-    for name in (*_DOCUMENTS, *_TEXTS):
+    told = [*folder.glob("heartbeats/rank*.json"), *folder.glob("stacks/rank*.txt")]
+    for name in (*_DOCUMENTS, *_TEXTS, *sorted(str(path.relative_to(folder)) for path in told)[:_RANKS]):
         path = folder / name
         if not path.is_file():
             continue

@@ -6,10 +6,11 @@ and heat are is asked of NVML by the caller's `look`, before, while products are
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -228,6 +229,17 @@ def no_look(_: str) -> Reading | None:
     return None
 
 
+@contextlib.contextmanager
+def _lock() -> Iterator[str]:
+    """A file that the children lock in turn, in the temporary folder or where that has no room in shared memory."""
+    try:
+        file = tempfile.NamedTemporaryFile(prefix="xflux-doctor-")  # noqa: SIM115
+    except OSError:
+        file = tempfile.NamedTemporaryFile(prefix="xflux-doctor-", dir="/dev/shm")  # noqa: SIM115
+    with file:
+        yield file.name
+
+
 def each_gpu(
     python: str, devices: tuple[str, ...], ask: Ask, environment: Mapping[str, str], seconds: float,
     look: Look = no_look, before: Mapping[str, int] | None = None,
@@ -237,8 +249,8 @@ def each_gpu(
     `before`: the bytes that NVML called free, by the cards' UUIDs without a prefix.
     """
     until = time.monotonic() + seconds
-    with tempfile.NamedTemporaryFile(prefix="xflux-doctor-") as lock:
-        cards = [_Card(python, device, ask, environment, until, lock.name, look, before or {}) for device in devices]
+    with _lock() as lock:
+        cards = [_Card(python, device, ask, environment, until, lock, look, before or {}) for device in devices]
         try:
             for card in cards:
                 card.start()

@@ -137,10 +137,10 @@ def _trainers(gpu: Any, name: str) -> Both:
     try:
         made, _ = module.choose(name, gpu.device, getattr(torch, gpu.ask["dtype"]), gpu.ask["shape"][3])
     except errors.Unsupported as error:
-        words = str(error)
-        if "it is for" in words or "No module named" in words:
-            raise Absent(words) from error
-        raise
+        # What does not work here is passed over by `auto`, which takes the next; what broke CUDA ends that too.
+        if "broke this process" in str(error) or gpu.ask["attention"] == name:
+            raise
+        raise Absent(str(error)) from error
 
     def both(q: Any, k: Any, v: Any) -> tuple[Callable[[], Any], Callable[[Any], tuple[Any, Any, Any]]]:
         kept: dict[str, Any] = {}
