@@ -38,9 +38,11 @@ test_stack() {
 
 export OMP_NUM_THREADS=1
 number=0
+count=$(echo $made | wc -w)
 for stack in $made; do
     number=$((number + 1))
-    test_stack "$stack" "$number/$(echo $made | wc -w)" >"$logs/$stack.log" 2>&1 &
+    : >"$logs/$stack.log" # `tail` may come to it before the job does
+    test_stack "$stack" "$number/$count" >"$logs/$stack.log" 2>&1 &
     echo $! >"$logs/$stack.pid"
 done
 failed=0
