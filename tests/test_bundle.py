@@ -47,10 +47,14 @@ PLANTED = (
     ("FileNotFoundError: /home/alicesmith/data/x.png", "alicesmith"),
     ("C:\\Users\\bobjones\\train", "bobjones"),
     ("mail to carol.white@example.org", "carol.white"),
+    ("curl -sSL -u alice:pa55word https://x", "pa55word"),
+    ("curl -u'alice:two words' https://x", "two words"),
+    ("curl https://x --user=alice:pa55word -o y", "pa55word"),
     ("the plain value swordfish-7 by itself", "swordfish-7"),  # of a secret variable of this process
     ("gpu-node-17: NCCL WARN connect failed", "gpu-node-17"),  # a host that the facts know
 )  # fmt: skip
 HARMLESS = (
+    "curl -u alice https://x -o y:z",
     "max_text_tokens: 32", "note: 1 caption is longer than 32 T5 tokens", "tokenizer: T5TokenizerFast", "KeyError: 'x'",
     "hub_token: true", "token: null", "the token is invalid", "learning_rate: 1.0e-3", "step 5/10  loss 0.5",
     "PWD=/data/run", "RuntimeError: CUDA out of memory. Tried to allocate 2.00 GiB", "NCCL_IB_PKEY=1",
@@ -110,6 +114,13 @@ def run_folder(place: Path) -> Path:
     (out / "launch.json").write_text(json.dumps({"command": f"run {lines[14]}", "argv": lines}))
     (out / "train.yaml").write_text("\n".join([*(line for line in lines if "BEGIN" not in line), "rank: 4"]) + "\n")
     (out / "retries.jsonl").write_text('{"words": "broken \n' + "\n".join(lines))
+    (out / "events.jsonl").write_text("".join(json.dumps({"words": line}) + "\n" for line in lines))
+    for name, text in (("heartbeats/rank0.json", json.dumps({"host": "gpu-node-17", "words": lines})),
+                       ("heartbeats/rank1.json", '{"cut'), ("stacks/rank0.txt", "\n".join(lines))):  # fmt: skip
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text(text)
+    for number in range(1, 80):
+        (out / f"stacks/rank{number}.txt").write_text("Thread 0x1\n")
     return out
 
 
@@ -123,7 +134,9 @@ def test_a_bundle_holds_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for line, secret in PLANTED:
         assert secret not in said and not any(secret in text for text in whole.values()), line
     assert {"manifest.json", "facts.json", "launch.json", "train.yaml", "retries.jsonl", "diagnosis.json",
-            "logs/run-1.log.txt"} == set(whole)  # fmt: skip
+            "logs/run-1.log.txt", "events.jsonl", "heartbeats/rank0.json", "heartbeats/rank1.json",
+            *(f"stacks/rank{number}.txt" for number in range(64))} == set(whole)  # fmt: skip
+    assert "stacks/rank*.txt: 64 of 80" in json.loads(whole["manifest.json"])["notes"]
     manifest = json.loads(whole["manifest.json"])
     assert set(manifest["files"]) == set(whole) - {"manifest.json"} and len(manifest["removed"]) > 8
     log = whole["logs/run-1.log.txt"]

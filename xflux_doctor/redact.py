@@ -55,6 +55,11 @@ _QUERY = re.compile(
     r"(?i)([?&](?:sig|signature|key|token|x-amz-[\w-]+|x-goog-[\w-]+|awsaccesskeyid|policy|key-pair-id)=)[^&\s\"'<>]+"
 )
 _NETRC = re.compile(r"(?i)(\b(?:machine\s+\S+\s+)?login\s+)\S+(\s+password\s+)\S+")
+_CURL = re.compile(
+    r"(\bcurl\b[^\r\n]*?\s(?:-[a-zA-Z]*[uU]|--user|--proxy-user)(?:\s*|\s*=)[\"']?)(?=[^\s\"':]*:[^\s\"'])"
+    r"(?:(?<=\")[^\"\r\n]+|(?<=')[^'\r\n]+|[^\s\"']+)"
+)
+"""User and password of curl's own flags (curl manual, -u and -U)."""
 _MAIL = re.compile(r"\b[\w.+-]+@[\w-]+(?:\.[\w-]+)+\b")
 _BASE64 = re.compile(
     r"(?<![\w/+=.-])(?=[A-Za-z0-9/+]*[a-z])(?=[A-Za-z0-9/+]*[A-Z])(?=[A-Za-z0-9/+]*\d)[A-Za-z0-9/+]{40}(?![\w/+=.-])"
@@ -101,6 +106,7 @@ class Redactor:
         text = self._sub("value behind a secret's name", _FLAG, rf"\1{GONE}", text)
         text = self._sub("value behind a secret's name", _WHOLE, rf"\1{GONE}", text)
         text = self._sub("value behind a secret's name", _ASSIGNED, rf"\1{GONE}", text)
+        text = self._sub("login", _CURL, rf"\1{GONE}", text)
         text = self._sub("login", _NETRC, rf"\1{GONE}\2{GONE}", text)
         return self._private(text) if self.people else text
 

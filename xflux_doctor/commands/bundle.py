@@ -31,11 +31,12 @@ _TEXTS = (
     "train.yaml", "config.yaml", "accelerate.yaml", "accelerate.json", "deepspeed.json", "history.jsonl",
     "retries.jsonl", "events.jsonl",
 )  # fmt: skip
+_OF_RANKS = ("heartbeats/rank*.json", "stacks/rank*.txt")
+_RANKS = 64
+"""Files of each of these."""
 _MOST = 2 << 20
 """Bytes of one file; more of it is left out and said."""
 _LOGS = 16
-_RANKS = 64
-"""Files of single ranks: what each was at, and where it stood."""
 
 
 def write(target: Path, source: Path, diagnosis: Mapping[str, Any], *, hosts: bool = False) -> str:
@@ -95,8 +96,7 @@ def _run_folder(source: Path) -> Path | None:
 
 
 def _of_folder(folder: Path, redactor: Redactor, notes: list[str]) -> Iterator[tuple[str, str]]:
-    told = [*folder.glob("heartbeats/rank*.json"), *folder.glob("stacks/rank*.txt")]
-    for name in (*_DOCUMENTS, *_TEXTS, *sorted(str(path.relative_to(folder)) for path in told)[:_RANKS]):
+    for name in (*_DOCUMENTS, *_TEXTS, *_of_ranks(folder, notes)):
         path = folder / name
         if not path.is_file():
             continue
@@ -104,11 +104,36 @@ def _of_folder(folder: Path, redactor: Redactor, notes: list[str]) -> Iterator[t
         if document is not None:
             yield name, jsonreport.encode(redactor.tree(document))
             continue
-        with path.open("rb") as file:
-            data = file.read(_MOST)
+        try:
+            with path.open("rb") as file:
+                data = file.read(_MOST)
+        except OSError as error:
+            notes.append(f"{name}: {error.strerror}")
+            continue
         if path.stat().st_size > _MOST:
             notes.append(f"{name}: its first {_MOST >> 20} MiB")
-        yield name, redactor.text(data.decode("utf-8", "replace"))
+        text = data.decode("utf-8", "replace")
+        yield name, _records(text, redactor) if name.endswith(".jsonl") else redactor.text(text)
+
+
+def _records(text: str, redactor: Redactor) -> str:
+    """JSON lines, each read as the document that it is: a secret inside a string is not at the beginning of a line."""
+    found = []
+    for line in text.splitlines():
+        try:
+            found.append(json.dumps(redactor.tree(json.loads(line)), ensure_ascii=False))
+        except (ValueError, RecursionError):  # cut off
+            found.append(line)
+    return redactor.text("".join(f"{line}\n" for line in found))
+
+
+def _of_ranks(folder: Path, notes: list[str]) -> Iterator[str]:
+    """The names of what each rank has of its own, lowest ranks first."""
+    for pattern in _OF_RANKS:
+        found = sorted(folder.glob(pattern), key=lambda path: (len(path.name), path.name))
+        if len(found) > _RANKS:
+            notes.append(f"{pattern}: {_RANKS} of {len(found)}")
+        yield from (path.relative_to(folder).as_posix() for path in found[:_RANKS])
 
 
 def _logs(source: Path, folder: Path | None, notes: list[str]) -> list[tuple[str, Path]]:
