@@ -137,8 +137,9 @@ def _trainers(gpu: Any, name: str) -> Both:
     try:
         made, _ = module.choose(name, gpu.device, getattr(torch, gpu.ask["dtype"]), gpu.ask["shape"][3])
     except errors.Unsupported as error:
-        # What does not work here is passed over by `auto`, which takes the next; what broke CUDA ends that too.
-        if "broke this process" in str(error) or gpu.ask["attention"] == name:
+        # What does not work here is passed over by `auto`, which takes the next; what broke CUDA ends that too, and
+        # behind sdpa there is none.
+        if "broke this process" in str(error) or name in (gpu.ask["attention"], "sdpa"):
             raise
         raise Absent(str(error)) from error
 
