@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +96,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     others = {name for at, name in enumerate(either) if at % count != number - 1}
     config.hook.pytest_deselected(items=[item for item in items if names[item] in others])
     items[:] = [item for item in items if names[item] not in others]
+
+
+PORTED = ("test_run.py", "test_run_deepspeed.py", "test_preempt.py", "test_deaths.py")
+"""Files whose ranks meet on the launcher's own port, 29500, as users' do."""
+
+
+@pytest.fixture(autouse=True)
+def one_at_a_time_on_that_port(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Another stack's tests run side by side with these: the older accelerate ends where the port is taken."""
+    if request.path.name not in PORTED:
+        yield
+        return
+    with (Path(tempfile.gettempdir()) / "xflux-doctor-tests-29500.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(scope="session")
