@@ -10,10 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+from xflux_trainer.pulse import Pulse
 
 from xflux_doctor.hang import FLOOR, REMOTE, SLOW, Limits, Pace, Rank, judge, table
 from xflux_doctor.heartbeat import Beat, beats, state
 from xflux_doctor.stacks import collect, innermost
+from xflux_doctor.watcher import Watcher
 
 
 def rank(
@@ -76,6 +78,20 @@ def test_the_limits() -> None:
 
 def test_nobody_is_no_hang() -> None:
     assert judge([], Limits()) is None
+
+
+def test_a_run_that_goes_on_while_its_stacks_are_collected_is_left_alone(tmp_path: Path) -> None:
+    """Nobody stands still any more when it is looked again: no signal, and no hang to tell at the end."""
+    said: list[str] = []
+    watcher = Watcher(tmp_path, tmp_path / "run", os.getpgid(0), said.append, after=5)
+    (found,) = [judge([rank(0, world=1, still=LATE)], Limits())]
+    assert found is not None and watcher._end(found, []) is False
+    assert watcher.hang is None and "goes on again" in said[-1]
+
+
+def test_a_rank_number_that_is_none_is_left_to_the_launch(tmp_path: Path) -> None:
+    Pulse().begin({"XFLUX_WATCH": str(tmp_path), "RANK": "one"})
+    assert not list(tmp_path.iterdir())
 
 
 SITS = """

@@ -15,9 +15,10 @@ import pytest
 from conftest import XFLUX_ACCELERATE, job, machine
 
 from xflux_doctor.checks import ALL
+from xflux_doctor.errors import DoctorError
 from xflux_doctor.facts import Facts, PythonFacts
 from xflux_doctor.matrix import Matrix
-from xflux_doctor.probes import level, reduction
+from xflux_doctor.probes import level, reduction, runner
 from xflux_doctor.probes.runner import Child, run
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
@@ -42,6 +43,15 @@ def stub(tmp_path: Path, kind: str) -> dict[str, str]:
 def here(matrix: Matrix) -> Facts:
     """A machine without GPUs whose interpreter is this one."""
     return machine(matrix, card=None, stack="cpu", python_facts=PythonFacts(sys.executable, "3.11", sys.prefix))
+
+
+def test_a_machine_without_room_for_temporary_files_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """/tmp and /dev/shm are both full, or both cannot be written."""
+    assert Path(runner.scratch()).is_dir()
+    monkeypatch.setattr(runner, "ROOM", 1 << 62)
+    with pytest.raises(DoctorError, match="No temporary folder") as told:
+        runner.scratch()
+    assert "TMPDIR" in told.value.hint
 
 
 def assert_gone(mark: str) -> None:

@@ -145,7 +145,7 @@ class Fast:
 def _settled(made: Any, block: nn.Module) -> Any:
     """What computes a block whose weights may just have moved. The rest of the block's frozen memory moves after them:
     what all of it leaves behind is one piece, which takes the next block in, where single weights leave holes that fit
-    nothing (2 GiB of FLUX.1's, measured on an H200).
+    nothing. Measured on an H200: 1.53 GiB of FLUX.1's instead of 2.05.
     """
     moved = [part for group in made.groups.values() for part in group.moved()]
     if moved:

@@ -40,7 +40,11 @@ class Pulse:
         """Take up the folder that the variable names: the pipe, the stacks on SIGUSR2 and the first record."""
         if not environ.get(VARIABLE):
             return
-        folder, rank = Path(environ[VARIABLE]), int(environ.get("RANK", "0"))
+        try:
+            rank, world = int(environ.get("RANK", "0")), int(environ.get("WORLD_SIZE", "1"))
+        except ValueError:  # `Launch.read` says what is wrong with it
+            return
+        folder = Path(environ[VARIABLE])
         with suppress(OSError):  # a folder may take files and no pipes
             _print_into(folder / f"rank{rank}.out")
         with suppress(OSError):
@@ -49,7 +53,6 @@ class Pulse:
             faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
             # Whoever finds the record may send the signals, so it comes last.
             self._file = os.open(folder / f"rank{rank}.json", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        world = int(environ.get("WORLD_SIZE", "1"))
         host = json.dumps(socket.gethostname()[:64])
         self._who = f'"rank":{rank},"world":{world},"pid":{os.getpid()},"host":{host}'
         self.tick()

@@ -109,9 +109,8 @@ def _micro_step(job: Job, side: int) -> list[Term]:
     behind = backward(job, asked)
     parts = [forward(job, asked), behind]
     terms = [Term(name, sum(part.get(name, 0.0) for part in parts), why.format(**names)) for name, why in WHY.items()]
-    if _measures(job):
-        first = sum(behind.values()) + _read(job)
-        terms.append(Term("measuring", first, "a backward pass before the one that steps: backward_clip is exact"))
+    first = sum(behind.values()) + _read(job) if _measures(job) else 0.0
+    terms.append(Term("measuring", first, "a backward pass before the one that steps: backward_clip is exact"))
     there, back = arriving(job)
     link = job.card.link * 1e9
     busy = [sum(part.values()) for part in parts]
@@ -120,7 +119,7 @@ def _micro_step(job: Job, side: int) -> list[Term]:
     terms.append(Term("waiting for the link", sum(late), why))
     if not job.recorded:
         launching = _launches(job) * LAUNCH
-        time = sum(busy) + sum(late) + (first if _measures(job) else 0)
+        time = sum(busy) + sum(late) + first
         slower = (time**MEETING + launching**MEETING) ** (1 / MEETING)
         why = f"{_launches(job):,} kernels are launched one by one, which takes {launching:.2f} s"
         terms.append(Term("waiting for the host", slower - time, why))

@@ -189,7 +189,7 @@ def fix(
 @click.option(
     "--hang-after", type=click.FloatRange(min=0, max=86400), metavar="S",
     help="End a run in which a rank stands still so long in a step, ten times that elsewhere; 0: never. "
-    "[default: 20 median steps, 60 s at the least; 600 s elsewhere]",
+    "[default: 20 median steps, 60 s at the least; 600 s elsewhere, no limit for downloads and uploads]",
 )  # fmt: skip
 @click.option(
     "--attach", metavar="[RUN]", is_flag=False, flag_value="",
@@ -213,7 +213,12 @@ def run(
         try:
             code = int(_command("run").run(inputs_of(options), **given))
         except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 1
+            if not isinstance(end.code, int):
+                raise
+            code = end.code
+            click.echo(
+                "Ended by a signal outside of the training: none is running. Give the same command again.", err=True
+            )
         return requeue.exit_code(code)
 
 

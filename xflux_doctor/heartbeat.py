@@ -23,7 +23,8 @@ class Beat(msgspec.Struct, frozen=True):
     pid: int
     host: str
     phase: str
-    """start, join, list, cache, load, train, data, forward, step, checkpoint, heldout, sample, publish, between."""
+    """start, join, download, list, cache, load, train, data, forward, step, checkpoint, heldout, sample, between, end,
+    done (it has left the others), publish."""
     collective: bool
     """It waits for the others."""
     step: int

@@ -60,6 +60,11 @@ def search(case: Case, cards: tuple[Card, ...], visible: tuple[Gpu, ...] = ()) -
     return _Search(case, cards, visible).run()
 
 
+def own(case: Case, cards: tuple[Card, ...]) -> Row:
+    """The job as it is, without a search. Raises SkipCheck where there is no bill."""
+    return _Search(case, cards, ()).own()
+
+
 def plan_edits(case: Case, row: Row) -> tuple[Edit, ...]:
     """What turns the job into that plan, in its files."""
     edits = []
@@ -97,7 +102,7 @@ class _Search:
         self._bills: dict[TrainConfig, memory.Bill] = {}
 
     def run(self) -> Found:
-        own = self._row("as it is", self.config)
+        own = self.own()
         if not self.cards or not self._bill(self.config).gpu:
             return Found([own], None if self.cards else own, own)
         rows = {self.config: own}
@@ -106,6 +111,9 @@ class _Search:
                 rows[config] = self._row(self._label(config), config)
         ranked = sorted(rows.values(), key=lambda row: (not row.fits, _order(row)))
         return Found(ranked, self._chosen(ranked, own), own)
+
+    def own(self) -> Row:
+        return self._row("as it is", self.config)
 
     def _chosen(self, rows: list[Row], own: Row) -> Row | None:
         """The quickest that fits among those that may be taken; the job as it is where none is quicker by much. The

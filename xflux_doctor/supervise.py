@@ -23,6 +23,7 @@ from xflux_doctor.guard import VARIABLE
 from xflux_doctor.hang import Hang
 from xflux_doctor.launch import Launch
 from xflux_doctor.outlets import Merged, Outlets
+from xflux_doctor.probes.runner import scratch
 from xflux_doctor.watcher import Watcher
 
 HUNG = 124
@@ -119,10 +120,7 @@ def run(launch: Launch, log: Path, echo: Callable[[bytes], None], watching: Watc
 def _beating() -> Iterator[Path]:
     """The folder of this machine where the ranks tell what they do; gone afterwards (`guard.py` sees to it when the
     doctor is killed)."""
-    try:
-        folder = Path(tempfile.mkdtemp(prefix="xflux-watch-"))
-    except OSError:  # no temporary folder, or no room in it: shared memory has some
-        folder = Path(tempfile.mkdtemp(prefix="xflux-watch-", dir="/dev/shm"))
+    folder = Path(tempfile.mkdtemp(prefix="xflux-watch-", dir=scratch()))
     try:
         yield folder
     finally:

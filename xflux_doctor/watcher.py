@@ -138,7 +138,6 @@ class Watcher:
 
     def _end(self, found: Hang, ranks: list[Rank]) -> bool:
         """Say it, keep where everybody stands, then end the group: SIGTERM first. False: it went on meanwhile."""
-        self.hang = found
         self._say(f"xflux-doctor: the run hangs: {found.words}")
         for line in table(ranks).splitlines():
             self._say(f"xflux-doctor: {line}")
@@ -160,9 +159,9 @@ class Watcher:
         kept = f"every rank's stacks: {self._folder / 'stacks'}" if collected else "the stacks could not be had"
         self._say(f"xflux-doctor: {kept}")
         if self._judge(self._look()) is None:
-            self.hang = None
             self._say("xflux-doctor: it goes on again, and is left alone")
             return False
+        self.hang = found
         self._say("xflux-doctor: the run is ended")
         self._signal(signal.SIGTERM)  # the launcher passes it on
         guard.send(guard.members(str(self._beating)), signal.SIGCONT)  # who was only stopped can save

@@ -31,9 +31,8 @@ def plan(folder: Path, case: Case) -> None:
         bill = need(case)
     except SkipCheck:
         return
-    found = planner.known(case)
-    cards = () if case.job.use_cpu else planner.of_case(case)
-    rows = [found.own] if found is not None else []
+    cards = planner.of_case(case)
+    rows = [planner.own(case, cards)] if cards and case.job.bundled else []
     write_atomic(folder / PLAN, planjson.encode(planjson.document(case, bill, cards, rows, None)))
 
 

@@ -6,18 +6,17 @@ and heat are is asked of NVML by the caller's `look`, before, while products are
 
 from __future__ import annotations
 
-import contextlib
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import msgspec
 
 from xflux_doctor.facts import AttentionTrial, BlockTrial, GpuProbe, Product, Reading
-from xflux_doctor.probes.runner import Child, Outcome
+from xflux_doctor.probes.runner import Child, Outcome, scratch
 
 LIMITS = {"context": 40.0, "memory": 15.0, "products": 20.0, "bandwidth": 10.0, "link": 15.0, "attention": 12.0,
           "attention trainer flash-attn-4": 40.0, "blocks": 30.0}  # fmt: skip
@@ -229,17 +228,6 @@ def no_look(_: str) -> Reading | None:
     return None
 
 
-@contextlib.contextmanager
-def _lock() -> Iterator[str]:
-    """A file that the children lock in turn, in the temporary folder or where that has no room in shared memory."""
-    try:
-        file = tempfile.NamedTemporaryFile(prefix="xflux-doctor-")  # noqa: SIM115
-    except OSError:
-        file = tempfile.NamedTemporaryFile(prefix="xflux-doctor-", dir="/dev/shm")  # noqa: SIM115
-    with file:
-        yield file.name
-
-
 def each_gpu(
     python: str, devices: tuple[str, ...], ask: Ask, environment: Mapping[str, str], seconds: float,
     look: Look = no_look, before: Mapping[str, int] | None = None,
@@ -249,8 +237,8 @@ def each_gpu(
     `before`: the bytes that NVML called free, by the cards' UUIDs without a prefix.
     """
     until = time.monotonic() + seconds
-    with _lock() as lock:
-        cards = [_Card(python, device, ask, environment, until, lock, look, before or {}) for device in devices]
+    with tempfile.NamedTemporaryFile(prefix="xflux-doctor-", dir=scratch()) as lock:
+        cards = [_Card(python, device, ask, environment, until, lock.name, look, before or {}) for device in devices]
         try:
             for card in cards:
                 card.start()

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from xflux_doctor.errors import DoctorError
+
 # `-c` puts the working folder first on sys.path: a torch.py lying there must not be what we test.
 _START = "import runpy, sys; sys.path.pop(0); del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
 _PR_SET_PDEATHSIG = 1
@@ -168,6 +170,20 @@ def has_room(folder: str) -> bool:
             return shutil.disk_usage(folder).free >= ROOM
     except OSError:
         return False
+
+
+def scratch() -> str:
+    """A folder of this machine that takes files: the temporary one, or shared memory where that has no room.
+
+    Raises DoctorError where neither does.
+    """
+    with contextlib.suppress(OSError):
+        if has_room(folder := tempfile.gettempdir()):
+            return folder
+    if has_room("/dev/shm"):  # noqa: S108 (names are made by tempfile)
+        return "/dev/shm"  # noqa: S108
+    seen = "No temporary folder takes a file, and /dev/shm has no room either."
+    raise DoctorError(seen, "Make room in /tmp, or set TMPDIR to a folder that has some.")
 
 
 def _output() -> IO[bytes]:
