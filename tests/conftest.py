@@ -66,14 +66,15 @@ CARDS = {
 }
 
 EITHER = (
-    "checks/", "explain/", "test_bundle.py", "test_cluster_variables.py", "test_command.py", "test_conditions.py",
-    "test_configs.py", "test_corpus.py", "test_corpus_deepspeed.py", "test_deepspeed_config.py",
-    "test_deepspeed_wins.py", "test_features.py", "test_fix_doctor.py", "test_fix_properties.py", "test_flattened.py",
-    "test_fleet.py", "test_fleet_reading.py", "test_frame.py", "test_joint.py", "test_jsontext.py",
-    "test_kill_write.py", "test_machines.py", "test_matrix.py", "test_meeting.py", "test_nodes.py", "test_placement.py",
-    "test_plan.py", "test_plan_bars.py", "test_plan_html.py", "test_plan_json.py", "test_plan_run.py",
-    "test_planner.py", "test_repair.py", "test_stack_choice.py", "test_topology.py", "test_visible.py",
-    "test_xflux_bill.py", "test_yamlcomment.py", "test_yamltext.py", "trainer/test_limits_benchmark.py",
+    "checks/", "explain/", "test_bundle.py", "test_cli.py", "test_cli_faults.py", "test_cluster_variables.py",
+    "test_command.py", "test_conditions.py", "test_configs.py", "test_corpus.py", "test_corpus_deepspeed.py",
+    "test_deepspeed_config.py", "test_deepspeed_wins.py", "test_features.py", "test_fix_doctor.py",
+    "test_fix_properties.py", "test_flattened.py", "test_fleet.py", "test_fleet_reading.py", "test_frame.py",
+    "test_imports.py", "test_joint.py", "test_jsontext.py", "test_kill_write.py", "test_machines.py",
+    "test_matrix.py", "test_meeting.py", "test_nodes.py", "test_package.py", "test_placement.py", "test_plan.py",
+    "test_plan_bars.py", "test_plan_html.py", "test_plan_json.py", "test_plan_run.py", "test_planner.py",
+    "test_repair.py", "test_stack_choice.py", "test_topology.py", "test_visible.py", "test_xflux_bill.py",
+    "test_yamlcomment.py", "test_yamltext.py", "trainer/test_limits_benchmark.py",
     "trainer/test_memory_properties.py", "trainer/test_train_buckets.py", "trainer/test_train_config.py",
     "trainer/test_train_samples.py", "trainer/test_train_spec.py", "trainer/test_train_tables.py",
     "trainer/test_train_timing.py",
@@ -93,7 +94,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     number, count = map(int, share.split("/"))
     names = {item: item.path.relative_to(ROOT / "tests").as_posix() for item in items}
     either = sorted({name for name in names.values() if name.startswith(EITHER)})
-    others = {name for at, name in enumerate(either) if at % count != number - 1}
+    # The first stack is the quickest, and takes two where the others take one.
+    others = {name for at, name in enumerate(either) if at % (count + 1) % count != number - 1}
     config.hook.pytest_deselected(items=[item for item in items if names[item] in others])
     items[:] = [item for item in items if names[item] not in others]
 
