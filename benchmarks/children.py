@@ -128,10 +128,10 @@ def command(script: str) -> str:
     """The command line as it was given, without folders, which are nobody else's."""
     words, shown = iter(sys.argv[1:]), []
     for word in words:
-        if word in ("--results", "--xflux", "--work"):
+        if word in ("--results", "--xflux", "--work", "--out"):
             next(words, "")
             if word == "--xflux":
                 shown += [word, "CHECKOUT"]
-        elif not word.startswith(("--results=", "--xflux=", "--work=")):
+        elif not word.startswith(("--results=", "--xflux=", "--work=", "--out=")):
             shown.append(word)
     return " ".join(["python", f"benchmarks/{script}", *shown])

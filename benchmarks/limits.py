@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -42,9 +43,10 @@ UNTIMED = 3
 # What is run ---------------------------------------------------------------------------------------------
 
 
-def job(work: Path, mode: str, allow: list[str]) -> dict[str, Any]:
+def job(work: Path, out: Path, mode: str, allow: list[str]) -> dict[str, Any]:
     own = {"lora_targets": "diffusers"} if mode == "lora" else {"mode": "finetune"}
-    return {**start.settings(work), "max_train_steps": STEPS, "checkpointing_steps": 10**6, "allow": allow, **own}
+    settings = {**start.settings(work), "max_train_steps": STEPS, "checkpointing_steps": 10**6, "allow": allow}
+    return {**settings, "output_dir": str(out), **own}
 
 
 def doctor(work: Path, command: list[str], limit: int, deadline: float) -> subprocess.CompletedProcess[str]:
@@ -55,7 +57,7 @@ def doctor(work: Path, command: list[str], limit: int, deadline: float) -> subpr
 
 def under(work: Path, mode: str, limit: int, allow: list[str], options: argparse.Namespace) -> Outcome:
     """Plan, then run."""
-    (work / "train.yaml").write_text(json.dumps(job(work, mode, allow)), encoding="utf-8")  # JSON is YAML
+    (work / "train.yaml").write_text(json.dumps(job(work, options.out, mode, allow)), encoding="utf-8")  # JSON is YAML
     (work / "accelerate.yaml").write_text('distributed_type: "NO"\nnum_processes: 1\n', encoding="utf-8")
     planned = doctor(work, ["plan", "--format", "json"], limit, 60)
     document = json.loads(planned.stdout)
@@ -74,7 +76,8 @@ def under(work: Path, mode: str, limit: int, allow: list[str], options: argparse
         return {**found, "outcome": "refused" if refused else "failed", "said": said[-12:]}
     if done.returncode:
         return {**found, "outcome": "failed", "said": said[-12:]}
-    metrics = json.loads((work / "out" / "metrics.json").read_text(encoding="utf-8"))
+    metrics = json.loads((options.out / "metrics.json").read_text(encoding="utf-8"))
+    shutil.rmtree(options.out)  # a fine-tune's is tens of GB
     peaks = metrics["peak_device_bytes"]["overall"]
     return {
         **found, "outcome": "trained", "seconds_per_step": metrics["seconds_per_step"], "peak": peaks,
@@ -198,6 +201,8 @@ def judge(row: Outcome, times: dict[str, Outcome]) -> tuple[str, bool]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--work", type=Path, help="a folder on a local disk with 25 GB free")
+    parser.add_argument("--out", type=Path, help="where the runs write; by default a folder in DIR. "
+                        "A fine-tune writes up to 70 GB, here or into /dev/shm")  # fmt: skip
     parser.add_argument("--limits", type=children.numbers, help="GiB; by default those of the mode")
     parser.add_argument("--mode", choices=[*LIMITS], default="lora")
     parser.add_argument("--allow", choices=["none", "all", "both"], default="both")
@@ -217,6 +222,7 @@ def main() -> int:
     if options.work is None:
         parser.error("--work DIR is needed")
     options.work = options.work.absolute()
+    options.out = (options.out or options.work / "out").absolute()
     ends = time.monotonic() + options.total
     file = children.place(options.results, "limits")[0]
     known = json.loads(file.read_text("utf-8")) if options.resume and file.exists() else {}

@@ -388,8 +388,9 @@ def disk(config: TrainConfig, spec: FluxSpec, samples: int, strategy: str = "sin
     rounded = full and strategy in ("single", "ddp") and config.weight_update in ("auto", "stochastic", "nearest")
     one = (width(config) if rounded else 4) + _moments(config) + (4 if config.ema_decay else 0)
     reason = f"{what.parameters:,} trained parameters, {one:g} bytes each with the optimizer"
-    yield Term("checkpoints", math.ceil((kept + 1) * what.parameters * one), "train",
-               f"{kept} kept and one being written: {reason}")  # fmt: skip
+    at_once = min(written, kept + 1)
+    held = f"{kept} kept and one being written" if at_once > kept else f"{kept} kept"
+    yield Term("checkpoints", math.ceil(at_once * what.parameters * one), "train", f"{held}: {reason}")
     if config.mode == "lora":
         yield Term("adapter files", what.parameters * 4 * len(config.formats), "train", ", ".join(config.formats))
     elif config.mode == "controlnet":
