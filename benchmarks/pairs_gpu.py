@@ -20,6 +20,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 _INIT = "import os, torch, torch.distributed as d\nd.init_process_group('nccl')\n"
+_SAYS = "import os\nprint('using', os.environ['CUDA_VISIBLE_DEVICES'])\n"  # as job scripts do; torch names no card
 _RANKS = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 _OOM = "import torch\nkept = [torch.empty(1 << 32, dtype=torch.uint8, device='cuda') for _ in range(1000)]\n"
 
@@ -46,13 +47,13 @@ def faults(cards: int) -> tuple[Fault, ...]:
               environment={"CUDA_VISIBLE_DEVICES": ""}),
         Fault("a card that is not there", "no-visible-gpu", "LA105", "import torch\ntorch.zeros(1).cuda()\n",
               environment={"CUDA_VISIBLE_DEVICES": "GPU-00000000-0000-0000-0000-000000000000"}),
-        Fault("a slice that is not there", "mig-device", "HW118", "import torch\ntorch.zeros(1).cuda()\n",
+        Fault("a slice that is not there", "mig-device", "HW118", _SAYS + "import torch\ntorch.zeros(1).cuda()\n",
               environment={"CUDA_VISIBLE_DEVICES": "MIG-00000000-0000-0000-0000-000000000000"}),
         Fault("the allocator's word", "alloc-conf-unknown-key", "EN301", "import torch\ntorch.zeros(1).cuda()\n",
               environment={"PYTORCH_CUDA_ALLOC_CONF": "expandable_segment:True",
                            "PYTORCH_ALLOC_CONF": "expandable_segment:True"}),
         Fault("the interface's name", "nccl-socket-ifname", "EN204",
-              _INIT + "torch.cuda.set_device(0)\nd.all_reduce(torch.ones(1, device='cuda'))\n", 1,
+              _INIT + "torch.cuda.set_device(0)\nd.all_reduce(torch.ones(1, device='cuda'))\n", many,
               {"NCCL_SOCKET_IFNAME": "=eth99", "GLOO_SOCKET_IFNAME": "-"}),
         Fault("out of memory", "cuda-oom", "ME101", _OOM, train={"train_batch_size": 4096, "img_size": 1024}),
     )  # fmt: skip

@@ -119,6 +119,10 @@ MORE: dict[str, list[str]] = {
         crash("OSError: /models/flux does not appear to have a file named config.json."),
         crash("FileNotFoundError: [Errno 2] No such file or directory: '/models/flux/flux1-dev.safetensors'"),
     ],
+    "output-not-shared": [
+        "error: Rank 1 on node2 does not see what rank 0 wrote to /data/out. Put output_dir and cache_dir on a disk "
+        "that all machines share, such as NFS or Lustre.\n",
+    ],
     "output-not-writable": [
         *said("Cannot write out: permission denied. Allow writing there, or set output_dir to another folder.",
               "Cannot write out: read-only file system. Set output_dir to a folder that can be written to.",

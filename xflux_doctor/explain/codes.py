@@ -4,7 +4,7 @@ from __future__ import annotations
 
 CODES: dict[str, str] = {
     # The machine's setup
-    "no-nvidia-driver": "HW101", "driver-too-old": "HW102", "torch-no-cuda-build": "SW103", "no-visible-gpu": "SW107",
+    "no-nvidia-driver": "HW101", "driver-too-old": "HW102", "torch-no-cuda-build": "SW103", "no-visible-gpu": "LA105",
     "invalid-device-ordinal": "LA105", "nccl-duplicate-gpu": "LA105", "bf16-unsupported": "HW104",
     "no-kernel-image": "HW103", "exclusive-process": "HW105", "fabric-manager": "HW117", "mig-device": "HW118",
     "gpu-ecc-error": "HW110", "gpu-fell-off-bus": "HW106", "gpu-gsp-timeout": "HW115", "gpu-xid-app-fault": "HW115",

@@ -52,6 +52,15 @@ RULES: tuple[Rule, ...] = (
         weight=54,
     ),
     Rule(
+        "output-not-shared",
+        "the machines of the run write to different disks",
+        (Sign(" does not see what rank ", r"^(?:error: )?Rank \d+ on \S+ does not see what rank 0 wrote to "),),
+        "Rank 0 writes the list of images and the checkpoints, and the ranks of every machine read them.",
+        "Put output_dir and cache_dir on a disk that all machines share, such as NFS or Lustre.",
+        ("df OUTPUT_DIR", "mount | grep -E 'nfs|lustre|gpfs|ceph'"),
+        weight=58,
+    ),
+    Rule(
         "variable-refused",
         "an environment variable has a value that a library refuses",
         (
