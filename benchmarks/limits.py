@@ -52,7 +52,11 @@ def job(work: Path, out: Path, mode: str, allow: list[str]) -> dict[str, Any]:
 def doctor(work: Path, command: list[str], limit: int, deadline: float) -> subprocess.CompletedProcess[str]:
     files = ["--config", str(work / "train.yaml"), "--accelerate-config", str(work / "accelerate.yaml")]
     argv = [sys.executable, "-m", "xflux_doctor.cli", *command, *files, "--gpu-limit", str(limit)]
-    return subprocess.run(argv, capture_output=True, text=True, timeout=deadline, cwd=work, check=False)
+    try:
+        return subprocess.run(argv, capture_output=True, text=True, timeout=deadline, cwd=work, check=False)
+    except subprocess.TimeoutExpired as late:
+        said = (late.stdout or b"").decode(errors="replace")
+        return subprocess.CompletedProcess(argv, 124, said, f"not done after {deadline:g} s")
 
 
 def under(work: Path, mode: str, limit: int, allow: list[str], options: argparse.Namespace) -> Outcome:
