@@ -168,7 +168,7 @@ def time_plans(asked: list[tuple[str, dict[str, Any]]], options: argparse.Namesp
 
 def time_all(rows: list[Outcome], times: dict[str, Outcome], options: argparse.Namespace) -> Iterator[None]:
     """Fill `times` with the plans of the rows that it lacks, those of one model side by side."""
-    asked = sorted(((name, one) for name, one in plans(rows).items() if name not in times), key=lambda one: one[0])
+    asked = sorted(((name, one) for name, one in plans(rows).items() if name not in times), key=lambda one: one[1][0])
     if not asked:
         return
     argv = [sys.executable, str(Path(__file__).resolve()), "--steps", str(options.steps)]

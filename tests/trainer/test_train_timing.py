@@ -53,6 +53,11 @@ MEASURED: list[tuple[str, bool, dict[str, Any], float]] = [
     ("H200", False, {**FINETUNE, "checkpointed_blocks": 40, "backward_clip": "previous"}, 0.703),
     ("H200", False, {**FINETUNE, "checkpointed_blocks": 40, "backward_clip": "exact"}, 1.122),
     ("H200", False, {**FINETUNE, **KEPT, "step_in_backward": False}, 0.659),
+    ("H200", False, {**FINETUNE, **KEPT, "optimizer": "adamw8bit", "backward_clip": "previous"}, 0.653),
+    ("H200", False, {**FINETUNE, **KEPT, "optimizer": "adamw8bit", "backward_clip": "exact"}, 1.011),
+    ("H200", False, {**FINETUNE, **KEPT, "optimizer": "adamw8bit", "step_in_backward": False}, 0.647),
+    ("H200", False, {**FINETUNE, **KEPT, "optimizer": "adamw", "step_in_backward": False}, 0.581),
+    ("H200", False, {**FINETUNE, "optimizer": "adamw", "step_in_backward": False}, 0.740),
     # diffusers' blocks, torch's flash.
     ("H200", False, {**OWN, **KEPT}, 0.511), ("H200", False, OWN, 0.715),
     ("H200", False, {**OWN, "quantization": "int8"}, 0.82), ("H200", False, {**OWN, "quantization": "fp8"}, 0.86),
