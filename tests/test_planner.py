@@ -157,3 +157,64 @@ def test_a_package_that_is_not_there_is_not_planned_with(matrix: Matrix) -> None
         found = planner.known(one)
         assert found is not None
         assert any(row.changes.get("quantization") == "nf4" for row in found.rows) == there
+
+
+# Several ranks -------------------------------------------------------------------------------------------
+
+SHARDED = """\
+distributed_type: FSDP
+num_machines: 1
+num_processes: 2
+fsdp_config:
+  fsdp_version: 2
+"""
+WHOLE = "distributed_type: MULTI_GPU\nnum_machines: 1\nnum_processes: 2\n"
+ZERO = """\
+distributed_type: DEEPSPEED
+num_machines: 1
+num_processes: 2
+deepspeed_config:
+  zero_stage: 2
+  gradient_accumulation_steps: 3
+  gradient_clipping: 0.5
+"""
+ALL = {"mode": "finetune", "img_size": 1024, "disable_sampling": True}
+
+
+def pair(matrix: Matrix, limit: float, text: str, **train: Any) -> Case:
+    """A fine-tune of all weights on two H200s of which `limit` GiB each may be taken."""
+    more = {"triton": "3.6.0", "torchao": "0.18.0"}
+    facts = machine(matrix, gpus=gpus("H200", 2, memory_free=139 * GIB), packages=packages(matrix, "cuda13", **more))
+    return case(matrix, facts, dataclasses.replace(job(text, **{**ALL, **train}), gpu_limit=int(limit * GIB)))
+
+
+@pytest.mark.parametrize(("text", "limit", "allow", "kind"), [
+    (SHARDED, 80, ("optimizer",), "MULTI_GPU"), (WHOLE, 110, (), "FSDP"), (ZERO, 110, (), "FSDP"),
+])  # fmt: skip
+def test_the_ranks_share_the_work_in_another_way_where_nothing_else_fits(
+    matrix: Matrix, text: str, limit: float, allow: tuple[str, ...], kind: str
+) -> None:
+    """Two cards of 80 GiB hold a fine-tune with Adafactor whole, and one with AdamW cut up on larger ones."""
+    work = pair(matrix, limit, text, allow=allow)
+    found = planner.known(work)
+    assert found is not None and found.own.verdict(planner.of_case(work)) == "does not fit"
+    assert chosen(found).changes["distributed_type"] == kind
+    plan = make(work, lambda mended: examine(mended, [memory.gpu_memory]))
+    assert not plan.blockers and plan.job.distributed_type == kind
+    assert held_by(need(dataclasses.replace(work, job=plan.job))) <= limit * GIB
+    # A step still sees as many samples, and clips as before.
+    before = work.job.section("deepspeed_config")
+    assert plan.job.training("gradient_accumulation_steps") == before.get("gradient_accumulation_steps", 1)
+    assert plan.job.training("max_grad_norm") == before.get("gradient_clipping", 1.0)
+
+
+def test_another_way_to_share_is_shown_where_it_may_not_be_taken(matrix: Matrix) -> None:
+    found = planner.known(pair(matrix, 80, SHARDED))
+    assert found is not None and found.chosen is None
+    assert any(row.changes.get("distributed_type") == "MULTI_GPU" and row.fits and not row.allowed for row in found.rows)
+
+
+def test_the_ranks_share_the_work_as_the_file_says_where_that_fits(matrix: Matrix) -> None:
+    found = planner.known(pair(matrix, 110, SHARDED))
+    assert chosen(found or pytest.fail()).changes.get("distributed_type") is None
+    assert not any(row.sharing for row in found.rows)

@@ -17,6 +17,7 @@ from xflux_trainer.config import TrainConfig
 from xflux_trainer.rules import between
 from xflux_trainer.timing_cards import card_of
 
+from xflux_doctor import strategy
 from xflux_doctor.batch import accumulation, accumulation_places
 from xflux_doctor.bill import forecast_of, fused, has_triton, multiplies_fp8, spec_of
 from xflux_doctor.check import Case, SkipCheck
@@ -57,7 +58,25 @@ def search(case: Case, cards: tuple[Card, ...], visible: tuple[Gpu, ...] = ()) -
 
     Without cards there is nothing to fit, and the job as it is alone. Raises SkipCheck where there is no bill.
     """
-    return _Search(case, cards, visible).run()
+    found = _Search(case, cards, visible).run()
+    if not cards or (found.chosen is not None and "img_size" not in found.chosen.changes):
+        return found
+    return _shared_otherwise(case, cards, visible, found)
+
+
+def _shared_otherwise(case: Case, cards: tuple[Card, ...], visible: tuple[Gpu, ...], found: Found) -> Found:
+    """With the plans that fit when the ranks share the work in another way; what is smaller comes after these."""
+    more: list[Row] = []
+    for name, laid, edits in strategy.others(case):
+        for row in _Search(laid, cards, visible).run().rows:
+            if row.verdict(cards) != "does not fit" and "img_size" not in row.changes:
+                label = strategy.NAMES[name] + (f": {row.label}" if row.changes else "")
+                changes = {edits[0].key[0]: edits[0].value, **row.changes}
+                more.append(dataclasses.replace(row, label=label, changes=changes, sharing=edits))
+    ranked = sorted([*found.rows, *more], key=lambda row: (not row.fits, _order(row)))
+    allowed = [row for row in ranked if row in more and row.allowed]
+    taken = next((row for word in ("fits", "tight") for row in allowed if row.verdict(cards) == word), found.chosen)
+    return Found(ranked, taken, found.own)
 
 
 def own(case: Case, cards: tuple[Card, ...]) -> Row:
@@ -67,9 +86,11 @@ def own(case: Case, cards: tuple[Card, ...]) -> Row:
 
 def plan_edits(case: Case, row: Row) -> tuple[Edit, ...]:
     """What turns the job into that plan, in its files."""
-    edits = []
+    edits: list[Edit] = []
     for key, value in row.changes.items():
-        if key == "gradient_accumulation_steps":
+        if key == "distributed_type":
+            edits += row.sharing
+        elif key == "gradient_accumulation_steps":
             why = "as many samples a step as before"
             edits += [Edit(file, place, value, why) for file, place in accumulation_places(case.job)]
         else:

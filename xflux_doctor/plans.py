@@ -10,6 +10,7 @@ from typing import Any
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.memory_terms import Term
 
+from xflux_doctor.finding import Edit
 from xflux_doctor.verdict import fitting, reserved
 
 _LOSSY = frozenset({"quantization", "optimizer", "weight_update", "img_size"})
@@ -53,6 +54,8 @@ class Row:
     fits: bool = False
     holes: int = 0
     """Bytes that the allocator holds between weights."""
+    sharing: tuple[Edit, ...] = ()
+    """What makes the ranks share the work as this plan has it, where that is not as the job's file says."""
 
     @property
     def allocated(self) -> int:

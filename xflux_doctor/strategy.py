@@ -11,18 +11,22 @@ every block in each pass: they are for what does not fit otherwise.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from xflux_trainer import memory
 
+from xflux_doctor.batch import accumulation
 from xflux_doctor.bill import need
 from xflux_doctor.check import Case, SkipCheck
+from xflux_doctor.finding import Edit
 from xflux_doctor.job import Job
 from xflux_doctor.refused import has_fsdp2, refusals
 
 MIB, GIB = 1 << 20, 1 << 30
 NAMES = {"single": "one process", "ddp": "DDP", "zero1": "DeepSpeed ZeRO-1", "zero2": "DeepSpeed ZeRO-2",
          "fsdp": "FSDP2", "zero3": "DeepSpeed ZeRO-3"}  # fmt: skip
+_KINDS = {"single": "NO", "ddp": "MULTI_GPU", "fsdp": "FSDP"}
 _FASTEST_FIRST = ("ddp", "zero2", "fsdp", "zero3")
 
 
@@ -100,10 +104,44 @@ def bill(case: Case, strategy: str, ranks: int) -> memory.Bill | None:
         return None
 
 
+def others(case: Case) -> Iterator[tuple[str, Case, tuple[Edit, ...]]]:
+    """DDP and FSDP2 where the file has another strategy: its name, the case under it, and the edits that make it so.
+
+    Only for a job whose launch is one file of accelerate's; the samples of a step and the clipping stay as they are.
+    """
+    job, ranks = case.job, case.job.num_processes
+    if job.accelerate is None or job.command is not None or job.zero_file is not None or ranks < 2:
+        return
+    for name in ("ddp", "fsdp"):
+        if name == job.strategy or not done(case, name):
+            continue
+        why = f"{NAMES[name]}: what {NAMES.get(job.strategy, job.strategy)} needs does not fit"
+        edits = [Edit("accelerate", ("distributed_type",), _KINDS[name], why)]
+        if name == "fsdp" and job.fsdp_version != 2:
+            edits.append(Edit("accelerate", ("fsdp_config", "fsdp_version"), 2, "the version that the trainer does"))
+        edits += [Edit("train", (key,), value, "as under DeepSpeed") for key, value in _of_deepspeed(job).items()]
+        laid = under(job, name, ranks)
+        train = {edit.key[0]: edit.value for edit in edits if edit.file == "train"}
+        if train and laid.train is not None:
+            laid = dataclasses.replace(laid, train=dataclasses.replace(laid.train, **train))
+        yield name, dataclasses.replace(case, job=laid), tuple(edits)
+
+
+def _of_deepspeed(job: Job) -> dict[str, int | float]:
+    """What DeepSpeed's section says in place of the training file, where the two differ."""
+    if not job.deepspeed or job.train is None:
+        return {}
+    said: dict[str, int | float] = {"gradient_accumulation_steps": accumulation(job)}
+    clipping = job.section("deepspeed_config").get("gradient_clipping")
+    if isinstance(clipping, int | float) and not isinstance(clipping, bool):
+        said["max_grad_norm"] = float(clipping)
+    return {key: value for key, value in said.items() if getattr(job.train, key) != value}
+
+
 def under(job: Job, strategy: str, ranks: int) -> Job:
     """The job as another strategy's file would launch it."""
-    kinds = {"single": "NO", "ddp": "MULTI_GPU", "fsdp": "FSDP"}
-    file = {**(job.accelerate or {}), "distributed_type": kinds.get(strategy, "DEEPSPEED"), "num_processes": ranks}
+    kind = _KINDS.get(strategy, "DEEPSPEED")
+    file = {**(job.accelerate or {}), "distributed_type": kind, "num_processes": ranks}
     if strategy.startswith("zero"):
         file["deepspeed_config"] = {**job.section("deepspeed_config"), "zero_stage": int(strategy[-1])}
     elif strategy == "fsdp":
