@@ -291,3 +291,38 @@ def test_a_table_of_ones_own() -> None:
     found = diagnose(text, rules=own)
     assert found is not None
     assert found.cause == "cuda-oom"
+
+
+KILLED = """\
+E1129 10:58:13.973000 10903 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: -9) local_rank: 1 (pid: 10909) of binary: /usr/bin/python
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+=======================================================
+train.py FAILED
+-------------------------------------------------------
+Failures:
+[1]:
+  time      : 2026-11-29_10:58:13
+  host      : localhost
+  rank      : 0 (local_rank: 0)
+  exitcode  : -15 (pid: 10908)  (SIGTERM)
+  error_file: <N/A>
+  traceback : Signal 15 (SIGTERM) received by PID 10908
+-------------------------------------------------------
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-11-29_10:58:13
+  host      : localhost
+  rank      : 1 (local_rank: 1)
+  exitcode  : -9 (pid: 10909)  (SIGKILL)
+  error_file: <N/A>
+  traceback : Signal 9 (SIGKILL) received by PID 10909
+=======================================================
+"""  # noqa: E501
+
+
+def test_of_several_ended_ranks_the_launcher_says_which_was_first() -> None:
+    """The other one was ended by the launcher itself. Two launchers that name two ranks name none."""
+    found = diagnose(KILLED)
+    assert found is not None and (found.cause, found.rank) == ("host-oom-kill", 1)
+    both = diagnose(KILLED + KILLED.replace("rank      : 1 (local_rank: 1)", "rank      : 3 (local_rank: 1)"))
+    assert both is not None and both.rank is None

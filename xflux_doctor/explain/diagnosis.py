@@ -154,10 +154,11 @@ def _unknown(seen: Reader, raised: list[Mark]) -> Diagnosis:
 
 
 def _rank(seen: Reader, mark: Mark) -> int | None:
-    """From the line itself, or from the launcher's summary if that names one rank only."""
-    if mark.line.rank is None and len(seen.failed_ranks) == 1:
-        return next(iter(seen.failed_ranks))
-    return mark.line.rank
+    """From the line itself, or from the launcher's summary if that names one rank only, or one as the first."""
+    if mark.line.rank is not None:
+        return mark.line.rank
+    named = seen.failed_ranks if len(seen.failed_ranks) == 1 else seen.first_ranks
+    return next(iter(named)) if len(named) == 1 else None
 
 
 def _evidence(mark: Mark) -> tuple[Evidence, ...]:

@@ -34,6 +34,7 @@ _GAVE_UP = re.compile(
     r"|^error: \S.*[.!]$"  # the bundled trainer's last word
 )
 _FAILED_RANK = re.compile(r"^\s+rank\s+: (\d+) \(local_rank: ")
+_ROOT_CAUSE = "Root Cause (first observed"
 _LIVELY = (
     _TRACEBACK,
     _IGNORED,
@@ -51,6 +52,7 @@ _LIVELY = (
     "Fatal Python",
     "srun: error",
     "(local_rank: ",
+    _ROOT_CAUSE,
     "error: ",
 )
 """Beside the keys of the signs, what the reader itself wants to see; no digits here either."""
@@ -177,6 +179,9 @@ class Reader:
         self.last_raised: deque[Mark] = deque(maxlen=_KEPT)
         self.gave_up: Mark | None = None
         self.failed_ranks: set[int] = set()
+        self.first_ranks: set[int] = set()
+        """Of these the ones that a launcher calls the first; others may have been ended by it."""
+        self._first_follows = False
 
     def take(self, line: log.Line) -> None:
         text = line.text
@@ -192,8 +197,12 @@ class Reader:
         self.said.update(found.words)
         if found.lively and _GAVE_UP.search(text):
             self.gave_up = self._mark(line, block)
+        if found.lively and _ROOT_CAUSE in text:
+            self._first_follows = True
         if found.lively and (rank := _FAILED_RANK.match(text)):
             self.failed_ranks.add(int(rank[1]))
+            self.first_ranks |= {int(rank[1])} if self._first_follows else set()
+            self._first_follows = False
         for key in found.keys:
             for rule, sign in self.signs[key]:
                 self._match(line, block, rule, sign)
