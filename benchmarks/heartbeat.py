@@ -6,7 +6,8 @@ The job of `start.py` (FLUX.1-dev's transformer with random weights, a LoRA of r
 --tiny) is trained in turn without heartbeats and with them, as `xflux-doctor run` asks for them. Counted are the
 records of a step; timed, in the same kind of folder, is how long one takes to write. Their product is the cost, since
 the difference of two runs is less than that of one run with itself.
-Writes benchmarks/results/heartbeat-DEVICE-DATE.json. Exit 1 where the cost is 0.5 % of a step or more.
+Writes benchmarks/results/heartbeat-DEVICE-DATE.json. Exit 1 where the cost is 0.5 % of a step or more;
+with --tiny, whose steps take a hundredth of FLUX.1's, no bar is held.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def main() -> int:
     print(f"{body['records_per_step']:.1f} records a step, {1e6 * body['seconds_per_record']:.1f} µs each: "
           f"{100 * body['share']:.4f} % of a step ({time.perf_counter() - started:.0f} s)")  # fmt: skip
     print("written to", children.save(options.results, "heartbeat", "heartbeat.py", body).name)
-    return 1 if body["share"] >= BAR else 0
+    return 1 if body["share"] >= BAR and not options.tiny else 0
 
 
 if __name__ == "__main__":
