@@ -19,6 +19,7 @@ from types import FrameType
 from typing import IO
 
 from xflux_doctor import guard
+from xflux_doctor.gather import host
 from xflux_doctor.guard import VARIABLE
 from xflux_doctor.hang import Hang
 from xflux_doctor.launch import Launch
@@ -29,6 +30,8 @@ from xflux_doctor.watcher import Watcher
 HUNG = 124
 """Exit code of a run that hung and was ended, as that of timeout(1)."""
 
+OOM_KILLED = "xflux-doctor: the kernel's count of oom_kill events in this process's cgroup rose by {} during the run"
+"""As `explain` reads it: what memory that ran out leaves in the ranks' own words may look like anything."""
 _DRAIN = 10.0
 """Seconds to read what the group wrote before its end."""
 # torch.distributed.elastic: `failed (exitcode: -9) local_rank: 1 (pid: 4711)`, and a table of all failed ranks with
@@ -74,7 +77,7 @@ class Watching:
 def run(launch: Launch, log: Path, echo: Callable[[bytes], None], watching: Watching | None = None) -> End:
     """Run to the end. Output goes to `log` and to `echo`, whole lines at a time; SIGINT and SIGTERM are passed to the
     group. On SIGHUP the run goes on without a terminal, and its ranks are asked for a checkpoint."""
-    started = time.monotonic()
+    started, before = time.monotonic(), host.oom_kills() or 0
     read_end, write_end = os.pipe()
     with log.open("wb") as file, _beating() as beating:
         own = log.with_suffix("") if watching else None
@@ -109,6 +112,9 @@ def run(launch: Launch, log: Path, echo: Callable[[bytes], None], watching: Watc
             outlets.stop()
             if watcher is not None:
                 watcher.stop()
+                killed = (host.oom_kills() or 0) - before
+                if killed > 0 and process.returncode:
+                    merged.say(OOM_KILLED.format(killed))
                 if watcher.hang is not None:  # last, because a rank that was only stopped takes more steps
                     merged.say(watcher.hang.line)
             merged.close()

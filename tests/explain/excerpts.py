@@ -89,6 +89,8 @@ EXCERPTS: dict[str, list[str]] = {
         "Loading checkpoint\nKilled\n",
         "train.sh: line 12: 12345 Killed                  python train.py\n",
         "subprocess.CalledProcessError: Command '['python', 'train.py']' died with <Signals.SIGKILL: 9>.\n",
+        crash("ModuleNotFoundError: No module named 'diffusers.models'")
+        + "xflux-doctor: the kernel's count of oom_kill events in this process's cgroup rose by 2 during the run\n",
         "slurmstepd: error: Detected 1 oom_kill event in StepId=4242.batch. Some of the step tasks have been OOM Killed.\n",
         "[ 1234.5] Memory cgroup out of memory: Killed process 4242 (python) total-vm:98304000kB\n",
         crash("RuntimeError: DataLoader worker (pid 4242) is killed by signal: Killed."),

@@ -11,7 +11,7 @@ import pytest
 from conftest import tree
 
 from xflux_doctor.facts import PythonFacts
-from xflux_doctor.gather.host import host_facts
+from xflux_doctor.gather.host import host_facts, oom_kills
 from xflux_doctor.gather.ports import listeners
 from xflux_doctor.gather.toolchain import toolchain_facts
 
@@ -40,6 +40,19 @@ MIB = 1 << 20
 def test_cgroups(tmp_path: Path, files: dict[str, str], expected: tuple[Any, ...]) -> None:
     host = host_facts(tree(tmp_path, files))
     assert (host.cgroup, host.memory_limit, host.cpu_quota, host.pids_limit) == expected
+
+
+@pytest.mark.parametrize(("files", "expected"), [
+    ({"sys/fs/cgroup/job/memory.events": "low 0\noom 3\noom_kill 2\noom_group_kill 0\n",
+      "sys/fs/cgroup/memory.events": "oom_kill 9\n", "proc/self/cgroup": "0::/job\n"}, 2),  # not the whole machine's
+    ({"sys/fs/cgroup/memory/memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 1\n",
+      "proc/self/cgroup": "5:memory:/\n"}, 1),
+    ({"sys/fs/cgroup/memory/memory.oom_control": "oom_kill_disable 0\nunder_oom 0\n",
+      "proc/self/cgroup": "5:memory:/\n"}, None),  # before Linux 4.13
+    ({}, None),
+])  # fmt: skip
+def test_the_kernels_count_of_oom_kills(tmp_path: Path, files: dict[str, str], expected: int | None) -> None:
+    assert oom_kills(tree(tmp_path, files)) == expected
 
 
 @pytest.mark.parametrize(("files", "container", "wsl"), [

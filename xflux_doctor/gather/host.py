@@ -95,6 +95,18 @@ def _memory_limit(folders: list[Path]) -> tuple[int | None, int | None]:
     return limit, next((sum(counts.get(name, 0) for name in names) for names in _HELD if names[0] in counts), None)
 
 
+def oom_kills(root: Path = Path("/")) -> int | None:
+    """How many processes of this one's own group the kernel has killed since the group was made because memory ran out;
+    None where the kernel does not count them (before 4.13, or without groups)."""
+    for folder in _cgroup_folders(root):
+        for name in ("memory.events", "memory.oom_control"):
+            for line in _read(folder / name).splitlines():
+                word, _, count = line.partition(" ")
+                if word == "oom_kill" and count.strip().isdigit():
+                    return int(count)
+    return None
+
+
 def _least(folders: list[Path], names: tuple[str, ...]) -> int | None:
     """The smallest number that any of the groups sets; None: no limit."""
     texts = [_read(folder / name).strip() for folder in folders for name in names]
