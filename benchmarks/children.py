@@ -102,25 +102,28 @@ def write(path: Path, value: Any) -> None:
     partial.replace(path)
 
 
-def save(folder: Path, kind: str, script: str, body: dict[str, Any]) -> Path:
-    """Write a result with the machine, the versions and the command; a later run of the same day takes its place."""
+def save(folder: Path, kind: str, script: str, body: dict[str, Any], of: str = "") -> Path:
+    """Write a result with the machine, the versions and the command; a later run of the same day takes its place.
+
+    `of` names the file in the machine's stead.
+    """
     from xflux_trainer import meter
 
-    file, date, machine = place(folder, kind)
+    file, date, machine = place(folder, kind, of)
     head = {"benchmark": kind, "date": date, "command": command(script), "machine": machine}
     folder.mkdir(parents=True, exist_ok=True)
     write(file, {**head, "versions": meter.versions(), **body})
     return file
 
 
-def place(folder: Path, kind: str) -> tuple[Path, str, dict[str, str]]:
-    """The file of today's result of this machine, the date, and the machine."""
+def place(folder: Path, kind: str, of: str = "") -> tuple[Path, str, dict[str, str]]:
+    """The file of today's result of this machine, or of what `of` names, the date, and the machine."""
     from full_size_lora import gpu
 
     machine = gpu()
     name = machine["name"] if machine["name"] != "unknown" else f"{os.cpu_count()}-cores"
     date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    slug = of or re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     return folder / f"{kind}-{slug}-{date}.json", date, machine
 
 

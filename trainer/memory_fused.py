@@ -7,7 +7,7 @@ U is one (tokens, hidden) tensor in the format of the products: 27 MiB at 1024 p
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from xflux_trainer.memory_terms import (
     Term,
     dense,
     gradients_so_far,
+    moments,
     parameters_by_block,
     saved_per_block,
     turn,
@@ -129,8 +130,9 @@ def activations(config: TrainConfig, spec: FluxSpec, *, growing: int = 0, record
     shape = f"{config.train_batch_size} x {tokens} tokens"
     blocks = list(_blocks(config, spec, tokens, growing))
     if blocks:
-        number = turn(blocks)
-        there = blocks[: number + 1]
+        images = unit // tokens * (tokens - config.max_text_tokens)
+        number, last, needed = _fullest(config, spec, blocks, images)
+        there = blocks[: last + 1]
         inputs, whole = [b for b in there if b.checkpointed], [b for b in there if not b.checkpointed]
         if inputs:
             why = f"{len(inputs)} checkpointed blocks, {shape} each"
@@ -140,13 +142,34 @@ def activations(config: TrainConfig, spec: FluxSpec, *, growing: int = 0, record
             yield Term("activations", sum(b.kept for b in whole), "train", why, passing=True)
         again = "what it computes again, " if blocks[number].checkpointed else ""
         why = f"{again}the gradients on their way, and those that attention sums up in fp32"
-        yield Term("one block's backward pass", blocks[number].needed, "train", why, passing=True)
+        yield Term("one block's backward pass", needed, "train", why, passing=True)
         yield from gradients_so_far(blocks, number)
     if config.mode == "controlnet":
         yield from _controlnet(config, spec, tokens, unit)
     yield from _products(config, spec, recorded=recorded)
     ends = config.train_batch_size * (tokens * spec.in_channels * 12 + config.max_text_tokens * spec.text_dim * size)
     yield Term("inputs and loss", ends, "train", "latents, noise and prediction in fp32, and the captions")
+
+
+def _fullest(config: TrainConfig, spec: FluxSpec, blocks: Sequence[Passed], unit: int) -> tuple[int, int, int]:
+    """The block in whose backward pass most is there, the last one that still keeps something then, and the bytes that
+    the pass needs beside. `unit`: U of the images' tokens.
+
+    Clipping exactly in the backward pass takes two of them, and nothing is let go in the first, not even what is behind
+    the blocks. Where the norm of the step before is used, that is the first step, which finds no optimizer's moments.
+    """
+    number = turn(blocks)
+    needed = blocks[number].needed
+    if not config.step_in_backward or not config.max_grad_norm or config.backward_clip == "tensor":
+        return number, number, needed
+    what = trained(config, spec)
+    largest = max(range(len(blocks)), key=lambda each: blocks[each].needed)
+    # The last norm's input, and what it is multiplied with where the factor is trained; the last layer's input.
+    behind = unit * (1 + ("norm_out.linear" in what.layers) + ("proj_out" in what.layers))
+    absent = 0.0 if config.backward_clip == "exact" else moments(config) * what.parameters
+    first = blocks[largest].needed + behind - int(absent)
+    more = sum(block.kept for block in blocks[number + 1 :])
+    return (largest, len(blocks) - 1, first) if first + more > needed else (number, number, needed)
 
 
 def _controlnet(config: TrainConfig, spec: FluxSpec, tokens: int, unit: int) -> Iterator[Term]:

@@ -92,7 +92,7 @@ def states(
         yield from _fsdp(config, spec, what, world_size)
         return
     own, count = what.parameters, f"{what.parameters:,} trained parameters"
-    moments = _moments(config)
+    each = moments(config)
     if config.mode == "lora" or width(config) == 4:
         if config.mode != "finetune":
             name = "adapters" if config.mode == "lora" else "ControlNet"
@@ -101,8 +101,8 @@ def states(
         yield Term(GRADIENTS, grads * 4, "train", "fp32; under DDP they are views of its buckets")
     else:
         yield from _bf16_states(config, what, first, count, in_place=in_place)
-    if moments:
-        yield Term(ADAM, math.ceil(own * moments), "train", f"two moments, {moments:g} bytes a parameter")
+    if each:
+        yield Term(ADAM, math.ceil(own * each), "train", f"two moments, {each:g} bytes a parameter")
     if config.ema_decay:
         yield Term("moving average", own * 4, "train", "fp32")
 
@@ -124,7 +124,8 @@ def _fsdp(config: TrainConfig, spec: FluxSpec, what: Trained, world_size: int) -
         yield Term("moving average", own * 4, "train", f"fp32, 1/{world_size} of it on each rank")
 
 
-def _moments(config: TrainConfig) -> float:
+def moments(config: TrainConfig) -> float:
+    """Bytes of the optimizer's moments for each trained parameter."""
     # Adafactor's are a row and a column for each matrix; 8-bit ones have a scale for each block of 256.
     return {"adamw": 8.0, "adamw8bit": 2 * (1 + 4 / 256), "adafactor": 0.0}[config.optimizer]
 
@@ -386,7 +387,7 @@ def disk(config: TrainConfig, spec: FluxSpec, samples: int, strategy: str = "sin
     kept = min(written, config.checkpoints_total_limit or written)
     full = config.mode == "finetune" and not config.train_parameters
     rounded = full and strategy in ("single", "ddp") and config.weight_update in ("auto", "stochastic", "nearest")
-    one = (width(config) if rounded else 4) + _moments(config) + (4 if config.ema_decay else 0)
+    one = (width(config) if rounded else 4) + moments(config) + (4 if config.ema_decay else 0)
     reason = f"{what.parameters:,} trained parameters, {one:g} bytes each with the optimizer"
     at_once = min(written, kept + 1)
     held = f"{kept} kept and one being written" if at_once > kept else f"{kept} kept"
