@@ -160,6 +160,30 @@ def test_fewer_checkpointed_blocks_need_more_step_by_step() -> None:
 
 
 @pytest.mark.parametrize(
+    ("more", "seen"),
+    [
+        ({"checkpointed_blocks": 20}, 69.01),
+        ({"checkpointed_blocks": 55}, 33.88),
+        ({"train_batch_size": 4}, 41.28),
+        ({"optimizer": "adamw8bit", "backward_clip": "exact", "checkpointed_blocks": 50}, 61.42),
+    ],
+)
+def test_clipping_exactly_lets_nothing_go_in_the_first_of_its_passes(more: dict[str, Any], seen: float) -> None:
+    """GiB of steps at 1536 px on the meta device (benchmarks/memory_meta.py), with cuBLAS' workspaces."""
+    changes = {**FINETUNE, "img_size": 1536, "train_batch_size": 2, **more}
+    assert bill(**changes).gpu_phases["train"] / GIB == pytest.approx(seen, rel=0.005)
+    assert blocks_and_more(**{**changes, "backward_clip": "tensor"}) < blocks_and_more(**changes)
+    assert blocks_and_more(**changes) == blocks_and_more(**{**changes, "backward_clip": "exact"})
+
+
+def test_the_first_step_finds_no_moments() -> None:
+    """What clips by the norm of the step before measures it once, when Adam has nothing yet."""
+    changes = {**FINETUNE, "optimizer": "adamw8bit", "img_size": 1536, "checkpointed_blocks": 50}
+    sizes = [blocks_and_more(**changes, backward_clip=clip) for clip in ("tensor", "previous", "exact")]
+    assert sizes[0] == sizes[1] < sizes[2]
+
+
+@pytest.mark.parametrize(
     ("more", "units"),
     [
         # A gate's gradient wants what it multiplies: 2 U in 19 double blocks, 1 U in 38 single ones.
