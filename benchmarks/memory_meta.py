@@ -23,6 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ import torch
 from children import GIB, RESULTS, Outcome, numbers
 from memory_rows import ADAFACTOR, BACKWARD, KEPT, ROWS, Row, bill, size, spec_of, tier
 from meta_device import META
-from xflux_trainer import graphs, memory_fused, train
+from xflux_trainer import graphs, memory_fused, memory_terms, train
 from xflux_trainer.errors import UserError
 from xflux_trainer.ranks import Launch, Ranks
 from xflux_trainer.signals import Stop
@@ -74,7 +75,7 @@ def choose(patterns: str) -> list[Row]:
 
 def take(row: Row, spec: FluxSpec) -> Outcome:
     """Forecast a row and take its steps. What cannot be had here has the outcome `not there`."""
-    made = bill(row, spec, "cuda", triton=True)
+    made = bill(row, spec, "cuda", triton=True, norms=_norms())
     terms = {term.name: 0 for term in made.gpu if term.phase == "train"}
     for term in made.gpu:
         if term.phase == "train":
@@ -96,6 +97,12 @@ def take(row: Row, spec: FluxSpec) -> Outcome:
     unseen = sum(terms.get(name, 0) for name in UNSEEN)
     error = found["forecast_bytes"] / (seen["seen_bytes"] + unseen) - 1
     return {**found, "outcome": "seen", **seen, "unseen_bytes": unseen, "error": error}
+
+
+def _norms() -> memory_terms.Norms:
+    """As the doctor asks for it: by the releases that are installed here."""
+    diffusers, torch_ = (tuple(map(int, version(name).split(".")[:2])) for name in ("diffusers", "torch"))
+    return memory_terms.norms_of(diffusers, torch_)
 
 
 def _why_not(row: Row) -> str:

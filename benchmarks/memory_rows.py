@@ -9,6 +9,7 @@ from typing import Any
 from xflux_trainer.buckets import area_buckets
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.memory import GIB, Bill, forecast
+from xflux_trainer.memory_terms import Norms
 from xflux_trainer.rules import between
 from xflux_trainer.spec import FLUX_DEV, FluxSpec, image_tokens
 
@@ -46,9 +47,12 @@ def spec_of(layers: tuple[int, int], heads: int) -> FluxSpec:
     return replace(FLUX_DEV, double_blocks=layers[0], single_blocks=layers[1], heads=heads)
 
 
-def bill(row: Row, spec: FluxSpec, device: Any, *, triton: bool, precision: str = "bf16") -> Bill:
+def bill(
+    row: Row, spec: FluxSpec, device: Any, *, triton: bool, precision: str = "bf16", norms: Norms = "fused"
+) -> Bill:
     """The forecast, as the doctor asks for it. Of images that are no squares it knows the area alone."""
-    return forecast(row.config(precision), spec, world_size=1, strategy="single", device=device, triton=triton)
+    config = row.config(precision)
+    return forecast(config, spec, world_size=1, strategy="single", device=device, triton=triton, norms=norms)
 
 
 # The list ------------------------------------------------------------------------------------------------

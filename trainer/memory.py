@@ -19,6 +19,7 @@ from xflux_trainer.memory_terms import (
     OPTIMIZER,
     SHARDS,
     TRANSFORMER,
+    Norms,
     Term,
     activations,
     block_parameters,
@@ -108,16 +109,17 @@ class Bill:
 
 def forecast(
     config: TrainConfig, spec: FluxSpec, *, world_size: int, strategy: str, device: Device, samples: int = 0,
-    offload: Collection[str] = (), triton: bool = True, encoded: bool = False,
+    offload: Collection[str] = (), triton: bool = True, encoded: bool = False, norms: Norms = "fused",
 ) -> Bill:  # fmt: skip
     """The bill of one run. `samples` is the number of images, for the cache's size; 0: not known.
 
-    `triton`: whether it works there; without it diffusers' own blocks compute. `encoded`: nothing is left to encode.
+    `triton`: whether it works there; without it diffusers' own blocks compute, with `norms` by the releases there.
+    `encoded`: nothing is left to encode.
     `offload` names what waits in the host's memory: `optimizer` (DeepSpeed), `param` (ZeRO-3), both for FSDP.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy is {strategy!r}; one of {', '.join(STRATEGIES)}")
-    terms = _compute_terms(config, spec, world_size, strategy, offload, device, triton=triton)
+    terms = _compute_terms(config, spec, world_size, strategy, offload, device, triton=triton, norms=norms)
     compute, moved = _split(terms, config, spec, world_size, offload)
     written = tuple(disk(config, spec, samples, strategy))
     on_cpu = device == "cpu"
@@ -142,7 +144,7 @@ def adapter_parameters(config: TrainConfig, spec: FluxSpec) -> int:
 
 def _compute_terms(
     config: TrainConfig, spec: FluxSpec, world_size: int, strategy: str, offload: Collection[str], device: Device,
-    *, triton: bool,
+    *, triton: bool, norms: Norms,
 ) -> Iterator[Term]:  # fmt: skip
     """The terms of the device that computes, phase by phase."""
     encoders = (spec.t5_parameters + spec.clip_parameters) * 2
@@ -168,9 +170,9 @@ def _compute_terms(
         stays += memory_fused.copies(config, spec, recorded=recorded)
     each = end[0].bytes // trained(config, spec).parameters if growing and end[0].bytes else 0
     if fused:
-        backward = list(memory_fused.activations(config, spec, growing=each, recorded=recorded))
+        backward = list(memory_fused.activations(config, spec, growing=each, recorded=recorded, norms=norms))
     else:
-        backward = list(activations(config, spec, growing=each))
+        backward = list(activations(config, spec, growing=each, norms=norms))
     step = [term for term in backward if not term.passing] + end
     yield from stays
     yield from loading(config, spec, stays)

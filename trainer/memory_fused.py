@@ -14,6 +14,7 @@ from typing import Any
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.memory_terms import (
     CUBLAS,
+    Norms,
     Passed,
     Term,
     dense,
@@ -118,7 +119,9 @@ def gradients_at_once(config: TrainConfig, spec: FluxSpec) -> int:
     return max([trained(config, spec).largest, *blocks])
 
 
-def activations(config: TrainConfig, spec: FluxSpec, *, growing: int = 0, recorded: bool = False) -> Iterator[Term]:
+def activations(
+    config: TrainConfig, spec: FluxSpec, *, growing: int = 0, recorded: bool = False, norms: Norms = "fused"
+) -> Iterator[Term]:
     """What lies there when a step needs most, at the largest size that is trained on: while one block goes backward.
 
     `growing`: bytes of a parameter's gradient that is made in the backward pass, 0 where its place is there before.
@@ -145,7 +148,7 @@ def activations(config: TrainConfig, spec: FluxSpec, *, growing: int = 0, record
         yield Term("one block's backward pass", needed, "train", why, passing=True)
         yield from gradients_so_far(blocks, number)
     if config.mode == "controlnet":
-        yield from _controlnet(config, spec, tokens, unit)
+        yield from _controlnet(config, spec, tokens, unit, norms)
     yield from _products(config, spec, recorded=recorded)
     ends = config.train_batch_size * (tokens * spec.in_channels * 12 + config.max_text_tokens * spec.text_dim * size)
     yield Term("inputs and loss", ends, "train", "latents, noise and prediction in fp32, and the captions")
@@ -172,11 +175,11 @@ def _fullest(config: TrainConfig, spec: FluxSpec, blocks: Sequence[Passed], unit
     return (largest, len(blocks) - 1, first) if first + more > needed else (number, number, needed)
 
 
-def _controlnet(config: TrainConfig, spec: FluxSpec, tokens: int, unit: int) -> Iterator[Term]:
+def _controlnet(config: TrainConfig, spec: FluxSpec, tokens: int, unit: int, norms: Norms) -> Iterator[Term]:
     """Its own blocks are diffusers', and go backward when the base's have."""
     net = controlnet_spec(config, spec)
     every = Trained(0, 0, frozenset(linear.name for linear in net.linears()))
-    saved = list(saved_per_block(config, net, every, tokens))
+    saved = list(saved_per_block(config, net, every, tokens, norms))
     kept = len(saved) * unit if config.gradient_checkpointing else sum(saved)
     yield Term("ControlNet's activations", kept, "train", f"its {len(saved)} blocks are diffusers' own", passing=True)
     residuals = 2 * config.controlnet_depth * unit

@@ -11,6 +11,7 @@ import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.savings import held, is_block, is_modulation
@@ -25,6 +26,12 @@ SINGLE_PASSES, DOUBLE_PASSES = 10, 4
 [attention | MLP] (5), of GELU's input (4)."""
 BUCKET = 1 << 27
 """Most gradients that DeepSpeed reduces together here: twice FLUX's largest weight, 256 MiB in bf16."""
+
+Norms = Literal["fused", "torch", "diffusers"]
+"""How diffusers' blocks norm queries and keys in 16 bits: see `norms_of`."""
+NORMS: dict[Norms, tuple[int, int]] = {"fused": (0, 0), "torch": (2, 2), "diffusers": (5, 4)}
+"""U that these keep in a double and in a single block, beyond what one kernel keeps: fp32 copies, and more. Counted on
+torch's meta device (benchmarks/memory_meta.py)."""
 
 ADAM, MASTERS, SHARDS, TRANSFORMER = "Adam", "Adam and fp32 weights", "fp32 shards", "transformer"
 GRADIENTS, ONE_STEP = "gradients", "one tensor's step"
@@ -42,6 +49,12 @@ class Term:
     why: str
     passing: bool = False
     """Whether it is gone when the optimizer steps."""
+
+
+def norms_of(diffusers: tuple[int, ...], torch: tuple[int, ...]) -> Norms:
+    """By the releases: diffusers had a class of its own before 0.35, and torch composed its norm of others before it
+    had a kernel of CUDA's for it in 2.9."""
+    return "diffusers" if diffusers < (0, 35) else "torch" if torch < (2, 9) else "fused"
 
 
 def width(config: TrainConfig) -> int:
@@ -236,7 +249,7 @@ def _block_of(name: str) -> str:
 # Activations ---------------------------------------------------------------------------------------------
 
 
-def activations(config: TrainConfig, spec: FluxSpec, *, growing: int = 0) -> Iterator[Term]:
+def activations(config: TrainConfig, spec: FluxSpec, *, growing: int = 0, norms: Norms = "fused") -> Iterator[Term]:
     """What the forward pass keeps for the backward pass, at the largest size that is trained on.
 
     `growing`: bytes of a parameter's gradient that is made in the backward pass, 0 where its place is there before.
@@ -247,13 +260,13 @@ def activations(config: TrainConfig, spec: FluxSpec, *, growing: int = 0) -> Ite
     unit = config.train_batch_size * tokens * spec.hidden * size
     what = trained(config, spec)
     own = parameters_by_block(config, spec)
-    saved = list(saved_per_block(config, spec, what, tokens))
+    saved = list(saved_per_block(config, spec, what, tokens, norms))
     names = [f"transformer_blocks.{k}" for k in range(spec.double_blocks)]
     names = [*names, *(f"single_transformer_blocks.{k}" for k in range(spec.single_blocks))][-len(saved) :]
     if config.mode == "controlnet":
         net = controlnet_spec(config, spec)
         every = Trained(what.parameters, what.largest, frozenset(linear.name for linear in net.linears()))
-        saved += saved_per_block(config, net, every, tokens)
+        saved += saved_per_block(config, net, every, tokens, norms)
         names += [""] * (len(saved) - len(names))
     again = config.gradient_checkpointing
     blocks = []
@@ -317,7 +330,9 @@ def loading(config: TrainConfig, spec: FluxSpec, stays: Iterable[Term]) -> Itera
         yield Term("one layer on its way", copies * spec.largest_tensor * 4, "load", "quantised from fp32 copies of it")
 
 
-def saved_per_block(config: TrainConfig, spec: FluxSpec, what: Trained, tokens: int) -> Iterator[int]:
+def saved_per_block(
+    config: TrainConfig, spec: FluxSpec, what: Trained, tokens: int, norms: Norms = "fused"
+) -> Iterator[int]:
     """Bytes that autograd saves in each block, from the first one that a gradient passes through."""
     size = width(config)
     unit = config.train_batch_size * tokens * spec.hidden * size
@@ -326,15 +341,27 @@ def saved_per_block(config: TrainConfig, spec: FluxSpec, what: Trained, tokens: 
     low_rank = config.train_batch_size * tokens * config.rank * size
     ends = ("x_embedder", "context_embedder", "time_text_embed.timestep_embedder.linear_1")
     reached = any(name in what.layers for name in ends) or config.mode == "controlnet"
-    kinds = (("transformer_blocks", spec.double_blocks, _double),
-             ("single_transformer_blocks", spec.single_blocks, _single))  # fmt: skip
-    for kind, count, units in kinds:
+    double, single = _norms(config, norms)
+    kinds = (("transformer_blocks", spec.double_blocks, _double, double),
+             ("single_transformer_blocks", spec.single_blocks, _single, single))  # fmt: skip
+    for kind, count, units, more in kinds:
         for index in range(count):
             prefix = f"{kind}.{index}."
             own = {name.removeprefix(prefix) for name in what.layers if name.startswith(prefix)}
             reached = reached or bool(own)
             if reached:
-                yield units(own) * unit + rows + sum(a.name.startswith(prefix) for a in what.adapters) * low_rank
+                yield (
+                    (units(own) + more) * unit + rows + sum(a.name.startswith(prefix) for a in what.adapters) * low_rank
+                )
+
+
+def _norms(config: TrainConfig, norms: Norms) -> tuple[int, int]:
+    """U of the norms of a double and a single block; what trained weights multiply is kept too."""
+    if norms == "fused" or width(config) == 4:
+        return 0, 0
+    trained_too = 2 * (config.mode == "finetune" and not config.train_parameters)
+    double, single = NORMS[norms]
+    return double + trained_too, single + trained_too
 
 
 def _double(own: set[str]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from xflux_trainer import bfl_spec, memory, memory_fused, samples, spec
+from xflux_trainer import bfl_spec, memory, memory_fused, memory_terms, samples, spec
 from xflux_trainer.config import TrainConfig
 
 from xflux_doctor.check import Case, SkipCheck
@@ -43,7 +43,16 @@ def forecast_of(case: Case, config: TrainConfig | None, model: spec.FluxSpec | N
         samples=dataset(case).count,
         offload=case.job.offloads,
         triton=has_triton(case),
+        norms=norms_of(case),
     )
+
+
+def norms_of(case: Case) -> memory_terms.Norms:
+    """How diffusers' blocks will norm, by the releases there; as the newest where they are still to come."""
+    diffusers, torch = (version_of(case.facts, name) for name in ("diffusers", "torch"))
+    if diffusers is None or torch is None:
+        return "fused"
+    return memory_terms.norms_of(diffusers.release, torch.release)
 
 
 def has_triton(case: Case) -> bool:

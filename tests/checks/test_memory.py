@@ -101,6 +101,23 @@ def test_the_bill_without_triton(
     assert ("one block's backward pass" in {term.name for term in bill.gpu}) == fused
 
 
+@pytest.mark.parametrize(("installed", "units"), [
+    ({"diffusers": "0.37.0", "torch": "2.9.0+cu128"}, 0),
+    ({"diffusers": "0.35.1", "torch": "2.8.0+cu128"}, 2 * 57),
+    ({"diffusers": "0.34.0", "torch": "2.9.0+cu128"}, 5 * 19 + 4 * 38),
+    ({"diffusers": "0.34.0", "torch": ""}, 0),  # as the newest where it is still to come
+])  # fmt: skip
+def test_the_bill_of_older_norms(matrix: Matrix, installed: dict[str, str], units: int) -> None:
+    """diffusers' blocks keep fp32 copies of queries and keys where no kernel of CUDA's norms them: U each block."""
+
+    def kept(**found: str) -> int:
+        there = machine(matrix, packages=packages(matrix, "cuda13", **found))
+        bill = need(case(matrix, there, job(ONE, **KEPT, kernels="diffusers")))
+        return sum(term.bytes for term in bill.gpu if term.name == "activations" and term.phase == "train")
+
+    assert kept(**installed) - kept(diffusers="0.37.0", torch="2.9.0+cu128") == units * 4608 * 3072 * 2
+
+
 def test_held_memory_names_the_holder(matrix: Matrix) -> None:
     process = GpuProcess(4711, 70 * GIB, "python", "alice", 7200.0)
     busy = gpus("H100", 1, memory_free=8 * GIB, processes=(process,))

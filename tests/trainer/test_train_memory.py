@@ -87,6 +87,22 @@ ROWS = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("changes", "seen"),
+    [
+        ({**KEPT, "img_size": 512}, 32.14),
+        ({**KEPT, **XFLUX}, 53.04),
+        ({}, 24.96),
+        ({**KEPT, "img_size": 512, "mode": "finetune", "optimizer": "adafactor", "step_in_backward": True}, 35.63),
+    ],
+)
+def test_what_diffusers_own_norms_keep(changes: dict[str, Any], seen: float) -> None:
+    """GiB of steps by torch 2.4 and diffusers 0.32 on the meta device (benchmarks/memory_meta.py)."""
+    config = replace(BASE, kernels="diffusers", **changes)
+    made = forecast(config, FLUX_DEV, world_size=1, strategy="single", device="cuda", norms="diffusers")
+    assert made.gpu_phases["train"] / GIB == pytest.approx(seen, rel=0.002)
+
+
 def computed_by(row: dict[str, Any]) -> str:
     """The config's word for what computed a row's blocks."""
     return "auto" if any("fused kernels" in line for line in row.get("computed_by", ())) else "diffusers"
