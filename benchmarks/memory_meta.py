@@ -9,8 +9,8 @@ tensors of the step: the bill's term for them is added to what was seen. Two ste
 optimizer's states there. Steps that a card records are launched here, their gradients in one place as for a recording.
 
 Beside them stands what memory.py measured on a card, where a result has the row: from the newest
-results/memory-nvidia-*.json or from --beside FILE. (Under other releases of torch and diffusers the latter's blocks keep
-other things: the bill knows, that card's result does not.) Written to results/memory-meta-TORCH-DATE.json, with every
+results/memory-nvidia-*.json or from --beside FILE. (With other releases of torch and diffusers the latter's blocks keep
+other things: the bill knows, that result does not.) Written to results/memory-meta-TORCH-DATE.json, with every
 term of the bill. Exit 1 when the bill is more than 3 % off what was seen.
 """
 

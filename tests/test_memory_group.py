@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import pytest
 import yaml
 from conftest import ROOT, TRAIN
 from group_kit import inside, limited, own_group
+from packaging.version import Version
 from xflux_trainer import bfl_spec
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.memory import GIB, MIB, forecast
+from xflux_trainer.memory_terms import Norms, norms_of
 from xflux_trainer.spec import FLUX_DEV
 
 
@@ -43,13 +46,23 @@ def judged(group: Path, place: Path) -> list[dict[str, Any]]:
     return list(result["findings"])
 
 
+def installed_norms() -> Norms:
+    """Of the stack that the doctor finds here, if there is one."""
+    try:
+        diffusers, torch = (Version(version(name)).release for name in ("diffusers", "torch"))
+    except PackageNotFoundError:
+        return "fused"
+    return norms_of(diffusers, torch)
+
+
 def test_a_limit_is_found_before_the_start(tmp_path: Path) -> None:
     """Of two ranks on the CPU: a limit that holds one is too low, and one above both is enough."""
     (tmp_path / "train.yaml").write_text(TRAIN)
     (tmp_path / "accelerate.yaml").write_text((ROOT / "tests" / "configs" / "cpu-ranks.yaml").read_text())
     # As many images as the forecast is asked for change nothing of the host's memory.
     train = TrainConfig(img_dir="x", img_size=512, gradient_accumulation_steps=2)
-    need = 2 * forecast(train, FLUX_DEV, world_size=2, strategy="zero2", device="cpu").host_per_rank
+    made = forecast(train, FLUX_DEV, world_size=2, strategy="zero2", device="cpu", norms=installed_norms())
+    need = 2 * made.host_per_rank
     low, high = need * 2 // 3 >> 20 << 20, need * 5 // 4 >> 20 << 20
     with limited(low) as group:
         (finding,) = judged(group, tmp_path)
