@@ -34,7 +34,7 @@ import meta_device
 import step_ours
 import torch
 from children import GIB, RESULTS, Outcome, numbers
-from memory_rows import ADAFACTOR, BACKWARD, KEPT, ROWS, Row, bill, size, spec_of, tier
+from memory_rows import BACKWARD, KEPT, ROWS, Row, bill, size, spec_of
 from meta_device import META
 from xflux_trainer import graphs, memory_fused, memory_terms, train
 from xflux_trainer.errors import UserError
@@ -51,12 +51,12 @@ CHOSEN = (
     "lora-tier28-768-batch2", "lora-checkpointed-1024-batch4", "lora-64-attn-tier28", "lora-128-diffusers-kept-512",
     "lora-launched-kept", "lora-accumulation2-kept-512", "lora-backward-128", "lora-fp32-512", "diffusers-checkpointed",
     "diffusers-kept-512", "diffusers-xflux-kept", "finetune-adafactor", "finetune-adafactor-tier28-512-batch4",
-    "finetune-adamw8bit", "finetune-adamw8bit-kept-512", "finetune-text-attention", "controlnet",
+    "finetune-adafactor-tier50-1536-batch2", "finetune-adamw8bit", "finetune-adamw8bit-kept-512",
+    "finetune-text-attention", "controlnet",
 )  # fmt: skip
 LARGER = [
     Row("finetune-adamw", {**BACKWARD, "optimizer": "adamw"}),
     Row("finetune-adamw-after-512-batch2", {"mode": "finetune", "optimizer": "adamw", **size(512, 2)}),
-    Row("finetune-adafactor-tier28-1536-batch2", {**ADAFACTOR, **tier(28), **size(1536, 2)}),
     Row("lora-kept-1536-batch4", {**KEPT, **size(1536, 4)}),
 ]
 """Some that do not fit one card of 141 GB, or were not measured."""

@@ -169,6 +169,7 @@ ROWS = [
     Row("finetune-adafactor", ADAFACTOR),
     Row("finetune-adafactor-kept", {**ADAFACTOR, **KEPT}),
     Row("finetune-adafactor-tier28-512-batch4", {**ADAFACTOR, **tier(28), **size(512, 4)}),
+    Row("finetune-adafactor-tier50-1536-batch2", {**ADAFACTOR, **tier(50), **size(1536, 2)}),
     Row("finetune-adamw8bit", ADAM8),
     Row("finetune-adamw8bit-kept-512", {**ADAM8, **KEPT, **size(512)}),
     Row("finetune-adamw8bit-kahan", {**ADAM8, "weight_update": "kahan"}),

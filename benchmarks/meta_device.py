@@ -157,12 +157,14 @@ def _unlaunched() -> Iterator[None]:
         del sys.modules[name]
     sys.modules.update({name: module for name, module in aside.items() if not name.startswith(ours)})
     fastops._chosen.cache_clear()
-    with patch.dict(os.environ, {fastops.VARIABLE: "triton"}):
-        yield
-    fastops._chosen.cache_clear()
-    for name in [name for name in sys.modules if name.startswith(ours)]:
-        del sys.modules[name]
-    sys.modules.update(aside)
+    try:
+        with patch.dict(os.environ, {fastops.VARIABLE: "triton"}):
+            yield
+    finally:
+        fastops._chosen.cache_clear()
+        for name in [name for name in sys.modules if name.startswith(ours)]:
+            del sys.modules[name]
+        sys.modules.update(aside)
 
 
 def _uncompiled() -> AbstractContextManager[Any]:
