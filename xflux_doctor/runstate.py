@@ -40,10 +40,20 @@ class RunState(msgspec.Struct, frozen=True):
             return False
         return not self.here or _started(self.pid) == self.started
 
+    def log_in(self, folder: Path) -> Path:
+        """The newest log, in a run folder that the other machine may have under another path."""
+        log, beside = Path(self.log), folder / "logs" / Path(self.log).name
+        return beside if not self.here and beside.is_file() else log
+
 
 def write(folder: Path, state: RunState) -> None:
     """Raises DoctorError."""
     write_atomic(folder / NAME, msgspec.json.format(msgspec.json.encode(state), indent=2).decode() + "\n")
+
+
+def touch(folder: Path) -> None:
+    """Show whoever looks at this folder from another machine that the doctor goes on. Raises OSError."""
+    os.utime(folder / NAME)
 
 
 def read(folder: Path) -> RunState | None:

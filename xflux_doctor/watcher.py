@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from xflux_doctor import guard, stacks
+from xflux_doctor import guard, runstate, stacks
 from xflux_doctor.hang import Hang, Limits, Pace, Rank, judge, table
 from xflux_doctor.heartbeat import Beat, beats, state
 from xflux_doctor.vitals import Vitals
@@ -21,7 +21,7 @@ LOOK = 1.0
 _MISSED = 5.0
 """Seconds that count at most between two looks: the doctor itself may have been stopped, or the machine asleep."""
 _RECORD = 15.0
-"""Seconds between two copies of the beats in the run folder."""
+"""Seconds between two copies of the beats in the run folder, and two signs there that the doctor goes on."""
 _COLLECT = 45.0
 GRACE = 45.0
 """Seconds from SIGTERM to SIGKILL for a run that hangs: a rank that was only stopped can still save, and
@@ -38,6 +38,9 @@ class Recorder:
 
     def put(self, path: Path, text: str, *, more: bool = False) -> None:
         self._work.put(lambda: _write(path, text, "a" if more else "w"))
+
+    def touch(self, folder: Path) -> None:
+        self._work.put(lambda: runstate.touch(folder))
 
     def close(self, seconds: float) -> None:
         self._work.put(None)
@@ -132,6 +135,7 @@ class Watcher:
         return ranks
 
     def _copy(self) -> None:
+        self._recorder.touch(self._folder)
         for rank, beat in beats(self._beating).items():
             text = json.dumps({name: getattr(beat, name) for name in beat.__struct_fields__})
             self._recorder.put(self._folder / "heartbeats" / f"rank{rank}.json", text + "\n")
