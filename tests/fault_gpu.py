@@ -33,6 +33,8 @@ def patch(probe: Any, fault: dict[str, Any]) -> None:
                 raise RuntimeError("CUDA error: an illegal memory access was encountered")
             if kind == "hang":
                 here()
+            if kind == "late":
+                time.sleep(fault["seconds"])
             if kind == "garbage":
                 os.write(1, b'\xff\xfe{"stage": [1], "done": {}} {"x":\n[3]\n{"stage": "memory", "failed": 3}\n{"stage')
             if kind in SIGNALS:

@@ -42,11 +42,11 @@ def interpreter(folder: Path) -> str:
 
 
 def faulty(
-    folder: Path, faults: dict[str, dict[str, Any]], ask: Ask = TINY, seconds: float = 60.0
+    folder: Path, faults: dict[str, dict[str, Any]], ask: Ask = TINY, seconds: float = 60.0, patience: float = 0.0
 ) -> dict[str, GpuProbe]:
     """A device a fault, side by side."""
     environment = {**os.environ, "FAULT": json.dumps(faults), "STUB_MARK": str(folder)}
-    found = each_gpu.each_gpu(interpreter(folder), tuple(faults), ask, environment, seconds)
+    found = each_gpu.each_gpu(interpreter(folder), tuple(faults), ask, environment, seconds, patience=patience)
     assert_gone(str(folder))
     return dict(zip(faults, found, strict=True))
 
@@ -127,6 +127,18 @@ class TestFaults:
         probe = faulty(tmp_path, {"cpu:0": {"kind": "kill", "stage": "context"}})["cpu:0"]
         assert probe.failed == {"context": "died by SIGKILL"}
         assert set(probe.skipped) == {"memory", "bandwidth"} and "context" in probe.skipped["memory"]
+
+    def test_a_context_that_comes_late_is_one(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Two cards whose context takes longer than its bound: one comes in the time more, and one never does."""
+        monkeypatch.setitem(each_gpu.LIMITS, "context", 0.5)
+        faults = {name: {"kind": kind, "stage": "context", "seconds": 1.0}
+                  for name, kind in (("cpu:0", "late"), ("cpu:1", "hang"))}  # fmt: skip
+        started = time.monotonic()
+        late, never = faulty(tmp_path, faults, seconds=0.8, patience=12).values()
+        assert 12 < time.monotonic() - started < 12.8 + 5
+        assert late.done["context"] > 1.0 and not late.failed and "no time was left" in late.skipped["bandwidth"]
+        assert "did not end within 13 s and was killed" in never.failed["context"] and not never.done
+        assert set(never.skipped) == {"memory", "bandwidth"}
 
     @pytest.mark.long
     def test_no_time_is_no_fault(self, tmp_path: Path) -> None:

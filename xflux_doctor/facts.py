@@ -415,6 +415,8 @@ class GpuProbe(msgspec.Struct, frozen=True, kw_only=True):
     """Stages that did not, and how they ended."""
     skipped: dict[str, str] = {}
     """Stages that were left out, and why."""
+    context_seconds: float | None = None
+    """Of the context's seconds, those behind the import of torch: CUDA's own start."""
     context_bytes: int | None = None
     """What the context took of the card."""
     wanted: int = 0

@@ -68,6 +68,42 @@ class TestContext:
         (found,) = findings(subject(matrix, failed), tried.context)
         assert found.severity == "error" and "GPU" not in found.seen.partition(":")[2][:4] and "SIGSEGV" in found.seen
 
+    @pytest.mark.parametrize(("seconds", "own", "persistence", "words"), [
+        (40.0, 37.0, False, None),
+        (52.4, 47.2, False, ("52 s; 40 s is the bound. CUDA's own start was 47 s", "Persistence mode is off: each")),
+        (52.4, 47.2, True, ("CUDA's own start was 47 s of it", "the host is busy. The card works")),
+        (52.4, None, None, ("came after 52 s; 40 s is the bound.", "The driver was still starting")),
+        (66.0, 3.0, False, ("All but 3 s of it was the import of torch", "disk that torch lies on is slow")),
+    ])  # fmt: skip
+    def test_a_late_one_is_a_warning(
+        self, matrix: Matrix, seconds: float, own: float | None, persistence: bool | None,
+        words: tuple[str, str] | None,
+    ) -> None:  # fmt: skip
+        probe = but(done={"context": seconds}, context_seconds=own)
+        facts = machine(matrix, gpu_probes=(probe,))
+        assert facts.gpus
+        health = msgspec.structs.replace(facts.gpus[0].health, persistence=persistence)
+        gpus = (msgspec.structs.replace(facts.gpus[0], health=health),)
+        found = findings(case(matrix, msgspec.structs.replace(facts, gpus=gpus), job(None)), tried.context)
+        if words is None:
+            assert found == ()
+            return
+        assert [one.severity for one in found] == ["warning"]
+        assert words[0] in found[0].seen and words[1] in found[0].because
+        assert ("sudo nvidia-smi -pm 1" in found[0].commands) == (own != 3.0) and "try again" in found[0].hint.lower()
+
+    def test_a_second_start_that_fails_is_an_error(self, matrix: Matrix) -> None:
+        failed = but(done={"context": 52.0}, failed={"context": "did not end within 40 s and was killed"})
+        (found,) = findings(subject(matrix, failed), tried.context)
+        assert found.severity == "error" and "was started once, and then no more: did not end" in found.seen
+
+    def test_not_tried_is_no_pass(self, matrix: Matrix) -> None:
+        left = but(done={}, skipped={"context": "no time was left: it had taken 12 s"})
+        other = but(device=1, uuid="00000001-0000-0000-0000-000000000000")
+        assert verdict(subject(matrix, left, other), tried.context).status == "skipped"
+        dead = but(device=1, failed={"context": "died by SIGSEGV"})
+        assert [one.severity for one in findings(subject(matrix, left, dead), tried.context)] == ["error"]
+
     def test_the_job_goes_on_on_the_other(self, matrix: Matrix) -> None:
         failed = but(failed={"context": "RuntimeError: CUDA error: unknown error"})
         other = but(device=1, uuid="00000001-0000-0000-0000-000000000000")

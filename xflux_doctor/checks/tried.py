@@ -14,6 +14,7 @@ from xflux_doctor.checks.spare import used, without
 from xflux_doctor.facts import Gpu, GpuProbe, Product, Reading
 from xflux_doctor.finding import Change, Finding, error, warning
 from xflux_doctor.floors import floor_of
+from xflux_doctor.probes.each_gpu import LIMITS
 from xflux_doctor.verdict import fitting, held_by
 
 GIB = 1 << 30
@@ -47,18 +48,28 @@ def spared(case: Case, probe: GpuProbe, reason: str) -> tuple[tuple[Change, ...]
 @check("HW201", "every GPU of the job makes a context, and is the one that is meant", needs=("gpu_probes",))
 def context(case: Case) -> Iterator[Finding]:
     """`check --deep` starts CUDA on each visible GPU and asks the driver which card it got; CUDA's order is not NVML's
-    where CUDA_DEVICE_ORDER is not PCI_BUS_ID (CUDA programming guide, environment variables)."""
-    meant = used(case)
+    where CUDA_DEVICE_ORDER is not PCI_BUS_ID (CUDA programming guide, environment variables). A context that comes
+    after 40 s is waited for, and is a warning."""
+    meant, told, unknown = used(case), False, ""
     for probe in case.facts.gpu_probes or ():
+        late = probe.done.get("context", 0.0) > LIMITS["context"]
+        crossed = probe.uuid and probe.device < len(meant) and not meant[probe.device].uuid.endswith(probe.uuid)
+        told = told or bool(crossed) or late or "context" in probe.failed
         if why := probe.failed.get("context"):
             edits, commands, plan = spared(case, probe, "no context can be made on the card")
+            again = "was started once, and then no more" if "context" in probe.done else "could not be started"
             yield error(
-                f"{name(case, probe)}: CUDA could not be started: {why}",
+                f"{name(case, probe)}: CUDA {again}: {why}",
                 "Training would stop at the same place, before its first step.",
                 f"Look for an Xid in the kernel log; a card in exclusive mode or that wants a reset does so. {plan}",
                 edits=edits, commands=(_XID, *commands),
             )  # fmt: skip
-        elif probe.uuid and probe.device < len(meant) and not meant[probe.device].uuid.endswith(probe.uuid):
+            continue
+        if why := probe.skipped.get("context"):
+            unknown = f"{name(case, probe)} was not tried: {why}"
+        if late:
+            yield _late(case, probe)
+        if crossed:
             got = card(case, probe)
             yield warning(
                 f"Device {probe.device} of the job is {f'GPU {got.index}' if got else probe.name} at {probe.pci}; by "
@@ -67,6 +78,32 @@ def context(case: Case) -> Iterator[Finding]:
                 "Set CUDA_DEVICE_ORDER=PCI_BUS_ID.",
                 commands=("export CUDA_DEVICE_ORDER=PCI_BUS_ID",),
             )
+    if unknown and not told:
+        raise SkipCheck(unknown)
+
+
+def _late(case: Case, probe: GpuProbe) -> Finding:
+    """A context that came, after its time."""
+    gpu, took, own = card(case, probe), probe.done["context"], probe.context_seconds
+    seen = f"{name(case, probe)}: its CUDA context came after {took:.0f} s; {LIMITS['context']:.0f} s is the bound."
+    if own is not None and own < took / 2:
+        return warning(
+            f"{seen} All but {own:.0f} s of it was the import of torch.",
+            "The disk that torch lies on is slow, or the host is busy: every start of the training waits as long.",
+            "Try again when the host is quiet; if that changes nothing, install torch on a disk of this machine.",
+        )
+    if own is not None:
+        seen += f" CUDA's own start was {own:.0f} s of it."
+    off = gpu is not None and gpu.health.persistence is False
+    because = ("Persistence mode is off: each program that finds the cards unused starts the driver anew." if off else
+               "The driver was still starting (persistence mode off), or the host is busy.")  # fmt: skip
+    return warning(
+        seen,
+        f"{because} The card works; every start of the training waits as long.",
+        "Turn persistence mode on (nvidia-smi -pm 1, or the service nvidia-persistenced; on the host, when this is a "
+        "container), or try again when the host is quiet.",
+        commands=("sudo nvidia-smi -pm 1",),
+    )
 
 
 @check("HW202", "the memory that the job needs can really be taken", needs=("gpu_probes", "train"))

@@ -20,8 +20,8 @@ from xflux_doctor.probes.runner import Child, Outcome, scratch
 
 LIMITS = {"context": 40.0, "memory": 15.0, "products": 20.0, "bandwidth": 10.0, "link": 15.0, "attention": 12.0,
           "attention trainer flash-attn-4": 40.0, "blocks": 30.0}  # fmt: skip
-"""Seconds that a stage may take, by its first word or by its name; the context has the import of torch in it, and
-flash-attn-4 is compiled at its first call."""
+"""Seconds that a stage may take, by its first word or by its name; the context has the import of torch in it, and is
+waited for longer where the caller has the patience; flash-attn-4 is compiled at its first call."""
 LEAST = 6.0
 """Seconds that another child needs to come to its stage: less is no try."""
 STARTS = 6
@@ -80,9 +80,10 @@ class _Card:
 
     def __init__(
         self, python: str, device: str, ask: Ask, environment: Mapping[str, str], until: float, lock: str, look: Look,
-        before: Mapping[str, int],
+        before: Mapping[str, int], patience: float,
     ) -> None:  # fmt: skip
         self.python, self.device, self.ask, self.environment, self.until = python, device, ask, environment, until
+        self.patient = until + patience
         self.lock, self.look, self.before = lock, look, before
         self.todo = list(ask.stages)
         self.found: dict[str, Any] = {"device": int(device.partition(":")[2] or 0)}
@@ -114,14 +115,20 @@ class _Card:
         code = self.child.poll()  # before its words: what it said last is then among them
         self.take(self.child.said())
         now = time.monotonic()
-        late = now > self.until or (bool(self.stage) and now > self.since + limit_of(self.stage))
-        if code is None and not late:
+        if code is None and not self.late(now):
             return True
         outcome = self.child.finish(now)
         self.take(outcome.lines)
         self.child = None
         self.ended(outcome)
         return self.child is not None
+
+    def late(self, now: float) -> bool:
+        """Whether the child's time is over. The first context is waited for beyond its own limit: one that comes late
+        says something else of the card than one that never comes."""
+        if self.stage == "context" and self.patient > self.until and "context" not in self.done:
+            return now > self.patient
+        return now > self.until or (bool(self.stage) and now > self.since + limit_of(self.stage))
 
     def take(self, lines: tuple[dict[str, Any], ...]) -> None:
         """What the child has said since the last look."""
@@ -230,15 +237,17 @@ def no_look(_: str) -> Reading | None:
 
 def each_gpu(
     python: str, devices: tuple[str, ...], ask: Ask, environment: Mapping[str, str], seconds: float,
-    look: Look = no_look, before: Mapping[str, int] | None = None,
+    look: Look = no_look, before: Mapping[str, int] | None = None, patience: float = 0.0,
 ) -> tuple[GpuProbe, ...]:  # fmt: skip
-    """One answer a device (`cuda:0` …, or `cpu`). Ends within `seconds` and a moment.
+    """One answer a device (`cuda:0` …, or `cpu`). Ends within `seconds` and a moment, or `patience` later where a
+    context has not come by then; what there is no time for after it is left out.
 
     `before`: the bytes that NVML called free, by the cards' UUIDs without a prefix.
     """
     until = time.monotonic() + seconds
     with tempfile.NamedTemporaryFile(prefix="xflux-doctor-", dir=scratch()) as lock:
-        cards = [_Card(python, device, ask, environment, until, lock.name, look, before or {}) for device in devices]
+        cards = [_Card(python, device, ask, environment, until, lock.name, look, before or {}, patience)
+                 for device in devices]  # fmt: skip
         try:
             for card in cards:
                 card.start()

@@ -29,6 +29,8 @@ DEEP_SECONDS = 180.0
 """Deadline of the deep level, which may have to wait out a hang and try again."""
 GPU_SHARE, GPU_SECONDS = 0.6, 45.0
 """Of the deadline, and at the most: what the stages of all GPUs together may take."""
+PATIENCE = 45.0
+"""Seconds more, of that share, for a card whose context has not come: late is not the same as never."""
 OUTSIDE_SHARE = 0.25
 """Of the deadline: what DCGM's diagnosis may take, where it is installed."""
 MOST_RANKS = 16
@@ -96,7 +98,8 @@ def _gpus(facts: Facts, job: Job, environment: Mapping[str, str], ask: Ask, seco
     ask = dataclasses.replace(ask, expand=not (facts.host and facts.host.wsl))
     before = {gpu.uuid.partition("-")[2]: gpu.memory_free for gpu in facts.gpus or ()}
     python = facts.python.executable
-    found = each_gpu(python, devices, ask, environment, min(seconds, GPU_SECONDS), reading, before)
+    patience = min(PATIENCE, max(0.0, seconds - GPU_SECONDS))
+    found = each_gpu(python, devices, ask, environment, min(seconds, GPU_SECONDS), reading, before, patience)
     return msgspec.structs.replace(facts, gpu_probes=found, speeds={**facts.speeds, **_speeds(found)})
 
 
