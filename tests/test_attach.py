@@ -145,7 +145,7 @@ def test_a_run_of_another_machine_that_is_switched_off(
         assert state is not None and state.host == ELSEWHERE != socket.gethostname()
         attached = subprocess.Popen(
             [sys.executable, "-c", "import sys; from pathlib import Path; from xflux_doctor.attach import attach; "
-             "sys.exit(attach(Path(sys.argv[1]), silence=25.0))", str(run.out)],
+             "sys.exit(attach(Path(sys.argv[2]), silence=25.0))", "--attach", str(run.out)],
         )  # fmt: skip
         time.sleep(40)
         assert attached.poll() is None

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 from death_kit import Run, free_port
+from fuse_kit import Fuse
 from group_kit import inside, limited
 
 NEEDED = ("torch", "accelerate", "diffusers")
@@ -174,6 +175,26 @@ def test_a_loader_that_waits_for_a_pipe(run: Start, tmp_path: Path) -> None:
     assert job.cause == "loader-stuck", job.log[-3000:]
     rank = job.result["cause"]["rank"]
     assert "entries.py" in (job.out / "stacks" / f"rank{rank}.txt").read_text()
+
+
+@pytest.mark.long
+def test_a_loader_whose_disk_is_away(run: Start, tmp_path: Path) -> None:
+    """A file system that does not answer lies over the cache from some step on."""
+    job = run(cache=tmp_path / "own").start("--hang-after", "6")
+    job.training()
+    try:
+        fuse = Fuse(tmp_path / "own")
+    except OSError as error:
+        pytest.skip(f"no FUSE here: {error}")
+    try:
+        job.until(lambda: "the run is ended" in job.log)
+        assert job.end() == 124
+    finally:
+        fuse.close()
+    assert job.cause == "storage-stuck", job.log[-3000:]
+    (event,) = [event for event in job.events() if event["kind"] == "hang"]
+    assert f"waits in the kernel for the file system at {tmp_path / 'own'} (fuse.dead)" in event["text"]
+    assert event["text"].partition("waits in the kernel")[0] in job.result["cause"]["evidence"][0]["text"]
 
 
 @pytest.mark.long

@@ -118,16 +118,17 @@ def test_the_beats_and_stacks_of_a_process(tmp_path: Path) -> None:
         beat = found[3]
         assert (beat.rank, beat.world, beat.pid, beat.collective) == (3, 4, child.pid, False)
         assert state(child.pid) == "S" and abs(beat.monotonic - time.monotonic()) < 30
-        text = collect([Rank(beat, 61.0, "S")], tmp_path)[3]
-        assert "in sits" in text and "sits" not in innermost("") and "line 7 in sits" in innermost(text)
-        assert "thread" in text and "wchan" in text and "State:" in text
+        standing = collect([Rank(beat, 61.0, "S")], tmp_path)[3]
+        text = standing.text
+        assert "in sits" in text and innermost("") == "" and "line 7 in sits" in standing.innermost
+        assert "== kernel" in text and f"thread {child.pid}" in text and "State:" in text
         child.send_signal(signal.SIGSTOP)
         while state(child.pid) != "T":
             time.sleep(0.01)
-        text = collect([Rank(beat, 61.0, "T")], tmp_path)[3]
+        text = collect([Rank(beat, 61.0, "T")], tmp_path)[3].text
         assert "the process is stopped" in text
     finally:
         child.kill()
         child.wait()
-    text = collect([Rank(beat, 61.0, "")], tmp_path)[3]
+    text = collect([Rank(beat, 61.0, "")], tmp_path)[3].text
     assert "the process is gone" in text

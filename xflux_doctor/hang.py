@@ -115,6 +115,19 @@ def _culprit(ranks: list[Rank]) -> tuple[str, Rank]:
     return "collective-stuck", min(ranks, key=lambda one: (one.beat.step, one.beat.collective, -one.still))
 
 
+def sharper(found: Hang, one: Rank, main: str, others: tuple[str, ...]) -> Hang:
+    """With the file system or driver that the culprit waits for. `main`: what its main thread waits for without an
+    answer, in words; `others`: what its other threads and its children do. In the midst of a pass those are no reason
+    to stand still."""
+    if found.cause not in ("loader-stuck", "rank-stuck", "storage-stuck"):
+        return found
+    words = main or next(iter(others if one.beat.phase not in _SHARED else ()), "")
+    if not words:
+        return found
+    since = found.words.partition(": ")[0]
+    return msgspec.structs.replace(found, cause="storage-stuck", words=f"{since}: its {words}")
+
+
 def _words(cause: str, one: Rank) -> str:
     what = {
         "rank-stopped": "it is stopped by a signal (SIGSTOP, Ctrl-Z, a debugger)",

@@ -1,28 +1,57 @@
 """Where the processes of a hanging run stand: Python's stacks, C's, and what the kernel says of every thread.
 
-Python's come from the ranks themselves (SIGUSR2 to faulthandler, which needs no interpreter lock); C's from py-spy or
-gdb where one is installed and may look. What could not be had is said, and nothing here takes longer than its deadline.
+Python's come from the ranks themselves (SIGUSR2 to faulthandler, which needs no interpreter lock), the kernel's from
+`waits`, of their children too. C's come from py-spy or eu-stack where one is installed and may look: both stop a
+process for some hundredths of a second. gdb stops it while it reads the symbols of torch, which takes seconds: it is
+asked only of a run that is to be ended. What could not be had is said, and nothing here takes longer than its deadline.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
-import subprocess
+import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from xflux_doctor import guard
+import msgspec
+
+from xflux_doctor import guard, waits
 from xflux_doctor.hang import Rank, place
+from xflux_doctor.heartbeat import state
+from xflux_doctor.probes.runner import Foreign
+from xflux_doctor.waits import Thread
 
-_PYTHON, _NATIVE = 3.0, 30.0
-"""Seconds for a rank to write its stacks, and for a debugger to read the symbols of torch."""
-_THREADS = 200
+_PYTHON, _NATIVE, _DEBUGGER = 3.0, 10.0, 30.0
+"""Seconds for a rank to write its stacks, for its C stacks, and for gdb to read the symbols of torch."""
+_STOPPED = 1.0
+"""Seconds that a process which may yet go on is kept from running at the most."""
+_BETWEEN, _KERNEL = 1.0, 5.0
+"""Seconds between two looks at a thread, and for one look at all of a rank's."""
+_PROCESSES = 32
+"""Of a rank and its children, so many are looked at."""
+_NOT = "not available:"
+_NONE = f"{_NOT} neither py-spy nor eu-stack (elfutils) nor gdb is installed\n"
 
 
-def collect(ranks: list[Rank], folder: Path) -> dict[int, str]:
-    """A text for each rank. `folder` is where their `rankN.stack` grow."""
+class Standing(msgspec.Struct, frozen=True):
+    """Where a rank stands."""
+
+    text: str
+    """All of it."""
+    innermost: str = ""
+    """The main thread's innermost Python frame."""
+    main: str = ""
+    """The file system or driver that the main thread waits for without an answer, in words."""
+    others: tuple[str, ...] = ()
+    """Those that its other threads and its children wait for."""
+
+
+def collect(ranks: list[Rank], folder: Path) -> dict[int, Standing]:
+    """By rank. `folder` is where their `rankN.stack` grow."""
     marks = {one.beat.rank: _size(folder / f"rank{one.beat.rank}.stack") for one in ranks}
     own = set(guard.members(str(folder)))  # a rank's number may be another's by now
     guard.send([one.beat.pid for one in ranks if one.beat.pid in own], signal.SIGUSR2)
@@ -33,23 +62,36 @@ def collect(ranks: list[Rank], folder: Path) -> dict[int, str]:
         _size(folder / f"rank{one.beat.rank}.stack") > marks[one.beat.rank] for one in awake
     ):
         time.sleep(0.1)
-    with ThreadPoolExecutor(max(1, min(16, len(ranks)))) as threads:
-        native = list(threads.map(_native, ranks))
-    return {
-        one.beat.rank: "\n".join([
-            f"rank {one.beat.rank}, process {one.beat.pid} on {one.beat.host}, state {one.state or 'gone'}",
+    before = _looks(ranks)
+    time.sleep(_BETWEEN)  # no signal and no debugger in between, which would let threads run
+    after = _looks(ranks)
+    held = {one.beat.rank: _held_up(one, before[one.beat.rank], after[one.beat.rank]) for one in ranks}
+    native = _each(ranks, lambda one: _native(one, held=any(held[one.beat.rank])))
+    found = {}
+    for one in ranks:
+        rank = one.beat.rank
+        python = _python(one, folder / f"rank{rank}.stack", marks[rank])
+        main, others = held[rank]
+        text = "\n".join([
+            f"rank {rank}, process {one.beat.pid} on {one.beat.host}, state {one.state or 'gone'}",
             f"{place(one.beat)}, after step {one.beat.step}, still for {one.still:.0f} s",
-            "", "== Python", _python(one, folder / f"rank{one.beat.rank}.stack", marks[one.beat.rank]),
-            "== C", c, "== kernel, by thread", _kernel(one.beat.pid),
-        ])
-        for one, c in zip(ranks, native, strict=True)
-    }  # fmt: skip
+            *filter(None, (main, *others)), "", "== Python", python, "== C", native[rank],
+            "== kernel, by thread", _kernel(one, before[rank], after[rank]),
+        ])  # fmt: skip
+        found[rank] = Standing(text, innermost(python), main, tuple(others))
+    return found
 
 
-def innermost(text: str) -> str:
-    """The main thread's innermost Python frame of such a text; empty where there is none. faulthandler writes the
-    main thread last, and each thread's innermost frame first."""
-    python = text.partition("== Python")[2].partition("== C")[0]
+def debug(ranks: list[Rank]) -> dict[int, str]:
+    """The C stacks of ranks that are to be ended, by gdb, where `collect` could not have them."""
+    if shutil.which("gdb") is None or any(map(shutil.which, ("py-spy", "eu-stack"))):
+        return {}
+    return {rank: text for rank, text in _each(ranks, _by_gdb).items() if text}
+
+
+def innermost(python: str) -> str:
+    """The main thread's innermost frame of faulthandler's text; empty where there is none. It writes the main thread
+    last, and each thread's innermost frame first."""
     last = python.rpartition("hread 0x")[2]
     return next((line.strip() for line in last.splitlines() if line.lstrip().startswith("File ")), "")
 
@@ -75,62 +117,102 @@ def _python(one: Rank, path: Path, since: int) -> str:
     return "not available: the process did not answer SIGUSR2\n"
 
 
-def _native(one: Rank) -> str:
+def _looks(ranks: list[Rank]) -> dict[int, dict[int, list[Thread]]]:
+    """The threads of each rank's process and of its children, by rank and process."""
+    below = waits.descendants([one.beat.pid for one in ranks if one.state])
+    found: dict[int, dict[int, list[Thread]]] = {one.beat.rank: {} for one in ranks}
+
+    def look(one: Rank) -> None:
+        for pid in [one.beat.pid, *below.get(one.beat.pid, ())][:_PROCESSES]:
+            found[one.beat.rank][pid] = waits.threads(pid)
+
+    # The memory of a process may be locked by a thread of it that waits for a disk: then so does who looks at it.
+    lookers = [threading.Thread(target=look, args=(one,), daemon=True) for one in ranks if one.state]
+    until = time.monotonic() + _KERNEL
+    for looker in lookers:
+        looker.start()
+    for looker in lookers:
+        looker.join(max(0.0, until - time.monotonic()))
+    return {rank: dict(processes) for rank, processes in found.items()}
+
+
+def _held_up(
+    one: Rank, before: dict[int, list[Thread]], after: dict[int, list[Thread]]
+) -> tuple[str, list[str]]:  # fmt: skip
+    """What the main thread waits for, and what the others do."""
+    later = {thread.tid: thread for found in after.values() for thread in found}
+    main, others = "", list[str]()
+    for thread in (thread for found in before.values() for thread in found):
+        words = waits.who_holds_up(thread, later.get(thread.tid))
+        if words and thread.tid == one.beat.pid:
+            main = words
+        elif words:
+            others.append(words)
+    return main, others
+
+
+def _kernel(one: Rank, before: dict[int, list[Thread]], after: dict[int, list[Thread]]) -> str:
+    parts = []
+    for pid, found in before.items():
+        head = "" if pid == one.beat.pid else f"child process {pid}:\n"
+        parts.append(head + waits.shown(found, after.get(pid, [])) if found else "")
+    text = "".join(parts)
+    if not text:
+        return "not available: the process is gone\n" if not one.state else "not available: it could not be looked at\n"
+    try:
+        status = Path(f"/proc/{one.beat.pid}/status").read_text(encoding="ascii", errors="replace").strip()
+    except OSError as error:
+        status = f"not available: {error.strerror}"
+    return f"{text}\n== status\n{status}\n"
+
+
+def _each(ranks: list[Rank], call: Callable[[Rank], str]) -> dict[int, str]:
+    with ThreadPoolExecutor(max(1, min(16, len(ranks)))) as pool:
+        return dict(zip((one.beat.rank for one in ranks), pool.map(call, ranks), strict=True))
+
+
+def _native(one: Rank, *, held: bool) -> str:
+    """`held`: the kernel lets one of its threads, or of its children, do nothing before it has an answer."""
     if not one.state:
         return "not available: the process is gone\n"
-    if one.state == "D":
-        return "not available: a debugger would wait for the process, which waits in the kernel\n"
-    pid = str(one.beat.pid)
-    if tool := shutil.which("py-spy"):
-        argv = [tool, "dump", "--native", "--nonblocking", "--pid", pid]
-    elif tool := shutil.which("gdb"):
-        argv = [
-            tool,
-            "-nx",
-            "-batch",
-            "-p",
-            pid,
-            "-ex",
-            "set print frame-arguments none",
-            "-ex",
-            "thread apply all bt 40",
-        ]
-    else:
-        return "not available: neither py-spy nor gdb is installed\n"
+    if held or waits.sleeps(one.beat.pid):
+        return "not available: a debugger would wait for a thread that waits in the kernel\n"
+    pid, said = str(one.beat.pid), ""
+    for argv in (["eu-stack", "-n", "64", "-p", pid], ["py-spy", "dump", "--native", "--pid", pid]):
+        if shutil.which(argv[0]):
+            found = _run(argv, one, _NATIVE, _STOPPED)
+            if not found.startswith(_NOT):
+                return found
+            said += found
+    return said or (f"{_NOT} gdb would stop the process for seconds\n" if shutil.which("gdb") else _NONE)
+
+
+def _by_gdb(one: Rank) -> str:
+    argv = ["gdb", "-nx", "-batch", "-p", str(one.beat.pid), "-ex", "set print frame-arguments none",
+            "-ex", "thread apply all bt 40"]  # fmt: skip
+    return "" if waits.sleeps(one.beat.pid) else _run(argv, one, _DEBUGGER, _DEBUGGER)
+
+
+def _run(argv: list[str], one: Rank, seconds: float, stopped: float) -> str:
+    """What a debugger says, which may take so many seconds and keep the process from running for so many of them."""
+    tool, pid = argv[0], one.beat.pid
+    began = last = time.monotonic()
+    held = 0.0
     try:
-        done = subprocess.run(
-            argv, capture_output=True, text=True, errors="replace", timeout=_NATIVE, stdin=subprocess.DEVNULL,
-            start_new_session=True, check=False,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return f"not available: {tool} took longer than {_NATIVE:.0f} s\n"
+        child = Foreign(argv, os.environ)
     except OSError as error:
         return f"not available: {tool}: {error.strerror}\n"
-    if "#0" not in done.stdout and "Thread" not in done.stdout:
-        said = (done.stderr.strip() or done.stdout.strip()).splitlines()
+    while child.poll() is None and held <= stopped and last - began <= seconds:
+        time.sleep(0.01)
+        now = time.monotonic()
+        held, last = held + (now - last if state(pid) in ("T", "t") else 0.0), now
+    done = child.finish(last)
+    if done.code is None:
+        if one.state not in ("T", "t"):  # the signal that a debugger stops with may outlive it
+            guard.send([pid], signal.SIGCONT)
+        held_up = f"kept the process from running for {held:.1f} s"
+        return f"not available: {tool} {held_up if held > stopped else f'took {seconds:.0f} s'}, and was ended\n"
+    if "#0" not in done.output and "Thread" not in done.output:
+        said = (done.stderr.strip() or done.output.strip()).splitlines()
         return f"not available: {tool} says: {said[-1] if said else 'nothing'}\n"
-    return done.stdout
-
-
-def _kernel(pid: int) -> str:
-    tasks = Path(f"/proc/{pid}/task")
-    try:
-        numbers = sorted(int(task.name) for task in tasks.iterdir())
-    except OSError:
-        return "not available: the process is gone\n"
-    parts = []
-    for number in numbers[:_THREADS]:
-        task = tasks / str(number)
-        parts.append(f"thread {number} {_read(task / 'comm')}: wchan {_read(task / 'wchan')}, "
-                     f"syscall {_read(task / 'syscall')}")  # fmt: skip
-        stack = _read(task / "stack")
-        parts += [f"    {line}" for line in stack.splitlines()] if not stack.startswith("(") else [f"    stack {stack}"]
-    status = _read(Path(f"/proc/{pid}/status"))
-    return "\n".join([*parts, "", "== status", status]) + "\n"
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="ascii", errors="replace").strip()
-    except OSError as error:
-        return f"(not available: {error.strerror})"
+    return done.output

@@ -11,12 +11,15 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from xflux_doctor import guard, runstate, stacks
-from xflux_doctor.hang import Hang, Limits, Pace, Rank, judge, table
+from xflux_doctor.hang import Hang, Limits, Pace, Rank, judge, sharper, table
 from xflux_doctor.heartbeat import Beat, beats, state
+from xflux_doctor.stacks import Standing
 from xflux_doctor.vitals import Vitals
 
+_T = TypeVar("_T")
 LOOK = 1.0
 _MISSED = 5.0
 """Seconds that count at most between two looks: the doctor itself may have been stopped, or the machine asleep."""
@@ -50,6 +53,22 @@ class Recorder:
         while (work := self._work.get()) is not None:
             with contextlib.suppress(OSError):  # a full disk: the run is more than what is said of it
                 work()
+
+
+def _within(seconds: float, call: Callable[[], _T]) -> _T | None:
+    """What it gives; None where it takes longer: looking at a process that hangs can hang."""
+    found: list[_T] = []
+    caller = threading.Thread(target=lambda: found.append(call()), daemon=True)
+    caller.start()
+    caller.join(seconds)
+    return found[0] if found else None
+
+
+def _sharper(found: Hang, ranks: list[Rank], collected: dict[int, Standing]) -> Hang:
+    for one in ranks:
+        if one.beat.rank == found.rank and (standing := collected.get(found.rank)):
+            return sharper(found, one, standing.main, standing.others)
+    return found
 
 
 def _write(path: Path, text: str, mode: str) -> None:
@@ -145,17 +164,16 @@ class Watcher:
         self._say(f"xflux-doctor: the run hangs: {found.words}")
         for line in table(ranks).splitlines():
             self._say(f"xflux-doctor: {line}")
-        collected: dict[int, str] = {}
-        # Looking at a process that hangs can hang.
-        collector = threading.Thread(target=lambda: collected.update(stacks.collect(ranks, self._beating)), daemon=True)
-        collector.start()
-        collector.join(_COLLECT)
-        for rank, text in sorted(collected.items()):
-            self._recorder.put(self._folder / "stacks" / f"rank{rank}.txt", text)
-        where = {str(rank): stacks.innermost(text) for rank, text in sorted(collected.items())}
-        for name, frame in where.items():
-            if frame:
-                self._say(f"xflux-doctor: rank {name} stands in {frame}")
+        collected = _within(_COLLECT, lambda: stacks.collect(ranks, self._beating)) or {}
+        where = {}
+        for rank, one in sorted(collected.items()):
+            self._recorder.put(self._folder / "stacks" / f"rank{rank}.txt", one.text)
+            where[str(rank)] = one.innermost
+            if one.innermost:
+                self._say(f"xflux-doctor: rank {rank} stands in {one.innermost}")
+        if (sharp := _sharper(found, ranks, collected)) != found:
+            found = sharp
+            self._say(f"xflux-doctor: {found.words}")
         event = {"time": round(time.time(), 3), "kind": "hang", "cause": found.cause, "rank": found.rank,
                  "seconds": found.seconds, "text": found.words, "table": table(ranks).splitlines(),
                  "innermost": where}  # fmt: skip
@@ -166,6 +184,8 @@ class Watcher:
             self._say("xflux-doctor: it goes on again, and is left alone")
             return False
         self.hang = found
+        for rank, text in (_within(_COLLECT, lambda: stacks.debug(ranks)) or {}).items():
+            self._recorder.put(self._folder / "stacks" / f"rank{rank}.txt", f"\n== C, by gdb\n{text}", more=True)
         self._say("xflux-doctor: the run is ended")
         self._signal(signal.SIGTERM)  # the launcher passes it on
         guard.send(guard.members(str(self._beating)), signal.SIGCONT)  # who was only stopped can save

@@ -13,10 +13,10 @@ from xflux_doctor.check import Case, SkipCheck, check
 from xflux_doctor.checks.room import GIB, downloads, of_output
 from xflux_doctor.facts import Folder
 from xflux_doctor.finding import Finding, error, warning
+from xflux_doctor.gather.mounts import NETWORK
 
 MIB = 1 << 20
 _MEMORY = ("tmpfs", "ramfs")
-_NETWORK = frozenset("nfs nfs4 lustre cifs smb3 ceph beegfs gpfs glusterfs fuse.glusterfs 9p afs wekafs panfs".split())
 _OBJECTS = ("s3", "gcsfuse", "goofys", "rclone", "blobfuse", "ossfs", "cosfs")
 """Words in the type of a FUSE mount over object storage."""
 _SETTINGS = {
@@ -130,7 +130,7 @@ def caches_local(case: Case) -> Iterator[Finding]:
         raise SkipCheck("this job compiles nothing")
     for purpose in used:
         folder = _folder(case, purpose)
-        if folder and folder.kind in _NETWORK:
+        if folder and folder.kind in NETWORK:
             yield warning(
                 f"{folder.path} is on {folder.mount} ({folder.kind}).",
                 "Ranks compile and lock there over the network: slow, and known to hang when DeepSpeed ends.",

@@ -40,8 +40,9 @@ RULES: tuple[Rule, ...] = (
         "storage-stuck",
         "a rank waited in the kernel for a disk or a driver",
         (Sign("xflux-doctor: storage-stuck: "),),
-        "Its process was in state D all the time: a network disk that is away, or a driver that hangs.",
-        f"Look at the mounts and at dmesg; such a process ends only when the kernel lets it. {_STACKS}",
+        "It, or a process that reads for it, waited all the time for a file system that is away or for a driver that "
+        "hangs.",
+        f"Look at the mount, at its server and at dmesg; such a process ends only when the kernel lets it. {_STACKS}",
         ("mount | grep -e nfs -e lustre -e fuse", "dmesg | tail -50"),
         level="machine",
     ),

@@ -12,12 +12,14 @@ _PSEUDO = frozenset(
     "securityfs fusectl nsfs autofs binfmt_misc pstore configfs rpc_pipefs efivarfs iso9660 fuse.lxcfs fuse.snapfuse "
     "fuse.fuse-overlayfs".split()
 )
+NETWORK = frozenset("nfs nfs4 lustre cifs smb3 ceph beegfs gpfs glusterfs fuse.glusterfs 9p afs wekafs panfs".split())
+"""File systems whose disks are another machine's."""
 _ESCAPE = re.compile(r"\\([0-7]{3})")
 
 
 @dataclass(frozen=True)
 class Mount:
-    """One line of /proc/self/mountinfo (proc(5))."""
+    """One line of /proc/PID/mountinfo (proc(5))."""
 
     device: str
     """major:minor; mounts of one file system share it."""
@@ -32,10 +34,10 @@ class Mount:
         return self.place != "/" and self.kind not in _PSEUDO and "ro" not in self.options and not system
 
 
-def mounts(root: Path = Path("/")) -> tuple[Mount, ...]:
-    """In the order of the table: of two mounts on one place, the later one is seen."""
+def mounts(root: Path = Path("/"), process: str = "self") -> tuple[Mount, ...]:
+    """In the order of the table: of two mounts on one place, the later one is seen. `process`: whose table it is."""
     try:
-        text = (root / "proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
+        text = (root / f"proc/{process}/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:
         return ()
     found = []
