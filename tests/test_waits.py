@@ -143,10 +143,10 @@ def test_gdb_is_for_a_rank_that_is_to_be_ended(
     (tmp_path / "gdb").symlink_to(shutil.which("gdb") or "")
     monkeypatch.setenv("PATH", str(tmp_path))
     ranks = [Rank(Beat(0, 1, child.pid, "host", "data", False, 5, 100, 0.5, 5, 0.0, 0.0), 61.0, "S")]
-    assert "gdb would stop the process for seconds" in stacks.collect(ranks, tmp_path)[0].text
+    assert "neither eu-stack (elfutils) nor py-spy" in stacks.collect(ranks, tmp_path)[0].text
     assert "clock_nanosleep" in stacks.debug(ranks)[0] and state(child.pid) == "S"
     (tmp_path / "gdb").unlink()
-    assert "neither py-spy nor" in stacks.collect(ranks, tmp_path)[0].text and stacks.debug(ranks) == {}
+    assert stacks.debug(ranks) == {}
 
 
 @pytest.mark.parametrize("kind", ["slow", "stops"])

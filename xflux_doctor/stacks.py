@@ -1,9 +1,10 @@
 """Where the processes of a hanging run stand: Python's stacks, C's, and what the kernel says of every thread.
 
 Python's come from the ranks themselves (SIGUSR2 to faulthandler, which needs no interpreter lock), the kernel's from
-`waits`, of their children too. C's come from py-spy or eu-stack where one is installed and may look: both stop a
-process for some hundredths of a second. gdb stops it while it reads the symbols of torch, which takes seconds: it is
-asked only of a run that is to be ended. What could not be had is said, and nothing here takes longer than its deadline.
+`waits`, of their children too. C's come from eu-stack or py-spy where one is installed and may look: both stop a
+process for less than a second. Without them the main thread's is read from its memory (`cstack`). gdb stops a process
+while it reads the symbols of torch, which takes seconds: it is asked only of a run that is to be ended. What could not
+be had is said, and nothing here takes longer than its deadline.
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
-from xflux_doctor import guard, waits
+from xflux_doctor import cstack, guard, waits
 from xflux_doctor.hang import Rank, place
 from xflux_doctor.heartbeat import state
 from xflux_doctor.probes.runner import Foreign
 from xflux_doctor.waits import Thread
 
+_T = TypeVar("_T")
 _PYTHON, _NATIVE, _DEBUGGER = 3.0, 10.0, 30.0
 """Seconds for a rank to write its stacks, for its C stacks, and for gdb to read the symbols of torch."""
 _STOPPED = 1.0
@@ -34,7 +37,8 @@ _BETWEEN, _KERNEL = 1.0, 5.0
 _PROCESSES = 32
 """Of a rank and its children, so many are looked at."""
 _NOT = "not available:"
-_NONE = f"{_NOT} neither py-spy nor eu-stack (elfutils) nor gdb is installed\n"
+_NONE = "neither eu-stack (elfutils) nor py-spy is installed, which show every thread\n"
+_READ = "the main thread's, read from its memory; lines that earlier calls left may be among them:\n"
 
 
 class Standing(msgspec.Struct, frozen=True):
@@ -80,6 +84,15 @@ def collect(ranks: list[Rank], folder: Path) -> dict[int, Standing]:
         ])  # fmt: skip
         found[rank] = Standing(text, innermost(python), main, tuple(others))
     return found
+
+
+def within(seconds: float, call: Callable[[], _T]) -> _T | None:
+    """What it gives; None where it takes longer: looking at a process that hangs can hang."""
+    found: list[_T] = []
+    caller = threading.Thread(target=lambda: found.append(call()), daemon=True)
+    caller.start()
+    caller.join(seconds)
+    return found[0] if found else None
 
 
 def debug(ranks: list[Rank]) -> dict[int, str]:
@@ -174,9 +187,9 @@ def _each(ranks: list[Rank], call: Callable[[Rank], str]) -> dict[int, str]:
 def _native(one: Rank, *, held: bool) -> str:
     """`held`: the kernel lets one of its threads, or of its children, do nothing before it has an answer."""
     if not one.state:
-        return "not available: the process is gone\n"
+        return f"{_NOT} the process is gone\n"
     if held or waits.sleeps(one.beat.pid):
-        return "not available: a debugger would wait for a thread that waits in the kernel\n"
+        return f"{_NOT} a debugger would wait for a thread that waits in the kernel\n{_own(one)}"
     pid, said = str(one.beat.pid), ""
     for argv in (["eu-stack", "-n", "64", "-p", pid], ["py-spy", "dump", "--native", "--pid", pid]):
         if shutil.which(argv[0]):
@@ -184,7 +197,14 @@ def _native(one: Rank, *, held: bool) -> str:
             if not found.startswith(_NOT):
                 return found
             said += found
-    return said or (f"{_NOT} gdb would stop the process for seconds\n" if shutil.which("gdb") else _NONE)
+    return (said or _NONE) + _own(one)
+
+
+def _own(one: Rank) -> str:
+    """What can be had of the main thread without a debugger."""
+    pid = one.beat.pid
+    found = within(_KERNEL, lambda: cstack.stack(pid, pid))  # a library may lie on the disk that is away
+    return f"{_READ}{found}" if found else f"{_NOT} the main thread runs, or its memory may not be read\n"
 
 
 def _by_gdb(one: Rank) -> str:

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 from xflux_doctor import guard, runstate, stacks
 from xflux_doctor.hang import Hang, Limits, Pace, Rank, judge, sharper, table
@@ -19,7 +18,6 @@ from xflux_doctor.heartbeat import Beat, beats, state
 from xflux_doctor.stacks import Standing
 from xflux_doctor.vitals import Vitals
 
-_T = TypeVar("_T")
 LOOK = 1.0
 _MISSED = 5.0
 """Seconds that count at most between two looks: the doctor itself may have been stopped, or the machine asleep."""
@@ -53,15 +51,6 @@ class Recorder:
         while (work := self._work.get()) is not None:
             with contextlib.suppress(OSError):  # a full disk: the run is more than what is said of it
                 work()
-
-
-def _within(seconds: float, call: Callable[[], _T]) -> _T | None:
-    """What it gives; None where it takes longer: looking at a process that hangs can hang."""
-    found: list[_T] = []
-    caller = threading.Thread(target=lambda: found.append(call()), daemon=True)
-    caller.start()
-    caller.join(seconds)
-    return found[0] if found else None
 
 
 def _sharper(found: Hang, ranks: list[Rank], collected: dict[int, Standing]) -> Hang:
@@ -164,7 +153,7 @@ class Watcher:
         self._say(f"xflux-doctor: the run hangs: {found.words}")
         for line in table(ranks).splitlines():
             self._say(f"xflux-doctor: {line}")
-        collected = _within(_COLLECT, lambda: stacks.collect(ranks, self._beating)) or {}
+        collected = stacks.within(_COLLECT, lambda: stacks.collect(ranks, self._beating)) or {}
         where = {}
         for rank, one in sorted(collected.items()):
             self._recorder.put(self._folder / "stacks" / f"rank{rank}.txt", one.text)
@@ -184,7 +173,7 @@ class Watcher:
             self._say("xflux-doctor: it goes on again, and is left alone")
             return False
         self.hang = found
-        for rank, text in (_within(_COLLECT, lambda: stacks.debug(ranks)) or {}).items():
+        for rank, text in (stacks.within(_COLLECT, lambda: stacks.debug(ranks)) or {}).items():
             self._recorder.put(self._folder / "stacks" / f"rank{rank}.txt", f"\n== C, by gdb\n{text}", more=True)
         self._say("xflux-doctor: the run is ended")
         self._signal(signal.SIGTERM)  # the launcher passes it on
