@@ -62,6 +62,45 @@ def test_the_frames_of_a_process_that_waits(tmp_path: Path, how: str, monkeypatc
         child.wait()
 
 
+KEEPS = """
+import ctypes, sys, threading, time
+pipe = sys.argv[1].encode()
+# PyDLL keeps the interpreter's lock, as a library does that opens a file without giving it away.
+threading.Thread(target=ctypes.PyDLL(None).open, args=(pipe, 0), daemon=True).start()
+while True: time.sleep(0.001)
+"""
+
+
+def test_who_keeps_pythons_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread opens a pipe that nobody writes to, and all of Python waits with it."""
+    monkeypatch.setattr(stacks, "_PYTHON", 0.2)
+    os.mkfifo(tmp_path / "pipe")
+    child = subprocess.Popen([sys.executable, "-c", KEEPS, str(tmp_path / "pipe")])
+    try:
+        until = time.monotonic() + 20
+        while not any(one.file == str(tmp_path / "pipe") for one in waits.threads(child.pid)):
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        beat = Beat(0, 1, child.pid, "host", "forward", False, 5, 100, 0.5, 5, 0.0, 0.0)
+        held = stacks.collect([Rank(beat, 61.0, "S")], tmp_path)[0].held
+        assert f"openat of {tmp_path / 'pipe'}" in held.locked and not held.dead and not held.main, held
+    finally:
+        child.kill()
+        child.wait()
+
+
+@pytest.mark.parametrize(("frames", "waits_for_it"), [
+    ("? pthread_cond_timedwait take_gil PyEval_RestoreThread", True),
+    ("pthread_cond_timedwait ? PyEval_RestoreThread", True),
+    ("pthread_cond_timedwait ? _PyEval_EvalFrameDefault", True),
+    ("pthread_cond_timedwait ? PyThread_acquire_lock_timed", False),
+    ("pthread_cond_timedwait std::wait PyEval_RestoreThread", False), ("read os_read", False), ("", False),
+])  # fmt: skip
+def test_the_wait_for_pythons_lock(frames: str, waits_for_it: bool) -> None:
+    shown = "".join(f"#{number:<2} 0x01 {name} (lib.so)\n" for number, name in enumerate(frames.split()))
+    assert cstack.wants_interpreter(shown) == waits_for_it
+
+
 def test_a_process_that_runs_or_is_gone() -> None:
     child = subprocess.Popen([sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE)
     assert child.stdout and child.stdout.readline()

@@ -17,7 +17,7 @@ from fuse_kit import Fuse
 
 from xflux_doctor import stacks, syscalls, waits
 from xflux_doctor.gather.mounts import Mount
-from xflux_doctor.hang import Hang, Rank, sharper
+from xflux_doctor.hang import Hang, Held, Rank, sharper
 from xflux_doctor.heartbeat import Beat, state
 from xflux_doctor.waits import Thread
 
@@ -121,7 +121,7 @@ def test_all_of_a_rank(sits: Sits, fifo: Path, tmp_path: Path) -> None:
     kernel = standing.text.partition("== kernel")[2]
     assert f"thread {child.pid} (" in kernel and "nanosleep" in kernel and "state S: futex" in kernel
     assert f"child process {reader}:\n" in kernel and f"read of {fifo}" in kernel
-    assert standing.main == "" and standing.others == ()
+    assert standing.held == Held()
     assert state(child.pid) == "S" and state(reader) == "S"
 
 
@@ -219,12 +219,22 @@ def test_who_holds_up(thread: Thread, words: str) -> None:
 ])  # fmt: skip
 def test_a_hang_is_named_by_it(cause: str, phase: str, main: str, others: tuple[str, ...], becomes: str) -> None:
     beat = Beat(1, 2, 7, "host", phase, False, 5, 100, 0.5, 5, 0.0, 0.0)
-    found = sharper(Hang(cause, 1, 61.0, "rank 1 has stood still: it waits"), Rank(beat, 61.0, "S"), main, others)
-    assert found.cause == becomes
-    if becomes == "storage-stuck":
-        assert found.words == f"rank 1 has stood still: its {main or others[0]}"
-    else:
-        assert found.words == "rank 1 has stood still: it waits"
+    before = Hang(cause, 1, 61.0, "rank 1 has stood still: it waits")
+    found = sharper(before, [Rank(beat, 61.0, "S")], {1: Held(main, others)})
+    assert found.cause == becomes and found.words.startswith("rank 1 has stood still")
+    assert found.words.endswith(f": its {main or others[0]}") if becomes == "storage-stuck" else found == before
+
+
+@pytest.mark.parametrize(("phase", "dead", "becomes"), [
+    ("forward", False, "loader-stuck"), ("data", True, "storage-stuck"), ("checkpoint", False, "rank-stuck"),
+])  # fmt: skip
+def test_who_keeps_pythons_lock_is_the_cause(phase: str, dead: bool, becomes: str) -> None:
+    """On another rank than the one that was behind, and in the midst of a pass."""
+    ranks = [Rank(Beat(number, 2, 7, "host", phase, False, 5, 100, 0.5, 5, 0.0, 0.0), 61.0, "S") for number in (0, 1)]
+    before = Hang("collective-stuck", 0, 61.0, "rank 0 has stood still: all ranks wait for each other")
+    found = sharper(before, ranks, {0: Held(), 1: Held(locked="thread 8 (python) waits in openat", dead=dead)})
+    assert (found.cause, found.rank) == (becomes, 1) and "rank 1 has stood still for 61 s after step 5" in found.words
+    assert "its main thread waits for Python's lock, and its thread 8 (python) waits in openat" in found.words
 
 
 @pytest.fixture
@@ -249,7 +259,7 @@ def test_a_file_system_that_does_not_answer(sits: Sits, dead: Path, tmp_path: Pa
     started = time.monotonic()
     standing = stacks.collect([Rank(beat, 61.0, "S")], tmp_path)[0]
     assert time.monotonic() - started < 10
-    assert f"process {child.pid} (python" in standing.main, standing
-    assert f"waits in the kernel for the file system at {dead} (fuse.dead), which does not answer" in standing.main
-    assert f"of {dead}/image.png" in standing.main and standing.main in standing.text
+    assert f"process {child.pid} (python" in standing.held.main, standing
+    assert f"waits in the kernel for the file system at {dead} (fuse.dead), which does not answer" in standing.held.main
+    assert f"of {dead}/image.png" in standing.held.main and standing.held.main in standing.text
     assert child.poll() is None

@@ -26,6 +26,11 @@ _SECTION = struct.Struct("<IIQQQQIIQQ")
 _SEGMENT = struct.Struct("<IIQQQQQQ")
 _SYMTAB, _DYNSYM, _LOAD = 2, 11, 1
 _FUNCTION = (2, 10)
+_TAKERS = frozenset(
+    "PyEval_RestoreThread PyEval_AcquireThread PyEval_AcquireLock PyGILState_Ensure _PyEval_EvalFrameDefault "
+    "_Py_HandlePending".split()
+)
+"""Who takes the interpreter's lock."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,15 @@ def stack(pid: int, tid: int) -> str:
         found = [here, *_returns(memory.fileno(), regions, top)]
         return _shown(found[:_MOST], regions)
     return ""
+
+
+def wants_interpreter(shown: str) -> bool:
+    """Whether such a stack ends in CPython's wait for its lock (ceval_gil: take_gil calls pthread_cond_timedwait; its
+    own name is in no dynamic table)."""
+    lines = shown.splitlines()[:6]
+    waits = next((number for number, line in enumerate(lines) if "pthread_cond_timedwait" in line), None)
+    behind = [] if waits is None else [line.split()[2] for line in lines[waits + 1 : waits + 4]]
+    return "take_gil" in behind or bool(behind[:1] == ["?"] and _TAKERS.intersection(behind[1:]))
 
 
 def _returns(memory: int, regions: list[_Region], top: int) -> list[int]:

@@ -37,6 +37,19 @@ class Rank(msgspec.Struct, frozen=True):
     """The kernel's letter; empty when the process is gone."""
 
 
+class Held(msgspec.Struct, frozen=True):
+    """Who a rank waits for beside other ranks, in words; empty: nobody, or it cannot be told."""
+
+    main: str = ""
+    """The file system or driver that its main thread waits for without an answer."""
+    others: tuple[str, ...] = ()
+    """Those that its other threads and its children wait for."""
+    locked: str = ""
+    """The main thread waits for Python's lock: the thread that waits for a file meanwhile."""
+    dead: bool = False
+    """Of that one: for a file system that does not answer."""
+
+
 class Limits(msgspec.Struct, frozen=True):
     """Seconds that a rank may stand still."""
 
@@ -115,17 +128,24 @@ def _culprit(ranks: list[Rank]) -> tuple[str, Rank]:
     return "collective-stuck", min(ranks, key=lambda one: (one.beat.step, one.beat.collective, -one.still))
 
 
-def sharper(found: Hang, one: Rank, main: str, others: tuple[str, ...]) -> Hang:
-    """With the file system or driver that the culprit waits for. `main`: what its main thread waits for without an
-    answer, in words; `others`: what its other threads and its children do. In the midst of a pass those are no reason
-    to stand still."""
-    if found.cause not in ("loader-stuck", "rank-stuck", "storage-stuck"):
+def sharper(found: Hang, ranks: list[Rank], held: dict[int, Held]) -> Hang:
+    """With the file system, driver or file that the culprit waits for, as far as that was seen, by rank."""
+    if found.cause not in ("loader-stuck", "rank-stuck", "storage-stuck", "collective-stuck"):
         return found
-    words = main or next(iter(others if one.beat.phase not in _SHARED else ()), "")
-    if not words:
-        return found
-    since = found.words.partition(": ")[0]
-    return msgspec.structs.replace(found, cause="storage-stuck", words=f"{since}: its {words}")
+    for one in sorted(ranks, key=lambda one: (one.beat.rank != found.rank, -one.still)):
+        waits = held.get(one.beat.rank, Held())
+        if waits.locked:  # a library may open a file without giving the lock away: then all of Python waits with it
+            reads = one.beat.phase in _QUICK | {"list", "cache"}
+            cause = "storage-stuck" if waits.dead else "loader-stuck" if reads else "rank-stuck"
+            words = f"{_since(one)}: its main thread waits for Python's lock, and its {waits.locked}"
+            return Hang(cause, one.beat.rank, round(one.still, 1), words)
+    for one in ranks:
+        waits = held.get(one.beat.rank, Held())
+        # In the midst of a pass what other threads do is no reason to stand still.
+        words = waits.main or next(iter(waits.others if one.beat.phase not in _SHARED else ()), "")
+        if one.beat.rank == found.rank and words and found.cause != "collective-stuck":
+            return msgspec.structs.replace(found, cause="storage-stuck", words=f"{_since(one)}: its {words}")
+    return found
 
 
 def _words(cause: str, one: Rank) -> str:
@@ -137,8 +157,12 @@ def _words(cause: str, one: Rank) -> str:
         "rank-stuck": "it does not go on",
         "collective-stuck": "all ranks wait for each other",
     }[cause]
-    since = f"rank {one.beat.rank} has stood still for {one.still:.0f} s after step {one.beat.step}"
-    return f"{since} in {place(one.beat)}: {what}"
+    return f"{_since(one)}: {what}"
+
+
+def _since(one: Rank) -> str:
+    still = f"rank {one.beat.rank} has stood still for {one.still:.0f} s after step {one.beat.step}"
+    return f"{still} in {place(one.beat)}"
 
 
 def place(beat: Beat) -> str:

@@ -22,7 +22,7 @@ from typing import TypeVar
 import msgspec
 
 from xflux_doctor import cstack, guard, waits
-from xflux_doctor.hang import Rank, place
+from xflux_doctor.hang import Held, Rank, place
 from xflux_doctor.heartbeat import state
 from xflux_doctor.probes.runner import Foreign
 from xflux_doctor.waits import Thread
@@ -48,10 +48,7 @@ class Standing(msgspec.Struct, frozen=True):
     """All of it."""
     innermost: str = ""
     """The main thread's innermost Python frame."""
-    main: str = ""
-    """The file system or driver that the main thread waits for without an answer, in words."""
-    others: tuple[str, ...] = ()
-    """Those that its other threads and its children wait for."""
+    held: Held = Held()
 
 
 def collect(ranks: list[Rank], folder: Path) -> dict[int, Standing]:
@@ -69,20 +66,22 @@ def collect(ranks: list[Rank], folder: Path) -> dict[int, Standing]:
     before = _looks(ranks)
     time.sleep(_BETWEEN)  # no signal and no debugger in between, which would let threads run
     after = _looks(ranks)
-    held = {one.beat.rank: _held_up(one, before[one.beat.rank], after[one.beat.rank]) for one in ranks}
-    native = _each(ranks, lambda one: _native(one, held=any(held[one.beat.rank])))
+    mains = _each(ranks, _main)
+    held = {one.beat.rank: _held_up(one.beat.pid, before[one.beat.rank], after[one.beat.rank], mains[one.beat.rank])
+            for one in ranks}  # fmt: skip
+    native = _each(ranks, lambda one: _native(one, held[one.beat.rank], mains[one.beat.rank]))
     found = {}
     for one in ranks:
         rank = one.beat.rank
         python = _python(one, folder / f"rank{rank}.stack", marks[rank])
-        main, others = held[rank]
         text = "\n".join([
             f"rank {rank}, process {one.beat.pid} on {one.beat.host}, state {one.state or 'gone'}",
             f"{place(one.beat)}, after step {one.beat.step}, still for {one.still:.0f} s",
-            *filter(None, (main, *others)), "", "== Python", python, "== C", native[rank],
+            *filter(None, (held[rank].main, *held[rank].others, held[rank].locked)), "",
+            "== Python", python, "== C", native[rank],
             "== kernel, by thread", _kernel(one, before[rank], after[rank]),
         ])  # fmt: skip
-        found[rank] = Standing(text, innermost(python), main, tuple(others))
+        found[rank] = Standing(text, innermost(python), held[rank])
     return found
 
 
@@ -149,19 +148,25 @@ def _looks(ranks: list[Rank]) -> dict[int, dict[int, list[Thread]]]:
     return {rank: dict(processes) for rank, processes in found.items()}
 
 
-def _held_up(
-    one: Rank, before: dict[int, list[Thread]], after: dict[int, list[Thread]]
-) -> tuple[str, list[str]]:  # fmt: skip
-    """What the main thread waits for, and what the others do."""
+def _held_up(pid: int, before: dict[int, list[Thread]], after: dict[int, list[Thread]], own: str) -> Held:
+    """What a rank's main thread waits for, and what the others do. `own`: the main thread's C stack."""
     later = {thread.tid: thread for found in after.values() for thread in found}
-    main, others = "", list[str]()
+    main, others, locked, dead = "", list[str](), "", False
+    wants = cstack.wants_interpreter(own)
     for thread in (thread for found in before.values() for thread in found):
         words = waits.who_holds_up(thread, later.get(thread.tid))
-        if words and thread.tid == one.beat.pid:
+        if thread.tid == pid:
             main = words
-        elif words:
-            others.append(words)
-    return main, others
+            continue
+        others += [words] if words else []
+        if wants and thread.pid == pid and not dead and (words or _in_a_file(thread, later.get(thread.tid))):
+            locked, dead = words or f"thread {thread.tid} ({thread.name}) waits in {thread.doing}", bool(words)
+    return Held(main, tuple(others), locked, dead)
+
+
+def _in_a_file(thread: Thread, later: Thread | None) -> bool:
+    """Whether it has been in one call for a file all the while."""
+    return thread.file.startswith("/") and later is not None and later.switches == thread.switches >= 0
 
 
 def _kernel(one: Rank, before: dict[int, list[Thread]], after: dict[int, list[Thread]]) -> str:
@@ -184,12 +189,14 @@ def _each(ranks: list[Rank], call: Callable[[Rank], str]) -> dict[int, str]:
         return dict(zip((one.beat.rank for one in ranks), pool.map(call, ranks), strict=True))
 
 
-def _native(one: Rank, *, held: bool) -> str:
-    """`held`: the kernel lets one of its threads, or of its children, do nothing before it has an answer."""
+def _native(one: Rank, held: Held, own: str) -> str:
+    """Of all threads where a debugger can be asked, else the main thread's `own`. `held`: who waits in the kernel, and
+    can do nothing before it has an answer."""
     if not one.state:
         return f"{_NOT} the process is gone\n"
-    if held or waits.sleeps(one.beat.pid):
-        return f"{_NOT} a debugger would wait for a thread that waits in the kernel\n{_own(one)}"
+    own = f"{_READ}{own}" if own else f"{_NOT} the main thread runs, or its memory may not be read\n"
+    if held.main or held.others or waits.sleeps(one.beat.pid):
+        return f"{_NOT} a debugger would wait for a thread that waits in the kernel\n{own}"
     pid, said = str(one.beat.pid), ""
     for argv in (["eu-stack", "-n", "64", "-p", pid], ["py-spy", "dump", "--native", "--pid", pid]):
         if shutil.which(argv[0]):
@@ -197,14 +204,14 @@ def _native(one: Rank, *, held: bool) -> str:
             if not found.startswith(_NOT):
                 return found
             said += found
-    return (said or _NONE) + _own(one)
+    return (said or _NONE) + own
 
 
-def _own(one: Rank) -> str:
-    """What can be had of the main thread without a debugger."""
+def _main(one: Rank) -> str:
+    """The main thread's C stack, without a debugger."""
     pid = one.beat.pid
-    found = within(_KERNEL, lambda: cstack.stack(pid, pid))  # a library may lie on the disk that is away
-    return f"{_READ}{found}" if found else f"{_NOT} the main thread runs, or its memory may not be read\n"
+    found = within(_KERNEL, lambda: cstack.stack(pid, pid)) if one.state else None
+    return found or ""  # None as well: a library may lie on the disk that is away
 
 
 def _by_gdb(one: Rank) -> str:

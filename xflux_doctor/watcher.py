@@ -15,7 +15,6 @@ from pathlib import Path
 from xflux_doctor import guard, runstate, stacks
 from xflux_doctor.hang import Hang, Limits, Pace, Rank, judge, sharper, table
 from xflux_doctor.heartbeat import Beat, beats, state
-from xflux_doctor.stacks import Standing
 from xflux_doctor.vitals import Vitals
 
 LOOK = 1.0
@@ -51,13 +50,6 @@ class Recorder:
         while (work := self._work.get()) is not None:
             with contextlib.suppress(OSError):  # a full disk: the run is more than what is said of it
                 work()
-
-
-def _sharper(found: Hang, ranks: list[Rank], collected: dict[int, Standing]) -> Hang:
-    for one in ranks:
-        if one.beat.rank == found.rank and (standing := collected.get(found.rank)):
-            return sharper(found, one, standing.main, standing.others)
-    return found
 
 
 def _write(path: Path, text: str, mode: str) -> None:
@@ -160,7 +152,7 @@ class Watcher:
             where[str(rank)] = one.innermost
             if one.innermost:
                 self._say(f"xflux-doctor: rank {rank} stands in {one.innermost}")
-        if (sharp := _sharper(found, ranks, collected)) != found:
+        if (sharp := sharper(found, ranks, {rank: one.held for rank, one in collected.items()})) != found:
             found = sharp
             self._say(f"xflux-doctor: {found.words}")
         event = {"time": round(time.time(), 3), "kind": "hang", "cause": found.cause, "rank": found.rank,
