@@ -34,9 +34,11 @@ def test_the_frames_of_a_process_that_waits(tmp_path: Path, how: str, monkeypatc
     child = subprocess.Popen([sys.executable, "-c", SITS, how, str(tmp_path / "pipe")])
     try:
         until = time.monotonic() + 20
-        while not (found := waits.threads(child.pid)) or found[0].call != how or found[0].state != "S":
+        found: list[waits.Thread] = []
+        while not found or found[0].call != how or found != waits.threads(child.pid):
             assert time.monotonic() < until, found
-            time.sleep(0.02)
+            found = waits.threads(child.pid)
+            time.sleep(0.1)
         text = cstack.stack(child.pid, child.pid)
         assert waits.threads(child.pid) == found  # nobody was stopped, or it would have run
         lines = text.splitlines()

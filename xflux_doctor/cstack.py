@@ -15,12 +15,14 @@ import os
 import shutil
 import struct
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 _DEEP, _MOST = 256 << 10, 64
 """Bytes of a stack that are read, and frames that are shown."""
 _DEMANGLE = 2.0
+_TRIES, _PAUSE = 50, 0.003
 _SYMBOL = struct.Struct("<IBBHQQ")
 _SECTION = struct.Struct("<IIQQQQIIQQ")
 _SEGMENT = struct.Struct("<IIQQQQQQ")
@@ -46,15 +48,24 @@ class _Region:
 
 def stack(pid: int, tid: int) -> str:
     """Frames of one thread, the innermost first; empty where it does not wait, or may not be looked at."""
-    words = _text(f"/proc/{pid}/task/{tid}/syscall").split()
-    if os.uname().machine not in _CALLS or len(words) < 3:
+    if os.uname().machine not in _CALLS:
         return ""
-    top, here = int(words[-2], 16), int(words[-1], 16)
     regions = _regions(pid)
     with contextlib.suppress(OSError), Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
-        found = [here, *_returns(memory.fileno(), regions, top)]
-        return _shown(found[:_MOST], regions)
+        for _ in range(_TRIES):  # one that waits for Python's lock wakes up every 5 ms
+            words = _waits_at(pid, tid)
+            if words:
+                found = [words[1], *_returns(memory.fileno(), regions, words[0])]
+                if _waits_at(pid, tid) == words:
+                    return _shown(found[:_MOST], regions)
+            time.sleep(_PAUSE)
     return ""
+
+
+def _waits_at(pid: int, tid: int) -> tuple[int, int] | None:
+    """Where its stack ends, and where it waits; None for one that runs."""
+    words = _text(f"/proc/{pid}/task/{tid}/syscall").split()
+    return (int(words[-2], 16), int(words[-1], 16)) if len(words) > 2 else None
 
 
 def wants_interpreter(shown: str) -> bool:
