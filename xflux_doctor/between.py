@@ -42,11 +42,15 @@ class Between:
         """What may take its time: a signal ends it by `Stopped`, also one that came before."""
         try:
             self._interrupts = True
-            if self.number is not None:
-                raise Stopped(self.number)
+            self.check()
             yield
         finally:
             self._interrupts = False
+
+    def check(self) -> None:
+        """Raises Stopped where a signal has come."""
+        if self.number is not None:
+            raise Stopped(self.number)
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGHUP:

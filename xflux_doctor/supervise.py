@@ -74,14 +74,18 @@ class Watching:
     """Called when the terminal is gone."""
     elsewhere: Callable[[], str] = lambda: ""
     """That the part of another machine has ended, in words; empty while none has."""
+    begin: Callable[[], None] = lambda: None
+    """Called when signals are passed on from now on and nothing is started yet; what it raises ends the run."""
 
 
 def run(launch: Launch, log: Path, echo: Callable[[bytes], None], watching: Watching | None = None) -> End:
     """Run to the end. Output goes to `log` and to `echo`, whole lines at a time; SIGINT and SIGTERM are passed to the
     group. On SIGHUP the run goes on without a terminal, and its ranks are asked for a checkpoint."""
     started, before = time.monotonic(), host.oom_kills() or 0
-    read_end, write_end = os.pipe()
     with log.open("wb") as file, _beating() as beating, _Forward(str(beating)) as signals:
+        if watching is not None:
+            watching.begin()
+        read_end, write_end = os.pipe()
         own = log.with_suffix("") if watching else None
         merged = Merged(file, own, echo)
         outlets = Outlets(beating, merged)

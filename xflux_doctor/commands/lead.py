@@ -68,11 +68,15 @@ def lead(
     """Lead it to its last end. `files` are the run folder's own, which the next attempt changes. Of several machines
     that may start again, each leads its part, and they start again together."""
     leader = _Leader(folder, files, how, next_log, fellows)
+    end = End(0, None, None, interrupted=False, seconds=0.0)  # of nothing yet
     with Between(_hung_up) as between:
         while True:
-            end = _attempt(launch, folder, log, how, cards, fellows)
-            if between.number is not None:
-                end = _stopped(end, between.number)
+            try:
+                end = _attempt(launch, folder, log, how, cards, fellows, between)
+                if end.exit_code:  # what is done is done
+                    between.check()
+            except Stopped as stop:
+                end = _stopped(end, stop.number)
             led = Led(end, log)
             if not end.exit_code or end.interrupted:
                 break
@@ -163,11 +167,12 @@ class _Leader:
 
 
 def _attempt(
-    launch: Launch, folder: Path, log: Path, how: How, cards: tuple[str, ...], fellows: Fellows | None
+    launch: Launch, folder: Path, log: Path, how: How, cards: tuple[str, ...], fellows: Fellows | None, between: Between
 ) -> End:  # fmt: skip
+    """Raises Stopped where a signal has come before anything was started."""
     note(folder, RunState.own(log))
     display = Display(raw=how.verbose)
-    watching = Watching(folder, how.hang_after, cards, display.hang_up)
+    watching = Watching(folder, how.hang_after, cards, display.hang_up, begin=between.check)
     if fellows is not None:
         watching = dataclasses.replace(watching, elsewhere=fellows.elsewhere)
     try:
@@ -177,7 +182,7 @@ def _attempt(
 
 
 def _stopped(end: End, number: int) -> End:
-    """A signal came when that training had ended already, and none is started any more."""
+    """A signal came when no training ran, after that one, and none is started any more."""
     return dataclasses.replace(end, exit_code=128 + number, signal=number, interrupted=True)
 
 
