@@ -128,7 +128,7 @@ def test_after_a_run_that_was_out_of_memory_comes_a_lighter_plan(
 
 def test_every_retry_after_an_out_of_memory_needs_less(place: Path) -> None:
     """The run folder's own files are edited; the samples of a step stay, and nothing that loses anything is taken."""
-    from xflux_doctor.commands import again
+    from xflux_doctor.commands import again, rejoin
     from xflux_doctor.explain.diagnosis import diagnose
 
     def cause_of(text: str) -> str:
@@ -143,8 +143,13 @@ def test_every_retry_after_an_out_of_memory_needs_less(place: Path) -> None:
     files = {"train": run / "train.yaml", "accelerate": run / "accelerate.yaml"}
     tried: set[str] = set()
     held: list[int] = []
+    words = {0: rejoin.Word(1, 1.0, "peer-rank-died", "consequence"), 1: rejoin.Word(1, 9.0, cause_of(OOM), "error")}
+    of_all = rejoin.decide(words, lambda cause: again.following(run, cause, set()))
+    alone = again.following(run, cause_of(OOM), set())
+    assert alone is not None and (of_all.machine, of_all.edits, of_all.mark) == (1, alone.edits, alone.mark)
     while (attempt := again.following(run, cause_of(OOM), tried)) is not None and len(tried) < 20:
         tried.add(attempt.mark)
+        assert {edit.key[-1] for edit in attempt.edits} <= rejoin.KEYS  # else the other machines would not take it
         again.write(attempt, files)
         made = yaml.safe_load(files["train"].read_text())
         assert made["resume_from_checkpoint"] == "latest" and made.get("quantization", "none") == "none"

@@ -33,7 +33,7 @@ _ORDER = (*LEVELS[: LEVELS.index("consequence")], "told to end", "unknown", *LEV
 KEYS = frozenset({
     "resume_from_checkpoint", "gradient_checkpointing", "checkpointed_blocks", "cuda_graphs", "modulation",
     "stream_blocks", "train_batch_size", "gradient_accumulation_steps", "step_in_backward", "backward_clip",
-    "optimizer", "quantization", "img_size",
+    "optimizer", "quantization", "img_size", "distributed_type", "fsdp_version", "max_grad_norm",
 })  # fmt: skip
 """What an attempt may change: number 0's answer comes over the network, and names no file and no model."""
 _HINT = "Look at what {whom} says, then start all machines again with resume_from_checkpoint: latest."
