@@ -415,6 +415,28 @@ def test_a_machine_that_does_not_come_back(nodes: Nodes) -> None:
 
 
 @pytest.mark.long
+def test_a_signal_while_a_machine_is_awaited_after_a_death(nodes: Nodes) -> None:
+    nodes.write(**{**LONGER, "max_train_steps": 4000})
+    nodes.fix()
+    both = [nodes.run(rank, "--retries", "2") for rank in (0, 1)]
+    until(lambda: checkpointed(nodes), *both)
+    lost = ranks_of(nodes, 1)
+    os.killpg(both[1].pid, signal.SIGKILL)
+    for pid in lost:
+        os.kill(pid, signal.SIGKILL)
+    assert both[0].stdout is not None
+    assert any("waiting for machine 1 of 2" in line for line in both[0].stdout)
+    started = time.monotonic()
+    os.kill(both[0].pid, signal.SIGTERM)
+    output, _ = ended(*both)
+    assert both[0].returncode == 143 and time.monotonic() - started < 10, output
+    result = json.loads((nodes.folder / "out/result.json").read_text())
+    assert (result["exit_code"], result["signal"]) == (143, 15) and result["trainer_exit_code"] not in (0, None)
+    assert len([*(nodes.folder / "out/logs").glob("run-*.log")]) == 1
+    nobody_is_left(nodes)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGUSR2, 75)])
 def test_one_that_is_told_to_end_ends_all(nodes: Nodes, number: signal.Signals, code: int) -> None:
     """Ctrl-C or a preemption on machine 1: all save and end, and nobody waits for it to come back."""
