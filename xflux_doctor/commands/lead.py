@@ -80,6 +80,7 @@ def lead(
             led = Led(end, log)
             if not end.exit_code or end.interrupted:
                 break
+            leader.tells(end)
             try:
                 with between.open():
                     led = dataclasses.replace(led, diagnosis=_explain().of_file(log))
@@ -120,6 +121,11 @@ class _Leader:
                           led.log, machine=found.machine)  # fmt: skip
         return found
 
+    def tells(self, end: End) -> None:
+        """Tell the others that the part here has ended, before its log is read."""
+        if self._fellows is not None:
+            self._fellows.tell(end.exit_code)
+
     def parts(self, end: End) -> None:
         """Tell the others that no further start follows here."""
         if self._fellows is None:
@@ -140,7 +146,6 @@ class _Leader:
         return _Next(attempt, None, _explain().as_dict(led.diagnosis), log)
 
     def _together(self, led: Led, fellows: Fellows) -> _Next | None:
-        fellows.tell(led.end.exit_code)
         outcome = fellows.meet(Word.of(led.diagnosis, led.end.exit_code, led.end.seconds), self._following)
         decision, attempt, why = outcome.decision, outcome.attempt, outcome.words
         log: Path | None = None
