@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from xflux_trainer.pulse import Pulse
 
-from xflux_doctor.hang import FLOOR, REMOTE, SLOW, Limits, Pace, Rank, judge, table
+from xflux_doctor.explain.diagnosis import diagnose
+from xflux_doctor.hang import FLOOR, REMOTE, SLOW, Limits, Pace, Rank, judge, table, waits
 from xflux_doctor.heartbeat import Beat, beats, state
 from xflux_doctor.stacks import collect, innermost
 from xflux_doctor.watcher import Watcher
@@ -87,6 +88,38 @@ def test_a_run_that_goes_on_while_its_stacks_are_collected_is_left_alone(tmp_pat
     (found,) = [judge([rank(0, world=1, still=LATE)], Limits())]
     assert found is not None and watcher._end(found, []) is False
     assert watcher.hang is None and "goes on again" in said[-1]
+
+
+@pytest.mark.parametrize(("ranks", "wait"), [
+    ([], True),  # the launcher waits for the other machines before it has any
+    ([rank(0), rank(1, "train", collective=True)], True),
+    ([rank(0), rank(1, state="Z")], True),
+    ([rank(0, "join", collective=True, step=0)], True),
+    ([rank(0, "checkpoint"), rank(1, "checkpoint", collective=True)], False),  # it saves
+    ([rank(0, "publish"), rank(1, "done")], False),
+    ([rank(0, "done"), rank(1, "done")], False),
+    ([rank(0, "load", step=0)], False),
+])  # fmt: skip
+def test_ranks_that_can_only_wait(ranks: list[Rank], wait: bool) -> None:
+    assert waits(ranks) is wait
+
+
+def test_ranks_that_wait_for_a_machine_whose_part_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ended after a while, in which they may say themselves what they saw, and not when they go on meanwhile."""
+    monkeypatch.setattr("xflux_doctor.watcher._ABANDONED", 0.1)
+    said: list[str] = []
+    child = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    words = ["the part of machine 1 ended with 137"]
+    watcher = Watcher(tmp_path, tmp_path / "run", child.pid, said.append, after=0, elsewhere=lambda: words[0])
+    still = [rank(0, world=2)]
+    assert not any(watcher._abandoned(still) for _ in range(10))
+    assert not watcher._abandoned([rank(0, "checkpoint", world=2)])
+    assert not any(watcher._abandoned(still) for _ in range(10)) and child.poll() is None
+    assert any(watcher._abandoned(still) for _ in range(10))
+    assert child.wait(10) == -signal.SIGTERM and words[0] in said[-1]
+    assert watcher.hang is not None and watcher.hang.line == f"xflux-doctor: peer-rank-died: {words[0]}"
+    found = diagnose(f"{watcher.hang.line}\n")
+    assert found is not None and found.cause == watcher.hang.cause
 
 
 def test_a_rank_number_that_is_none_is_left_to_the_launch(tmp_path: Path) -> None:

@@ -128,8 +128,12 @@ def test_after_a_run_that_was_out_of_memory_comes_a_lighter_plan(
 
 def test_every_retry_after_an_out_of_memory_needs_less(place: Path) -> None:
     """The run folder's own files are edited; the samples of a step stay, and nothing that loses anything is taken."""
-    from xflux_doctor.commands import again
+    from xflux_doctor.commands import again, rejoin
     from xflux_doctor.explain.diagnosis import diagnose
+
+    def cause_of(text: str) -> str:
+        found = diagnose(text)
+        return "none" if found is None else found.cause
 
     train(place, gradient_checkpointing=False, train_batch_size=2)
     run = place / "out"
@@ -139,8 +143,13 @@ def test_every_retry_after_an_out_of_memory_needs_less(place: Path) -> None:
     files = {"train": run / "train.yaml", "accelerate": run / "accelerate.yaml"}
     tried: set[str] = set()
     held: list[int] = []
-    while (attempt := again.following(run, diagnose(OOM), tried)) is not None and len(tried) < 20:
+    words = {0: rejoin.Word(1, 1.0, "peer-rank-died", "consequence"), 1: rejoin.Word(1, 9.0, cause_of(OOM), "error")}
+    of_all = rejoin.decide(words, lambda cause: again.following(run, cause, set()))
+    alone = again.following(run, cause_of(OOM), set())
+    assert alone is not None and (of_all.machine, of_all.edits, of_all.mark) == (1, alone.edits, alone.mark)
+    while (attempt := again.following(run, cause_of(OOM), tried)) is not None and len(tried) < 20:
         tried.add(attempt.mark)
+        assert {edit.key[-1] for edit in attempt.edits} <= rejoin.KEYS  # else the other machines would not take it
         again.write(attempt, files)
         made = yaml.safe_load(files["train"].read_text())
         assert made["resume_from_checkpoint"] == "latest" and made.get("quantization", "none") == "none"
@@ -150,11 +159,10 @@ def test_every_retry_after_an_out_of_memory_needs_less(place: Path) -> None:
         held.append(found.failed.device)
     assert len(held) >= 3 and all(later < 0.95 * sooner for sooner, later in itertools.pairwise(held))
     # What cannot pass by itself is not tried again, and what may only once.
-    assert again.following(run, diagnose("KeyError: 'caption'\nTraceback (most recent call last):\n"), set()) is None
-    once = again.following(run, diagnose("Segmentation fault (core dumped)\n"), set())
-    assert (
-        once is not None and again.following(run, diagnose("Segmentation fault (core dumped)\n"), {once.mark}) is None
-    )
+    assert again.following(run, cause_of("KeyError: 'caption'\nTraceback (most recent call last):\n"), set()) is None
+    once = again.following(run, "segfault", set())
+    assert once is not None and again.following(run, "segfault", {once.mark}) is None
+    assert again.following(run, "none", set()) is None
 
 
 def test_a_job_that_cannot_start_is_not_planned(place: Path, matrix: Matrix) -> None:

@@ -55,13 +55,18 @@ def test_a_requeued_job_goes_on(tmp_path: Path) -> None:
     assert not goes_on({}, tmp_path)
 
 
-def test_retries_of_several_machines_are_refused(tmp_path: Path) -> None:
+def test_retries_of_those_who_do_not_meet_are_refused(tmp_path: Path) -> None:
     text = XFLUX_ACCELERATE.replace("num_machines: 1", "num_machines: 2\nmain_process_ip: 10.0.0.1")
     (tmp_path / "accelerate.yaml").write_text(text)
     (tmp_path / "train.yaml").write_text(TRAIN)
-    done = doctor("run", "--cpu", "--quick", "--retries", "2", "--config", "train.yaml", "--accelerate-config",
-                  "accelerate.yaml", cwd=tmp_path, code=2)  # fmt: skip
-    assert "this job has 2" in done.stderr and "resume_from_checkpoint" in done.stderr
+    command = ("run", "--cpu", "--quick", "--retries", "2", "--config", "train.yaml", "--accelerate-config",
+               "accelerate.yaml")  # fmt: skip
+    done = doctor(*command, "--wait-for-nodes", "0", cwd=tmp_path, code=2)
+    assert "this job's 2 machines do not meet" in done.stderr
+    rank = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "TORCHELASTIC_RUN_ID": "x"}
+    done = doctor(*command, cwd=tmp_path, code=2, **rank)
+    assert "this job's 4 ranks were started one by one, by torchrun" in done.stderr
+    assert "resume_from_checkpoint" in done.stderr
 
 
 @pytest.mark.skipif(not TORCH, reason="needs a stack of the matrix")

@@ -54,7 +54,10 @@ def folder(place: Path) -> Path:
     lines = [json.dumps({"step": k, "loss": 3.0 - k / 1000}) for k in range(1, 2001)]
     (out / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 2001, "lo']))
     (out / "heldout.jsonl").write_text('{"step": 0, "mean": 2.0}\n{"step": 2000, "mean": 1.5}\n')
-    (out / "history.jsonl").write_text('{"time": "2026-01-01T00:00:00", "event": "start", "log": "run-1.log"}\n')
+    (out / "history.jsonl").write_text(
+        '{"time": "2026-01-01T00:00:00", "event": "start", "log": "run-1.log"}\n'
+        '{"time": "2026-01-01T02:00:00", "event": "no retry", "why": "machine 1 did not come"}\n'
+    )
     (out / "retries.jsonl").write_text(
         '{"time": "2026-01-01T01:00:00", "retry": 1, "seconds": 3600, "words": "by a plan that needs less"}\n'
     )
@@ -72,7 +75,8 @@ def test_it_says_what_the_files_say(tmp_path: Path) -> None:
         "rank: 4 in the train file: it fits", "remove a.b in the accelerate file: unknown", "ME101 was accepted",
         "NCCL_P2P_DISABLE=1 was added to the launch: slow", "forecast 10.00 GiB, measured 11.00 GiB (+10.0%)",
         "forecast 0.500 s, measured 0.550 s (+10.0%)", "held out: 2.0000 before, 1.5000 after (-25.0%)",
-        "retry 1 after 60 min: by a plan that needs less", "out of memory (cuda-oom, ME101; confidence high)",
+        "retry 1 after 60 min: by a plan that needs less", "no retry: machine 1 did not come",
+        "out of memory (cuda-oom, ME101; confidence high)",
         "checkpoint-4: 3.0 MiB", "not whole", "goes on after step 2", "failed, 2000 of 9 steps, exit code 1", "plan it",
         "rank: 4", "img_size: 512",
     ):  # fmt: skip

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from xflux_doctor import guard
+from xflux_doctor.between import Between, Stopped
 from xflux_doctor.launch import Launch
-from xflux_doctor.supervise import run, trainer_code
+from xflux_doctor.supervise import Watching, run, trainer_code
 
 
 def launch(code: str) -> Launch:
@@ -152,3 +154,30 @@ def assert_gone(pid: int) -> None:
             return
         time.sleep(0.05)
     raise AssertionError(f"process {pid} is still there")
+
+
+def test_a_signal_while_the_command_is_being_started(tmp_path: Path) -> None:
+    """At whatever moment it comes, the guard does not wait for a command that has never heard it."""
+    for step in range(12):
+        read_end, write_end = os.pipe()
+        process = subprocess.Popen(
+            [sys.executable, guard.__file__, str(read_end), "sleep", "60"], pass_fds=(read_end,),
+            env={**os.environ, guard.VARIABLE: str(tmp_path / "watch")}, stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+        os.close(read_end)
+        time.sleep(0.02 * step)
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(20) in (143, -signal.SIGTERM)
+        os.close(write_end)
+
+
+def test_a_signal_before_anything_is_started(tmp_path: Path) -> None:
+    """Noted while signals were not passed on yet: nothing is started, and nobody waits for its end."""
+    started = tmp_path / "started"
+    with Between() as between:
+        os.kill(os.getpid(), signal.SIGINT)
+        watching = Watching(tmp_path, begin=between.check)
+        with pytest.raises(Stopped):
+            run(launch(f"open({str(started)!r}, 'w')"), tmp_path / "log", lambda _: None, watching)
+    assert not started.exists()

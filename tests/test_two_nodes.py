@@ -6,6 +6,7 @@ to the other side (LA412), so GLOO_SOCKET_IFNAME names the cable's end, as LA412
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -14,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -282,3 +283,179 @@ def test_ctrl_c_ends_the_wait_at_once(nodes: Nodes, rank: int) -> None:
         assert time.monotonic() - started < 2 and waiting.returncode == 130
     finally:
         ended(waiting, seconds=10)
+
+
+# --- going on after a death ---------------------------------------------------------------------------------
+
+
+LONGER: dict[str, Any] = {"max_train_steps": 60, "checkpointing_steps": 10, "gradient_accumulation_steps": 2}
+
+
+def until(what: Callable[[], Any], *processes: subprocess.Popen[str], seconds: float = 120) -> Any:
+    """Wait for it, and give it; the processes may not end meanwhile."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := what():
+            return found
+        if any(process.poll() is not None for process in processes):
+            raise AssertionError("\n".join(ended(*processes)))
+        time.sleep(0.02)
+    for process in processes:
+        os.killpg(process.pid, signal.SIGKILL)
+    raise AssertionError("\n".join(["it never came", *ended(*processes)]))
+
+
+def ranks_of(nodes: Nodes, machine: int) -> list[int]:
+    """The trainer's processes of one machine, without its launcher: they name its copy of the training file."""
+    own = str(nodes.folder / "out" / (f"machines/machine{machine}/train.yaml" if machine else "train.yaml")).encode()
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            if own in words and b"accelerate.commands.launch" not in words:
+                found.append(int(entry.name))
+    return found
+
+
+def checkpointed(nodes: Nodes) -> list[Path]:
+    return [*(nodes.folder / "out").glob("checkpoint-*/manifest.json")]
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def retried(nodes: Nodes) -> list[list[dict[str, Any]]]:
+    out = nodes.folder / "out"
+    return [lines_of(folder / "retries.jsonl") for folder in (out, out / "machines/machine1")]
+
+
+def nobody_is_left(nodes: Nodes) -> None:
+    assert ranks_of(nodes, 0) == ranks_of(nodes, 1) == []
+
+
+@pytest.mark.long
+def test_a_killed_rank_is_retried_by_both(nodes: Nodes) -> None:
+    """Machine 1 loses its rank; both go on from one checkpoint, and the losses are those of a run that lost none."""
+    nodes.write(**LONGER)
+    nodes.fix()
+    both = [nodes.run(rank, "--retries", "2") for rank in (0, 1)]
+    until(lambda: checkpointed(nodes), *both)
+    for pid in ranks_of(nodes, 1):
+        os.kill(pid, signal.SIGKILL)
+    outputs = ended(*both)
+    assert [process.returncode for process in both] == [0, 0], "\n".join(outputs)
+    for output in outputs:
+        assert "retry 1 of 2" in output and "machine 1: host-oom-kill: the same once more" in output
+    out = nodes.folder / "out"
+    for (line,) in retried(nodes):
+        assert (line["retry"], line["machine"], line["cause"]) == (1, 1, "host-oom-kill")
+        assert line["edits"][0]["key"] == ["resume_from_checkpoint"]
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert (metrics["world_size"], metrics["gradient_accumulation_steps"], metrics["steps"]) == (2, 2, 60)
+    assert any("resumed from" in note for note in metrics["notes"])
+    story = subprocess.run(
+        [sys.executable, "-m", "xflux_doctor.cli", "report", str(out)], capture_output=True, text=True
+    )
+    assert "retry 1 after" in story.stdout and "machine 1: host-oom-kill" in story.stdout
+    nobody_is_left(nodes)
+
+    alone = "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_processes: 2\nuse_cpu: true\n"
+    (nodes.folder / "0/accelerate.yaml").write_text(alone + "mixed_precision: 'no'\n")
+    train = yaml.safe_load((nodes.folder / "0/train.yaml").read_text())
+    (nodes.folder / "0/train.yaml").write_text(yaml.safe_dump({**train, "output_dir": str(nodes.folder / "one")}))
+    one = nodes.run(0)
+    (output,) = ended(one)
+    assert one.returncode == 0, output
+    assert [line["step"] for line in lines_of(out / "metrics.jsonl")] == list(range(1, 61))
+    assert losses(nodes.folder / "one") == pytest.approx(losses(out), rel=1e-6)
+
+
+@pytest.mark.long
+def test_a_cable_that_was_out_while_a_rank_died(nodes: Nodes) -> None:
+    """The ranks of machine 0 hear nothing of it and would wait for an hour: its doctor reads it on the shared disk,
+    ends them, and both go on once the cable is back."""
+    nodes.write(**{**LONGER, "max_train_steps": 400})
+    nodes.fix()
+    both = [nodes.run(rank, "--retries", "1") for rank in (0, 1)]
+    until(lambda: checkpointed(nodes), *both)
+    subprocess.run(["ip", "-n", nodes.names[1], "link", "set", "cable1", "down"], check=True)
+    for pid in ranks_of(nodes, 1):
+        os.kill(pid, signal.SIGKILL)
+    ended_by_doctor = "the part of machine 1 ended with 137; the ranks here wait for its, and are ended"
+    until(lambda: any(ended_by_doctor in log.read_text() for log in (nodes.folder / "out/logs").glob("*.log")), *both)
+    subprocess.run(["ip", "-n", nodes.names[1], "link", "set", "cable1", "up"], check=True)
+    outputs = ended(*both)
+    assert [process.returncode for process in both] == [0, 0], "\n".join(outputs)
+    for (line,) in retried(nodes):
+        assert (line["machine"], line["cause"]) == (1, "host-oom-kill")
+    assert retried(nodes)[0][0]["exit_code"] == 124 and retried(nodes)[1][0]["exit_code"] == 137
+    nobody_is_left(nodes)
+
+
+@pytest.mark.long
+def test_a_machine_that_does_not_come_back(nodes: Nodes) -> None:
+    nodes.write(**{**LONGER, "max_train_steps": 4000})
+    nodes.fix()
+    both = [nodes.run(rank, "--retries", "2", "--wait-for-nodes", "5") for rank in (0, 1)]
+    until(lambda: checkpointed(nodes), *both)
+    lost = ranks_of(nodes, 1)
+    os.killpg(both[1].pid, signal.SIGKILL)  # the doctor first, as when the machine's power goes
+    for pid in lost:
+        os.kill(pid, signal.SIGKILL)
+    started = time.monotonic()
+    output, _ = ended(*both)
+    assert both[0].returncode not in (0, 130, 143) and time.monotonic() - started < 65 + 30, output
+    assert "machine 1 did not come to 10.213.7.1:29555 within 65 s. Nobody starts again." in output
+    assert "start all machines again with resume_from_checkpoint: latest" in output
+    (line,) = [line for line in lines_of(nodes.folder / "out/history.jsonl") if line["event"] == "no retry"]
+    assert "machine 1 did not come" in line["why"]
+    assert len([*(nodes.folder / "out/logs").glob("run-*.log")]) == 1
+    nobody_is_left(nodes)
+
+
+@pytest.mark.long
+def test_a_signal_while_a_machine_is_awaited_after_a_death(nodes: Nodes) -> None:
+    nodes.write(**{**LONGER, "max_train_steps": 4000})
+    nodes.fix()
+    both = [nodes.run(rank, "--retries", "2") for rank in (0, 1)]
+    until(lambda: checkpointed(nodes), *both)
+    lost = ranks_of(nodes, 1)
+    os.killpg(both[1].pid, signal.SIGKILL)
+    for pid in lost:
+        os.kill(pid, signal.SIGKILL)
+    assert both[0].stdout is not None
+    assert any("waiting for machine 1 of 2" in line for line in both[0].stdout)
+    started = time.monotonic()
+    os.kill(both[0].pid, signal.SIGTERM)
+    output, _ = ended(*both)
+    assert both[0].returncode == 143 and time.monotonic() - started < 10, output
+    result = json.loads((nodes.folder / "out/result.json").read_text())
+    assert (result["exit_code"], result["signal"]) == (143, 15) and result["trainer_exit_code"] not in (0, None)
+    assert len([*(nodes.folder / "out/logs").glob("run-*.log")]) == 1
+    nobody_is_left(nodes)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGUSR2, 75)])
+def test_one_that_is_told_to_end_ends_all(nodes: Nodes, number: signal.Signals, code: int) -> None:
+    """Ctrl-C or a preemption on machine 1: all save and end, and nobody waits for it to come back."""
+    nodes.write(**{**LONGER, "max_train_steps": 4000})
+    nodes.fix()
+    both = [nodes.run(rank, "--retries", "2") for rank in (0, 1)]
+    until(lambda: checkpointed(nodes), *both)
+    os.kill(both[1].pid, number)  # `ip netns exec` has become the doctor
+    started = time.monotonic()
+    outputs = ended(*both)
+    assert both[1].returncode == code, outputs[1]
+    assert both[0].returncode in (130, 143) and time.monotonic() - started < 40, outputs[0]
+    assert "machine 1 was told to end by signal" in outputs[0] and "retry 1 of" not in outputs[0]
+    nobody_is_left(nodes)
+
+
+def test_machines_that_would_start_again_otherwise_are_named(nodes: Nodes) -> None:
+    nodes.write()
+    nodes.fix()
+    both = [nodes.run(0, "--retries", "2"), nodes.run(1)]
+    for output in ended(*both):
+        assert "Machine 1 has another --retries: 0 (2 on number 0)." in output

@@ -175,11 +175,13 @@ def fix(
     type=click.FloatRange(min=0, max=3600),
     default=20.0,
     metavar="S",
-    help="How long the machines of a job wait for each other before the launch; 0: not at all.",
+    help="How long the machines of a job wait for each other before the launch, 60 s longer after a death "
+    "(--retries); 0: not at all.",
 )
 @click.option(
     "--retries", type=click.IntRange(0, 100), default=0, metavar="N",
-    help="Go on from the last checkpoint after a death, each time by another way, at most N times.",
+    help="Go on from the last checkpoint after a death, each time by another way, at most N times; of several machines "
+    "all together.",
 )  # fmt: skip
 @click.option(
     "--requeue-code", type=click.IntRange(1, 255), metavar="N",

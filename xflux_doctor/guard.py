@@ -76,13 +76,18 @@ def main(arguments: list[str]) -> int:
     pipe, folder = int(arguments[0]), os.environ[VARIABLE]
     os.set_inheritable(pipe, False)
     # Signals reach the group: the trainer decides what they mean, and the guard stays to report its end.
-    asked, gone = threading.Event(), threading.Event()
+    gone = threading.Event()
+    asked: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: asked.set())
+        signal.signal(number, lambda number, _: asked.append(number))
+    if asked:
+        return 128 + asked[0]
     child = subprocess.Popen(arguments[1:])
+    for early in [*asked]:  # it may have come before the command could hear it
+        send([child.pid], early)
     threading.Thread(target=watch, args=(pipe, gone, folder), daemon=True).start()
     code = child.wait()
-    if asked.is_set():
+    if asked:
         outlive(folder)
     if gone.is_set():
         finish(folder)  # nobody is left to end the ranks of a launcher that went first

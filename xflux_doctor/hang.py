@@ -23,6 +23,8 @@ _ENDLESS = frozenset({"download", "publish"})
 """Phases that take as long as the network does, and tell nothing meanwhile."""
 LISTING = 3600.0
 """Millions of images on a file system of the network."""
+ALONE = 15.0
+"""Seconds that ranks have to notice by themselves that those of another machine are gone: they may say why."""
 _SHARED = frozenset({"forward", "step"})
 """Phases with collectives of the gradients inside, which the host does not see."""
 
@@ -75,15 +77,16 @@ class Hang(msgspec.Struct, frozen=True):
 
     cause: str
     """Of the vocabulary of causes."""
-    rank: int
-    """The one that the others wait for, as far as that can be told."""
+    rank: int | None
+    """The one that the others wait for, as far as that can be told; None: it is on another machine."""
     seconds: float
     words: str
 
     @property
     def line(self) -> str:
         """For the log, as `explain/rules_hang.py` reads it."""
-        return f"[rank{self.rank}]: xflux-doctor: {self.cause}: {self.words}"
+        said = f"xflux-doctor: {self.cause}: {self.words}"
+        return said if self.rank is None else f"[rank{self.rank}]: {said}"
 
 
 def judge(ranks: list[Rank], limits: Limits) -> Hang | None:
@@ -98,6 +101,12 @@ def judge(ranks: list[Rank], limits: Limits) -> Hang | None:
         return None
     cause, one = _culprit(ranks)
     return Hang(cause, one.beat.rank, round(one.still, 1), _words(cause, one))
+
+
+def waits(ranks: list[Rank]) -> bool:
+    """Whether all that is left to these ranks is to wait for others, or they have not begun: none saves or uploads."""
+    left = [one for one in ranks if one.beat.phase != "done"]
+    return all(_gone(one) or _may_wait(one) for one in left) and (bool(left) or not ranks)
 
 
 def _gone(one: Rank) -> bool:

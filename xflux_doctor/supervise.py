@@ -72,14 +72,20 @@ class Watching:
     """UUIDs of the job's GPUs."""
     hang_up: Callable[[], None] = lambda: None
     """Called when the terminal is gone."""
+    elsewhere: Callable[[], str] = lambda: ""
+    """That the part of another machine has ended, in words; empty while none has."""
+    begin: Callable[[], None] = lambda: None
+    """Called when signals are passed on from now on and nothing is started yet; what it raises ends the run."""
 
 
 def run(launch: Launch, log: Path, echo: Callable[[bytes], None], watching: Watching | None = None) -> End:
     """Run to the end. Output goes to `log` and to `echo`, whole lines at a time; SIGINT and SIGTERM are passed to the
     group. On SIGHUP the run goes on without a terminal, and its ranks are asked for a checkpoint."""
     started, before = time.monotonic(), host.oom_kills() or 0
-    read_end, write_end = os.pipe()
-    with log.open("wb") as file, _beating() as beating:
+    with log.open("wb") as file, _beating() as beating, _Forward(str(beating)) as signals:
+        if watching is not None:
+            watching.begin()
+        read_end, write_end = os.pipe()
         own = log.with_suffix("") if watching else None
         merged = Merged(file, own, echo)
         outlets = Outlets(beating, merged)
@@ -96,17 +102,17 @@ def run(launch: Launch, log: Path, echo: Callable[[bytes], None], watching: Watc
         watcher = None
         if watching is not None:
             watcher = Watcher(beating, watching.folder, process.pid, merged.say, after=watching.hang_after,
-                              cards=watching.cards)  # fmt: skip
-        signals = _Forward(process, str(beating), lambda: _hung_up(watching, watcher))
+                              cards=watching.cards, elsewhere=watching.elsewhere)  # fmt: skip
         reader = threading.Thread(target=_copy, args=(process.stdout, outlets, merged), daemon=True)
         try:
-            with signals:
-                reader.start()
-                outlets.start()
-                if watcher is not None:
-                    watcher.start()
-                code = process.wait()
+            reader.start()
+            outlets.start()
+            if watcher is not None:
+                watcher.start()
+            signals.reach(process, lambda: _hung_up(watching, watcher))
+            code = process.wait()
         finally:
+            signals.close()
             _end_group(process, str(beating))
             reader.join(_DRAIN)
             outlets.stop()
@@ -156,31 +162,51 @@ def _save(watcher: Watcher) -> None:
 
 
 class _Forward:
-    """Pass each signal on to the group once. The third one kills it: a person who insists is right."""
+    """Pass each signal on to the group once. The third one kills it: a person who insists is right. What comes before
+    there is a group is passed on then."""
 
-    def __init__(self, process: subprocess.Popen[bytes], folder: str, hung_up: Callable[[], None]) -> None:
-        self._process, self._folder, self._hung_up = process, folder, hung_up
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+        self._hung_up: Callable[[], None] = lambda: None
         self._old: dict[int, object] = {}
+        self._waiting: list[int] = []
         self.received: list[int] = []
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> _Forward:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             self._old[number] = signal.signal(number, self._handle)
+        return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
+        self.close()
+
+    def close(self) -> None:
+        """Signals are for others again."""
+        while self._old:
+            number, handler = self._old.popitem()
             signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def reach(self, process: subprocess.Popen[bytes], hung_up: Callable[[], None]) -> None:
+        self._process, self._hung_up = process, hung_up
+        for number in self._waiting:
+            self._pass(number)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGHUP:  # nobody asks us to end: a connection was lost, or a terminal closed
             self._hung_up()
             return
         self.received.append(number)
-        passed = signal.SIGKILL if len(self.received) > 2 else signal.Signals(number)
-        if passed == signal.SIGKILL:
+        self._pass(number if len(self.received) < 3 else signal.SIGKILL)
+
+    def _pass(self, number: int) -> None:
+        if self._process is None:
+            self._waiting.append(number)
+            return
+        if number == signal.SIGKILL:
             guard.kill(self._folder)
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, passed)
+            os.killpg(self._process.pid, number)
 
 
 def _end_group(process: subprocess.Popen[bytes], folder: str) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from xflux_doctor import guard, runstate, stacks
-from xflux_doctor.hang import Hang, Limits, Pace, Rank, judge, sharper, table
+from xflux_doctor.hang import ALONE, Hang, Limits, Pace, Rank, judge, sharper, table, waits
 from xflux_doctor.heartbeat import Beat, beats, state
 from xflux_doctor.vitals import Vitals
 
@@ -26,6 +26,8 @@ _COLLECT = 45.0
 GRACE = 45.0
 """Seconds from SIGTERM to SIGKILL for a run that hangs: a rank that was only stopped can still save, and
 torch's launcher gives its ranks 30 s."""
+_ABANDONED = 10.0
+"""The same for ranks that wait for those of a machine that is gone: they cannot save."""
 
 
 class Recorder:
@@ -63,11 +65,13 @@ class Watcher:
 
     def __init__(
         self, beating: Path, folder: Path, group: int, say: Callable[[str], None], *, after: float | None,
-        cards: tuple[str, ...] = (),
+        cards: tuple[str, ...] = (), elsewhere: Callable[[], str] = lambda: "",
     ) -> None:  # fmt: skip
+        """`elsewhere`: that the part of another machine has ended, in words; empty while none has."""
         self.hang: Hang | None = None
         self._beating, self._folder, self._group, self._say, self._after = beating, folder, group, say, after
         self._pace, self._vitals, self._recorder = Pace(), Vitals(cards), Recorder()
+        self._elsewhere, self._alone = elsewhere, 0.0
         self._still: dict[int, tuple[int, float]] = {}
         self._beats: dict[int, Beat] = {}
         self._copied = self._looked = time.monotonic()
@@ -106,9 +110,22 @@ class Watcher:
             found = self._judge(ranks)
             if found is not None and self._end(found, ranks):
                 return
+            if self._abandoned(ranks):
+                return
 
     def _judge(self, ranks: list[Rank]) -> Hang | None:
         return None if self._after == 0 else judge(ranks, Limits(self._after, self._pace.median()))
+
+    def _abandoned(self, ranks: list[Rank]) -> bool:
+        """End the group once the ranks can do no more than wait for those of a machine whose part has ended."""
+        words = self._elsewhere()
+        self._alone = self._alone + LOOK if words and waits(ranks) else 0.0
+        if self._alone < ALONE:
+            return False
+        self.hang = Hang("peer-rank-died", None, round(self._alone, 1), words)
+        self._say(f"xflux-doctor: {words}; the ranks here wait for its, and are ended")
+        self._kill(_ABANDONED)
+        return True
 
     def _look_at_machine(self) -> None:
         while not self._done.wait(LOOK):
@@ -168,12 +185,15 @@ class Watcher:
         for rank, text in (stacks.within(_COLLECT, lambda: stacks.debug(ranks)) or {}).items():
             self._recorder.put(self._folder / "stacks" / f"rank{rank}.txt", f"\n== C, by gdb\n{text}", more=True)
         self._say("xflux-doctor: the run is ended")
+        self._kill(GRACE)
+        return True
+
+    def _kill(self, grace: float) -> None:
         self._signal(signal.SIGTERM)  # the launcher passes it on
         guard.send(guard.members(str(self._beating)), signal.SIGCONT)  # who was only stopped can save
-        if not self._done.wait(GRACE):
+        if not self._done.wait(grace):
             guard.kill(str(self._beating))
             self._signal(signal.SIGKILL)
-        return True
 
     def _signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):

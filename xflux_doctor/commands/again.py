@@ -12,7 +12,6 @@ from pathlib import Path
 
 from xflux_doctor.commands.fix import edited
 from xflux_doctor.commands.lighter import Lighter, after
-from xflux_doctor.explain.diagnosis import Diagnosis
 from xflux_doctor.files import write_atomic
 from xflux_doctor.finding import Change, Edit
 
@@ -35,12 +34,9 @@ class Attempt:
     mark: str
 
 
-def following(folder: Path, diagnosis: Diagnosis | None, tried: set[str]) -> Attempt | None:
+def following(folder: Path, cause: str, tried: set[str]) -> Attempt | None:
     """The attempt after a run that ended by that cause; None where it would only fail again. `tried`: the marks of
     those before."""
-    if diagnosis is None:
-        return None
-    cause = diagnosis.cause
     if cause.startswith("cuda-oom"):
         found = after(folder)
         attempt = _lighter(cause, found) if found is not None else None

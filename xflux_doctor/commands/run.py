@@ -25,7 +25,8 @@ from xflux_doctor.checks.words import devices
 from xflux_doctor.commands import gate, planned, runfolder, together
 from xflux_doctor.commands.check import summarize
 from xflux_doctor.commands.fix import confirm, edited, new_accelerate, plan_of
-from xflux_doctor.commands.lead import How, lead, note
+from xflux_doctor.commands.lead import How, Led, lead, note
+from xflux_doctor.commands.rejoin import Fellows
 from xflux_doctor.commands.shown import show
 from xflux_doctor.commands.together import Self
 from xflux_doctor.deepspeed_file import KEY, SECTION
@@ -63,11 +64,11 @@ def run(
     case = dataclasses.replace(case, job=plan.job)
     me = together.who(case)
     how = how or How()
-    if how.retries and me.count > 1:
-        raise UsageError(f"--retries starts one launch again, and this job has {me.count}.", together.NO_RETRIES)
+    if how.retries:
+        together.check_retries(case, me, wait)
     # Before the machines meet: what cannot be written here must not leave the others waiting for this one.
     copies = None if plan.blockers else _copies(case, plan, accelerate_text, me)
-    meeting = None if plan.blockers or dry_run else together.gathering(case, me, wait)
+    meeting = None if plan.blockers or dry_run else together.gathering(case, me, wait, how.retries)
     with contextlib.closing(meeting) if meeting else contextlib.nullcontext():
         if meeting is not None:
             case = together.with_meeting(case, meeting.open(tolerant="NE104" in case.accepted))
@@ -87,7 +88,8 @@ def run(
         if case.job.train is not None and not dry_run:
             _refused(me.folder(Path(case.job.train.output_dir)), summary)
         return summary.exit_code
-    return _launch(case, plan, summary, copies, me, log, extra=extra, how=how)
+    fellows = together.fellows(case, me, meeting, wait, how.retries)
+    return _launch(case, plan, summary, copies, me, log, extra=extra, how=how, fellows=fellows)
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ def _with_accelerate(case: Case) -> tuple[Case, str]:
 
 def _launch(
     case: Case, plan: Plan, summary: Summary, copies: _Copies, me: Self, log: Path | None, *, extra: tuple[str, ...],
-    how: How,
+    how: How, fellows: Fellows | None,
 ) -> int:  # fmt: skip
     """Write the run folder and start. Without a `log` nothing is written or started: the launch is shown."""
     assert case.job.train is not None and case.facts.python is not None
@@ -182,11 +184,13 @@ def _launch(
     runfolder.started(folder, log, launch.shell)
     files = {"accelerate": copies.accelerate, "train": copies.train, "deepspeed": folder / _DEEPSPEED}
     cards = () if job.use_cpu or seen is None else tuple(gpu.uuid for gpu in seen if gpu.uuid)
-    end, log = lead(
-        launch, folder, files, log, how, cards=cards, next_log=lambda attempt: _make_folder(folder, attempt)
-    )
+    led = lead(
+        launch, folder, files, log, how, cards=cards, next_log=lambda attempt: _make_folder(folder, attempt),
+        fellows=fellows,
+    )  # fmt: skip
+    end, log = led.end, led.log
     try:
-        _finish(folder, log, end, quiet=me.quiet)
+        _finish(folder, led, quiet=me.quiet)
         write_atomic(folder / "report.txt", _report(summary, plan, launch, folder, end))
     except (DoctorError, OSError) as error:  # the training's own end is what counts
         click.echo(f"The run folder could not be completed: {error}", err=True)
@@ -279,16 +283,16 @@ def _of_finding(finding: Finding) -> dict[str, Any]:
     }
 
 
-def _finish(folder: Path, log: Path, end: End, *, quiet: bool = False) -> None:
+def _finish(folder: Path, led: Led, *, quiet: bool = False) -> None:
     """Write result.json and say how it ended: the file first, since a terminal may be gone."""
+    end, log = led.end, led.log
     cause, words = None, f"\nDone in {end.seconds:.0f} s: {folder}"
     if end.exit_code != 0 and not end.interrupted:
         explain: Any = importlib.import_module("xflux_doctor.commands.explain")  # not for every start of the doctor
-        diagnosis = explain.of_file(log)
-        lighter = explain.next_plan(diagnosis, log)
-        cause = explain.as_dict(diagnosis, lighter)
+        cause = explain.as_dict(led.diagnosis, led.lighter)
         words = f"\nThe training ended with {end.exit_code} after {end.seconds:.0f} s.\n"
-        words += f"{explain.words(diagnosis, lighter)}\n{explain.suggestion(diagnosis, folder)}    log: {log}"
+        words += f"{explain.words(led.diagnosis, led.lighter)}\n"
+        words += f"{explain.suggestion(led.diagnosis, folder)}    log: {log}"
     elif end.interrupted:
         words = "\nInterrupted. Run the same command again with resume_from_checkpoint: latest to go on."
     _result(folder, "train", end.exit_code, end.trainer_exit_code, end.signal, cause)

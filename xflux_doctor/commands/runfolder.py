@@ -54,14 +54,22 @@ def ended(folder: Path, log: Path, code: int, seconds: float, diagnosis: dict[st
 
 
 def retried(
-    folder: Path, number: int, attempt: Attempt, diagnosis: dict[str, Any], code: int, seconds: float, log: Path
-) -> None:
-    """One death and what is tried after it; `log`: of the start that died."""
+    folder: Path, number: int, attempt: Attempt, diagnosis: dict[str, Any], code: int, seconds: float, log: Path, *,
+    machine: int | None = None,
+) -> None:  # fmt: skip
+    """One death and what is tried after it; `log`: of the start that died. `machine`: where the cause was, of several
+    machines; `code` is this one's."""
+    where = {} if machine is None else {"machine": machine}
     _append(folder / RETRIES, {
         "retry": number, "cause": diagnosis.get("cause"), "code": diagnosis.get("code"), "words": attempt.words,
         "edits": [msgspec.to_builtins(edit) for edit in attempt.edits], "exit_code": code, "seconds": round(seconds, 1),
-        "log": log.name,
+        "log": log.name, **where,
     })  # fmt: skip
+
+
+def stayed(folder: Path, why: str) -> None:
+    """A death after which the machines did not start again together."""
+    _append(folder / HISTORY, {"event": "no retry", "why": why})
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:

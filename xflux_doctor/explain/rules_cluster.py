@@ -240,6 +240,7 @@ RULES: tuple[Rule, ...] = (
         "peer-rank-died",
         "another rank died; its log holds the cause",
         (
+            Sign("xflux-doctor: peer-rank-died: ", level="error"),  # above what the ranks say as they are ended
             Sign("Connection closed by peer", r"Error"),
             Sign("Connection reset by peer", r"(?:gloo|NCCL|c10d|Error)"),
             Sign("ncclRemoteError"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import selectors
 import socket
 import time
@@ -50,8 +51,15 @@ class Place:
 class Gathering:
     """One meeting, as one of its members sees it. Use `open`, then `agree`; `close` in any case."""
 
+    _patient = False
+    """Whether the port may still be another's for a while: the ranks' own, which end."""
+    _thinks = 0.0
+    """Seconds that number 0 may need to answer when all are here."""
+
     def __init__(self, place: Place, config: Mapping[str, str], seconds: float, say: Say) -> None:
         self._place, self._config, self._seconds, self._say = place, dict(config), seconds, say
+        self.run = secrets.token_hex(8)
+        """A word for what was agreed on, number 0's; once `agree` went well everybody has it."""
         self._started = time.monotonic()
         self._server: socket.socket | None = None
         self._lines: list[Line] = []
@@ -75,30 +83,56 @@ class Gathering:
             self._server.close()
         self._lines, self._mine, self._server = [], None, None
 
+    def _brings(self) -> dict[str, object]:
+        """What else number 0 is told."""
+        return {}
+
+    def _answers(self, found: Meeting) -> dict[str, object]:
+        """What else number 0 tells the others."""
+        return {}
+
+    def _learns(self, answer: Mapping[str, Any]) -> None:
+        """What number 0 told besides."""
+
+    def _absent(self) -> frozenset[int]:
+        """Who is known not to come."""
+        return frozenset()
+
     # --- number 0 ------------------------------------------------------------------------------------------
 
+    def _listen(self, until: float) -> Meeting | None:
+        """Take the port; what hinders."""
+        while True:
+            try:
+                self._server = listen(self._place.host, self._place.port)
+                return None
+            except (OSError, OverflowError, UnicodeError) as error:
+                busy = getattr(error, "errno", None) == errno.EADDRINUSE and not isinstance(error, socket.gaierror)
+                if not busy:
+                    return self._meeting(*why(error, "no port"))
+            if not self._patient or time.monotonic() >= until:
+                return self._meeting("busy", os.strerror(errno.EADDRINUSE))
+            time.sleep(_TICK)
+
     def _host(self, tolerant: bool) -> Meeting:
-        try:
-            self._server = listen(self._place.host, self._place.port)
-        except (OSError, OverflowError, UnicodeError) as error:
-            busy = getattr(error, "errno", None) == errno.EADDRINUSE and not isinstance(error, socket.gaierror)
-            return (
-                self._meeting("busy", os.strerror(errno.EADDRINUSE)) if busy else self._meeting(*why(error, "no port"))
-            )
         until = self._started + self._seconds
+        trouble = self._listen(until)
+        if trouble is not None:
+            return trouble
         spoken: tuple[int, ...] = ()
         while True:
             self._listen_once()
             missing = self._missing()
-            if not missing or time.monotonic() >= until:
+            if not missing or time.monotonic() >= until or self._absent():
                 break
             if missing != spoken and time.monotonic() > self._started + _QUIET:
                 self._say(self._awaited(missing, until))
                 spoken = missing
         found = self._judged(missing)
         good = found.together or (tolerant and not (missing or found.twice))
+        more = self._answers(found)
         for line in self._lines:
-            line.send(go=good, **_told(found, line))
+            line.send(go=good, **_told(found, line), **more)
         if not good:
             self._part()
         return found
@@ -203,7 +237,7 @@ class Gathering:
             peers=tuple(_peer(rank, line.said or {}) for rank, line in sorted(wanted.items())),
         )
         for line in wanted.values():
-            line.send(go=found.together, **_told(found, line))
+            line.send(go=found.together, run=self.run, **_told(found, line))
         self._part()
         return found
 
@@ -226,7 +260,7 @@ class Gathering:
     def _join(self) -> Meeting:
         until, spoken = self._started + self._seconds, False
         trouble, detail = "timeout", "no answer"
-        while time.monotonic() < until:
+        while time.monotonic() < until and not self._absent():
             try:
                 client = socket.create_connection(
                     (self._place.host, self._place.port), timeout=max(0.1, min(3.0, until - time.monotonic()))
@@ -241,20 +275,29 @@ class Gathering:
                     spoken = True
                 time.sleep(_TICK)
                 continue
-            return self._talk(Line(client))
+            found = self._talk(Line(client))
+            if not self._patient or found.trouble != "other service":
+                return found
+            trouble, detail = found.trouble, found.detail
+            client.close()
+            time.sleep(_QUIET)
         return self._meeting(trouble, detail)
 
     def _talk(self, line: Line) -> Meeting:
         self._mine = line
         place = self._place
         line.send(rank=place.rank, count=place.count, host=socket.gethostname(), devices=place.devices,
-                  config=self._config)  # fmt: skip
+                  config=self._config, **self._brings())  # fmt: skip
         hello = self._next(line, time.monotonic() + PROOF)
         if hello is None or hello.get("hello") is not True:
             why = "it closed the connection" if line.gone and not line.rest else "it answers in another way"
             return self._meeting("other service", why if line.gone or line.rest else "it does not answer")
-        answer = self._next(line, time.monotonic() + self._seconds + PROOF, f"the other {place.kind}s")
-        return self._meeting("gone", "it closed the connection") if answer is None else self._learned(answer)
+        until = time.monotonic() + self._seconds + self._thinks + PROOF
+        answer = self._next(line, until, f"the other {place.kind}s")
+        if answer is None:
+            return self._meeting("gone", "it closed the connection")
+        self._learns(answer)
+        return self._learned(answer)
 
     def _report(self, ready: bool, seconds: float) -> Meeting:
         if self._mine is None:
@@ -263,7 +306,10 @@ class Gathering:
         answer = self._next(self._mine, time.monotonic() + seconds + PROOF, "the others to finish their checks")
         if not ready:
             return self._meeting(stopped=(self._place.rank,))
-        return self._meeting("gone", "it closed the connection") if answer is None else self._learned(answer)
+        if answer is None:
+            return self._meeting("gone", "it closed the connection")
+        self.run = clean(answer.get("run"))
+        return self._learned(answer)
 
     def _next(self, line: Line, until: float, what: str = "") -> dict[str, Any] | None:
         """The next message, or None when the other is gone or late."""

@@ -153,6 +153,8 @@ def _timeline(history: list[Any], retries: list[Any], metrics: Any) -> list[dict
             why = f": {cause}" if cause not in ("", "none") else ""
             spent = _duration(number(line.get("seconds")))
             found.append((word(line.get("time")), f"ended with {word(line.get('exit_code'))} after {spent}{why}"))
+        elif line.get("event") == "no retry":
+            found.append((word(line.get("time")), f"no retry: {word(line.get('why'))}"))
     for line in retries:
         spent = _duration(number(line.get("seconds")))
         what = f"retry {word(line.get('retry'))} after {spent}: {word(line.get('words'))}"
