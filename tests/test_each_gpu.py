@@ -129,11 +129,14 @@ class TestFaults:
         assert set(probe.skipped) == {"memory", "bandwidth"} and "context" in probe.skipped["memory"]
 
     def test_a_context_that_comes_late_is_one(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Longer than its bound, and than all stages may take: it is waited for, and the rest is left out."""
+        """Longer than its bound, and than all stages may take: it is waited for; what no time is left for is left out."""
         monkeypatch.setitem(each_gpu.LIMITS, "context", 0.5)
         faults = {"cpu:0": {"kind": "late", "stage": "context", "seconds": 1.0}}
         late = faulty(tmp_path, faults, seconds=0.8, patience=80)["cpu:0"]
-        assert late.done["context"] > 1.0 and not late.failed and "no time was left" in late.skipped["bandwidth"]
+        assert late.done["context"] > 1.0 and not late.failed
+        # A stage may be through before anybody looks.
+        assert all("no time was left" in why for why in late.skipped.values())
+        assert {*late.done, *late.skipped} == {"context", "memory", "bandwidth"}
 
     def test_a_context_that_never_comes_is_none(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(each_gpu.LIMITS, "context", 0.5)
