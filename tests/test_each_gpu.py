@@ -129,7 +129,7 @@ class TestFaults:
         assert set(probe.skipped) == {"memory", "bandwidth"} and "context" in probe.skipped["memory"]
 
     def test_a_context_that_comes_late_is_one(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Longer than its bound, and than all stages may take: it is waited for; what no time is left for is left out."""
+        """Beyond its bound, and all stages' time: it is waited for, and what there is no time for is left out."""
         monkeypatch.setitem(each_gpu.LIMITS, "context", 0.5)
         faults = {"cpu:0": {"kind": "late", "stage": "context", "seconds": 1.0}}
         late = faulty(tmp_path, faults, seconds=0.8, patience=80)["cpu:0"]
