@@ -66,23 +66,25 @@ CARDS = {
 }
 
 EITHER = (
-    "checks/", "explain/", "test_bundle.py", "test_cli.py", "test_cli_faults.py", "test_cluster_variables.py",
-    "test_command.py", "test_conditions.py", "test_configs.py", "test_corpus.py", "test_corpus_deepspeed.py",
-    "test_cstack.py",
-    "test_deepspeed_config.py", "test_deepspeed_wins.py", "test_features.py", "test_fix_doctor.py",
-    "test_fix_properties.py", "test_flattened.py", "test_fleet.py", "test_fleet_reading.py", "test_frame.py",
-    "test_imports.py", "test_joint.py", "test_jsontext.py", "test_kill_write.py", "test_machines.py",
-    "test_matrix.py", "test_meeting.py", "test_nodes.py", "test_package.py", "test_placement.py", "test_plan.py",
-    "test_plan_bars.py", "test_plan_html.py", "test_plan_json.py", "test_plan_run.py", "test_planner.py",
-    "test_rejoin.py", "test_repair.py", "test_stack_choice.py", "test_topology.py", "test_visible.py", "test_waits.py",
-    "test_xflux_bill.py",
-    "test_yamlcomment.py", "test_yamltext.py", "trainer/test_limits_benchmark.py",
-    "trainer/test_memory_properties.py", "trainer/test_train_buckets.py", "trainer/test_train_config.py",
-    "trainer/test_train_samples.py", "trainer/test_train_spec.py", "trainer/test_train_tables.py",
-    "trainer/test_train_timing.py",
+    "checks/", "explain/", "gather/", "test_attach.py", "test_between.py", "test_bundle.py", "test_cli.py",
+    "test_cli_faults.py", "test_cluster_variables.py", "test_command.py", "test_conditions.py", "test_configs.py",
+    "test_corpus.py", "test_corpus_deepspeed.py", "test_cstack.py", "test_deepspeed_config.py",
+    "test_deepspeed_wins.py", "test_features.py", "test_fix.py", "test_fix_doctor.py", "test_fix_properties.py",
+    "test_flattened.py", "test_fleet.py", "test_fleet_reading.py", "test_frame.py", "test_hang.py",
+    "test_hub_access.py", "test_imports.py", "test_joint.py", "test_jsontext.py", "test_kill_write.py",
+    "test_launch_env.py", "test_machines.py", "test_matrix.py", "test_meeting.py", "test_nodes.py", "test_outlets.py",
+    "test_outside.py", "test_package.py", "test_pins.py", "test_placement.py", "test_plan.py", "test_plan_bars.py",
+    "test_plan_html.py", "test_plan_json.py", "test_plan_run.py", "test_planner.py", "test_readme.py",
+    "test_rejoin.py", "test_repair.py", "test_report.py", "test_retry_signals.py", "test_stack_choice.py",
+    "test_supervise.py", "test_topology.py", "test_visible.py", "test_waits.py", "test_xflux.py",
+    "test_xflux_bill.py", "test_yamlcomment.py", "test_yamltext.py", "trainer/test_limits_benchmark.py",
+    "trainer/test_memory_properties.py", "trainer/test_step_benchmark.py", "trainer/test_train_buckets.py",
+    "trainer/test_train_config.py", "trainer/test_train_samples.py", "trainer/test_train_spec.py",
+    "trainer/test_train_tables.py", "trainer/test_train_timing.py",
 )  # fmt: skip
-"""Files whose outcome is our own code's and Python's, whatever stack is installed beside: with --share each of several
-stacks' runs takes its part of them. `make test-long` runs all of the doctor's on every Python."""
+"""Files whose outcome is our own code's and Python's, whatever stack is installed beside (some start one, any one):
+with --share each of several stacks' runs takes its part of them. `make test-long` runs all of the doctor's on every
+Python."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -96,8 +98,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     number, count = map(int, share.split("/"))
     names = {item: item.path.relative_to(ROOT / "tests").as_posix() for item in items}
     either = sorted({name for name in names.values() if name.startswith(EITHER)})
-    # The first stack is the quickest, and takes two where the others take one.
-    others = {name for at, name in enumerate(either) if at % (count + 1) % count != number - 1}
+    others = {name for at, name in enumerate(either) if at % count != number - 1}
     config.hook.pytest_deselected(items=[item for item in items if names[item] in others])
     items[:] = [item for item in items if names[item] not in others]
 
