@@ -101,3 +101,33 @@ def test_a_run_lives_a_little_above_its_forecast_and_dies_below(tmp_path: Path, 
         assert done.returncode == 0, done.stderr[-2000:]
     with limited(need * 3 // 5) as group:
         assert train(group, file).returncode == -9
+
+
+STARVED = """
+import os, sys
+child = os.fork()
+if not child:
+    kept = bytearray()
+    while True:
+        kept += b"x" * (8 << 20)
+os.waitpid(child, 0)
+{end}
+"""
+WATCHED = """
+import os, sys
+from pathlib import Path
+from xflux_doctor.launch import Launch
+from xflux_doctor.supervise import Watching, run
+run(Launch((sys.executable, "-c", {code!r}), dict(os.environ), {{}}), Path("log"), lambda _: None, Watching(Path(".")))
+"""
+
+
+@pytest.mark.parametrize(("end", "said"), [
+    ("os.kill(os.getpid(), 9)", True), ("raise ValueError('another fault')", False), ("", False),
+])  # fmt: skip
+def test_the_kernels_count_is_told_of_a_run_that_was_killed(tmp_path: Path, end: str, said: bool) -> None:
+    """Somebody else of the group may have been the one: a run with a fault of its own keeps that."""
+    code = WATCHED.format(code=STARVED.format(end=end))
+    with limited(160 * MIB) as group:
+        subprocess.run(inside(group, sys.executable, "-c", code), cwd=tmp_path, timeout=60, check=True)
+    assert ("oom_kill events" in (tmp_path / "log").read_text()) is said

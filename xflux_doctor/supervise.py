@@ -118,9 +118,11 @@ def run(launch: Launch, log: Path, echo: Callable[[bytes], None], watching: Watc
             outlets.stop()
             if watcher is not None:
                 watcher.stop()
-                killed = (host.oom_kills() or 0) - before
-                if killed > 0 and process.returncode:
-                    merged.say(OOM_KILLED.format(killed))
+                merged.flush()
+                file.flush()
+                kills = (host.oom_kills() or 0) - before
+                if kills > 0 and _killed(process.returncode, log):
+                    merged.say(OOM_KILLED.format(kills))
                 if watcher.hang is not None:  # last, because a rank that was only stopped takes more steps
                     merged.say(watcher.hang.line)
             merged.close()
@@ -215,6 +217,11 @@ def _end_group(process: subprocess.Popen[bytes], folder: str) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def _killed(code: int, log: Path) -> bool:
+    """Whether SIGKILL ended the launch, or the rank that failed first: of a group's OOM kills others may have died."""
+    return code in (-signal.SIGKILL, 128 + signal.SIGKILL) or trainer_code(log) == -signal.SIGKILL
 
 
 def _end(code: int, log: Path, received: list[int], seconds: float, hang: Hang | None = None) -> End:
