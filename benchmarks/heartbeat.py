@@ -87,9 +87,7 @@ def measure(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--work", type=Path, required=True, help="a folder on a local disk")
-    parser.add_argument("--tiny", action="store_true", help="the demo's transformer")
-    parser.add_argument("--layers", metavar="D,S", help="that many double and single blocks instead of 19,38")
-    parser.add_argument("--device", default="cuda", help="where the random weights are drawn")
+    start.model_options(parser)
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--deadline", type=float, default=150, metavar="S", help="seconds for each run")

@@ -22,13 +22,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import cards
 import children
 import start
 from children import GIB, RESULTS, Outcome
@@ -72,7 +72,7 @@ def under(work: Path, mode: str, limit: int, allow: list[str], options: argparse
         "rows": [{key: row[key] for key in ("label", "changes", "lossy")} for row in rows],
         "predicted_seconds": document["seconds_per_step"],
     }  # fmt: skip
-    with Watched() as card:
+    with cards.Watched() as watched:
         done = doctor(work, ["run", "--yes", "--quick"], limit, options.deadline)
     said = (done.stdout + done.stderr).strip().splitlines()
     if plan is None:
@@ -82,41 +82,11 @@ def under(work: Path, mode: str, limit: int, allow: list[str], options: argparse
         return {**found, "outcome": "failed", "said": said[-12:]}
     metrics = json.loads((options.out / "metrics.json").read_text(encoding="utf-8"))
     shutil.rmtree(options.out)  # a fine-tune's is tens of GB
-    peaks = metrics["peak_device_bytes"]["overall"]
+    peaks, most = metrics["peak_device_bytes"]["overall"], watched.most[0] if watched.most else 0
     return {
         **found, "outcome": "trained", "seconds_per_step": metrics["seconds_per_step"], "peak": peaks,
-        "nvml_gib": card.most / GIB, "within": card.most <= limit * GIB, "notes": metrics.get("notes"),
+        "nvml_gib": most / GIB, "within": most <= limit * GIB, "notes": metrics.get("notes"),
     }  # fmt: skip
-
-
-class Watched:
-    """The most that NVML shows of the first card while something runs on it, less what was held before."""
-
-    def __enter__(self) -> Watched:
-        self.most = 0
-        self._before = _used()
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._look)
-        self._thread.start()
-        return self
-
-    def _look(self) -> None:
-        while not self._ended.wait(0.05):
-            self.most = max(self.most, _used() - self._before)
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-
-def _used() -> int:
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).used)
-    except Exception:  # noqa: BLE001 - no card: nothing is watched
-        return 0
 
 
 # Times without a limit -----------------------------------------------------------------------------------
@@ -215,9 +185,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=4, help="measured steps of a timed plan, after those that are not")
     parser.add_argument("--deadline", type=float, default=150, metavar="S", help="seconds for each run")
     parser.add_argument("--total", type=float, default=540, metavar="S", help="seconds for all of this call")
-    parser.add_argument("--tiny", action="store_true", help="the demo's transformer, to try the script itself")
-    parser.add_argument("--layers", help=argparse.SUPPRESS)
-    parser.add_argument("--device", default="cuda", help="where the random weights are drawn")
+    start.model_options(parser)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()

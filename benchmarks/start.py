@@ -53,6 +53,13 @@ def make(work: Path, options: argparse.Namespace) -> None:
     fill(work)
 
 
+def model_options(parser: argparse.ArgumentParser) -> None:
+    """What `make` asks for."""
+    parser.add_argument("--tiny", action="store_true", help="the demo's transformer")
+    parser.add_argument("--layers", metavar="D,S", help="that many double and single blocks instead of 19,38")
+    parser.add_argument("--device", default="cuda", help="where the random weights are drawn")
+
+
 def write_images(folder: Path, size: int) -> None:
     from PIL import Image
 
@@ -214,9 +221,7 @@ def missed(rows: list[dict[str, Any]]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--work", type=Path, required=True, help="a folder on a local disk")
-    parser.add_argument("--tiny", action="store_true", help="the demo's transformer")
-    parser.add_argument("--layers", metavar="D,S", help="that many double and single blocks instead of 19,38")
-    parser.add_argument("--device", default="cuda", help="where the random weights are drawn")
+    model_options(parser)
     parser.add_argument("--no-warm", action="store_true", help="leave out the start from the page cache")
     parser.add_argument("--out", type=Path, help="a JSON file for the numbers")
     options = parser.parse_args()

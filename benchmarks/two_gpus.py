@@ -28,13 +28,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import cards
 import children
 import start
 from children import GIB, REPO, RESULTS, Outcome
@@ -109,7 +109,7 @@ class Bench:
         plan = self.document("plan", *cap)
         forecasts = [rank["gpu"] and rank["gpu"]["peak_bytes"] for rank in plan["ranks"]]
         begun = time.monotonic()
-        with Watched() as cards:
+        with cards.Watched() as watched:
             done = self.doctor("run", "--yes", "--quick", *cap)
         said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         if done.returncode:
@@ -122,43 +122,9 @@ class Bench:
             "name": name, "outcome": "trained", "strategy": told["strategy"], "world_size": told["world_size"],
             "seconds_per_step": told["seconds_per_step"], "loss": told["loss"], "peaks": peaks, "forecasts": forecasts,
             "errors": [want / peak - 1 for want, peak in zip(forecasts, peaks, strict=False) if want and peak],
-            "balance": max(known) / min(known) - 1 if known else None, "nvml": cards.most, "notes": told["notes"],
+            "balance": max(known) / min(known) - 1 if known else None, "nvml": watched.most, "notes": told["notes"],
             "launch": [line for line in said if "repaired in memory" in line], "seconds": time.monotonic() - begun,
         }  # fmt: skip
-
-
-class Watched:
-    """The most that NVML shows of each card while something runs on it, less what was held before."""
-
-    def __enter__(self) -> Watched:
-        self._before = _used()
-        self.most = [0] * len(self._before)
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._look)
-        self._thread.start()
-        return self
-
-    def _look(self) -> None:
-        while not self._ended.wait(0.05):
-            now = [used - held for used, held in zip(_used(), self._before, strict=True)]
-            self.most = [max(both) for both in zip(self.most, now, strict=True)]
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-
-def _used() -> list[int]:
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        count = pynvml.nvmlDeviceGetCount()
-        return [
-            int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(card)).used) for card in range(count)
-        ]
-    except Exception:  # noqa: BLE001 - no cards: nothing is watched
-        return []
 
 
 # The parts -----------------------------------------------------------------------------------------------
@@ -389,10 +355,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=12, help="of each LoRA run")
     parser.add_argument("--deadline", type=float, default=300, metavar="S", help="seconds for each command")
     parser.add_argument("--resume", action="store_true", help="go on with today's file")
-    parser.add_argument("--tiny", action="store_true", help="the demo's transformer, to try the script itself")
+    start.model_options(parser)
     parser.add_argument("--cpu", action="store_true", help="two CPU ranks, with --tiny")
-    parser.add_argument("--layers", help=argparse.SUPPRESS)
-    parser.add_argument("--device", default="cuda", help="where the random weights are drawn")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result")
     options = parser.parse_args()
     options.work = options.work.absolute()
