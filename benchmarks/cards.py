@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 
@@ -29,14 +30,24 @@ class Watched:
 
 
 def used() -> list[int]:
-    """Bytes of each card that are held; nothing where there is no card, or no NVML."""
+    """Bytes of each visible card that are held; nothing where there is no card, or no NVML."""
     try:
         import pynvml
     except ImportError:
         return []
     try:
         pynvml.nvmlInit()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(card) for card in range(pynvml.nvmlDeviceGetCount())]
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(card) for card in _visible(pynvml.nvmlDeviceGetCount())]
         return [int(pynvml.nvmlDeviceGetMemoryInfo(handle).used) for handle in handles]
     except pynvml.NVMLError:
         return []
+
+
+def _visible(count: int) -> list[int]:
+    """Of so many cards those that CUDA_VISIBLE_DEVICES names by number; all where it names none so."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return (
+        [int(name) for name in named]
+        if all(name.isdigit() and int(name) < count for name in named)
+        else list(range(count))
+    )
