@@ -189,12 +189,12 @@ def pair(matrix: Matrix, limit: float, text: str, **train: Any) -> Case:
 
 
 @pytest.mark.parametrize(("text", "limit", "allow", "kind"), [
-    (SHARDED, 80, ("optimizer",), "MULTI_GPU"), (WHOLE, 110, (), "FSDP"), (ZERO, 110, (), "FSDP"),
+    (SHARDED, 56, ("optimizer",), "MULTI_GPU"), (WHOLE, 110, (), "FSDP"), (ZERO, 110, (), "FSDP"),
 ])  # fmt: skip
 def test_the_ranks_share_the_work_in_another_way_where_nothing_else_fits(
     matrix: Matrix, text: str, limit: float, allow: tuple[str, ...], kind: str
 ) -> None:
-    """Two cards of 80 GiB hold a fine-tune with Adafactor whole, and one with AdamW cut up on larger ones."""
+    """Two cards of 56 GiB hold a fine-tune with Adafactor whole, and one with AdamW cut up on larger ones."""
     work = pair(matrix, limit, text, allow=allow)
     found = planner.known(work)
     assert found is not None and found.own.verdict(planner.of_case(work)) == "does not fit"
@@ -206,6 +206,23 @@ def test_the_ranks_share_the_work_in_another_way_where_nothing_else_fits(
     before = work.job.section("deepspeed_config")
     assert plan.job.training("gradient_accumulation_steps") == before.get("gradient_accumulation_steps", 1)
     assert plan.job.training("max_grad_norm") == before.get("gradient_clipping", 1.0)
+
+
+@pytest.mark.parametrize(("limit", "allow", "changes"), [
+    (80, ("optimizer",), {"optimizer": "adamw8bit"}), (80, ("weight_update",), {"weight_update": "stochastic"}),
+    (45, ("optimizer", "weight_update"), {"optimizer": "adamw8bit", "weight_update": "stochastic"}),
+])  # fmt: skip
+def test_what_is_cut_up_is_held_in_fewer_bytes(
+    matrix: Matrix, limit: float, allow: tuple[str, ...], changes: dict[str, Any]
+) -> None:
+    """Moments in 8 bits, weights in 16, or both; each where it is allowed alone."""
+    work = pair(matrix, limit, SHARDED, allow=allow)
+    taken = chosen(planner.known(work) or pytest.fail())
+    assert {key: taken.changes.get(key) for key in changes} == changes and taken.lossy
+    assert "distributed_type" not in taken.changes
+    less = planner.known(pair(matrix, limit, SHARDED))
+    assert less is not None and less.chosen is None
+    assert any(changes.items() <= row.changes.items() and row.fits and not row.allowed for row in less.rows)
 
 
 def test_another_way_to_share_is_shown_where_it_may_not_be_taken(matrix: Matrix) -> None:

@@ -1,7 +1,9 @@
 """AdamW on weights that FSDP2 (`torch.distributed.fsdp.fully_shard`) has cut up among the ranks, block by block.
 
-A block's weights are whole only while it computes. Adapters are not cut up: they are a thousandth of the base, and
-their gradients are exchanged once a step.
+What is trained is held in fp32, and all of it is stepped at once. With `weight_update: stochastic`, `kahan` or
+`nearest` it is held in 16 bits, and each parameter is stepped by itself, as without FSDP (`parts`); so it is with
+moments in 8 bits. A block's weights are whole only while it computes. Adapters are not cut up: they are a thousandth of
+the base, and their gradients are exchanged once a step.
 """
 
 from __future__ import annotations
@@ -18,17 +20,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from xflux_trainer import parts
 from xflux_trainer.averages import Averages
 from xflux_trainer.backward import coefficient
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.errors import Unsupported
 from xflux_trainer.lossscale import LossScale
+from xflux_trainer.memory_terms import narrow
 from xflux_trainer.model import DTYPES
 from xflux_trainer.optim import Piece, Read, refuse_step_in_backward
 from xflux_trainer.optimizers import MOMENTS, adamw, set_rate
 from xflux_trainer.quantize import refuse as refuse_quantised
 from xflux_trainer.ranks import Ranks
-from xflux_trainer.sharded import refuse_optimizers
+from xflux_trainer.sharded import refuse_optimizer, refuse_rounding
 
 BLOCKS = ("transformer_blocks", "single_transformer_blocks")
 
@@ -54,7 +58,7 @@ class Shard:
 
 
 class FsdpStepper:
-    """FSDP2. What is cut up is held in fp32 and computed with in the config's precision."""
+    """FSDP2. What is cut up is held in fp32, or as `parts.narrow` says, and computed with in the config's precision."""
 
     strategy = "fsdp"
 
@@ -68,10 +72,17 @@ class FsdpStepper:
         self._module, self._ranks, self._accumulation = module, ranks, accumulation
         self._max_norm = config.max_grad_norm
         self._shards = shard(module, trained, config, ranks)
-        parts = {name: held.local for name, held in self._shards.items()}
-        self._optimizer = adamw(list(parts.values()), config, ranks.device, fused_on_host=True)
-        self._averages = Averages(parts, config.ema_decay)
-        self._parts = parts
+        local = {name: held.local for name, held in self._shards.items()}
+        self._each: dict[str, parts.Part] = {}
+        """What is stepped one after the other; nothing where all of it is stepped at once."""
+        if narrow(config) or config.optimizer != "adamw":
+            shapes, whole = self.shapes(), {name for name, held in self._shards.items() if held.whole}
+            self._each, self._optimizers = parts.make(local, shapes, whole, config, ranks)
+        else:
+            self._optimizer = adamw(list(local.values()), config, ranks.device, fused_on_host=True)
+            self._optimizers = [self._optimizer]
+        self._averages = Averages(local, config.ema_decay)
+        self._parts = local
         self._scale = LossScale() if config.mixed_precision == "fp16" else None
         self._steps = 0
 
@@ -81,7 +92,8 @@ class FsdpStepper:
 
     def begin(self, learning_rate: float) -> None:
         self._reshard()
-        set_rate(self._optimizer, learning_rate)
+        for optimizer in self._optimizers:
+            set_rate(optimizer, learning_rate)
 
     def micro(self, last: bool) -> AbstractContextManager[Any]:
         """Weights that are cut up exchange their gradients in every pass: without that each rank would keep all of
@@ -103,16 +115,31 @@ class FsdpStepper:
         if self._scale:
             self._scale.update(overflow=not math.isfinite(norm))
         if math.isfinite(norm):
-            grads = [part.grad for part in self._parts.values() if part.grad is not None]
-            factor = coefficient(norm, self._max_norm) * down
-            if factor != 1.0 and grads:
-                torch._foreach_mul_(grads, factor)
-            self._optimizer.step()
             self._steps += 1
-            self._averages.update_all(self._parts, self._steps)
+            factor = coefficient(norm, self._max_norm) * down
+            if self._each:
+                self._step_each(factor)
+            else:
+                self._step_all(factor)
         for held in self._shards.values():
             held.local.grad = held.parameter.grad = None
         return norm
+
+    def _step_all(self, factor: float) -> None:
+        grads = [part.grad for part in self._parts.values() if part.grad is not None]
+        if factor != 1.0 and grads:
+            torch._foreach_mul_(grads, factor)
+        self._optimizer.step()
+        self._averages.update_all(self._parts, self._steps)
+
+    def _step_each(self, factor: float) -> None:
+        """One parameter after the other; a part of no rows has nothing to step."""
+        for name, part in self._each.items():
+            grad = part.slot.weight.grad
+            if grad is not None and grad.numel():
+                part.slot.step(grad, factor, self._steps)
+            if self._averages.get(name) is not None:
+                self._averages.update(name, part.slot.value(), self._steps)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: held.shape for name, held in self._shards.items()}
@@ -121,6 +148,9 @@ class FsdpStepper:
         """Every parameter with its moments and average, whole on rank 0's host. Every rank iterates."""
         for name, held in self._shards.items():
             held.bind()
+            if self._each:
+                yield name, self._each[name].pieces(self._steps, self._averages.get(name))
+                continue
             values = {"weight": held.local.detach()}
             # A part of no rows may have had no gradient; all ranks must name the same keys.
             state = self._optimizer.state.get(held.local, {})
@@ -142,6 +172,9 @@ class FsdpStepper:
         self._steps = int(scalars.get("steps", 0))
         for name, held in self._shards.items():
             held.bind()
+            if self._each:
+                self._load_part(name, read(name))
+                continue
             piece = {key: self._part(value, held) for key, value in read(name).items()}
             held.local.copy_(piece["weight"])
             # Where no average was kept, one begins with the weights.
@@ -152,6 +185,12 @@ class FsdpStepper:
                 self._optimizer.state[held.local] = {"step": torch.tensor(float(self._steps), device=place), **moments}
         if self._scale:
             self._scale.load(scalars)
+
+    def _load_part(self, name: str, piece: Piece) -> None:
+        part = self._each[name]
+        part.load(piece, self._steps)
+        # Where no average was kept, one begins with the weights.
+        self._averages.set(name, part.rows(piece["ema"]) if "ema" in piece else part.slot.value())
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -190,7 +229,7 @@ class FsdpStepper:
         for whole in squares:
             grads = [h.local.grad for h in self._shards.values() if h.whole is whole and h.local.grad is not None]
             if grads:
-                norms = torch.stack(torch._foreach_norm(grads))
+                norms = torch.stack(torch._foreach_norm(grads, 2, torch.float32))
                 squares[whole] = float(norms.double().square().sum())
         return math.sqrt(squares[True] + self._ranks.total([squares[False]])[0])
 
@@ -221,18 +260,19 @@ def shard(module: nn.Module, trained: dict[str, nn.Parameter], config: TrainConf
     places = {name: owners[id(parameter)] for name, parameter in trained.items()}
     shapes = {name: tuple(parameter.shape) for name, parameter in trained.items()}
     adapters = set(trained.values()) if config.mode == "lora" else set()
-    masters = set(trained.values()) - adapters
+    masters = set() if narrow(config) else set(trained.values()) - adapters
     settings = _settings(config, ranks)
     fully_shard = _fully_shard()
     # It warns of sums in place on what a block returns; the transformer makes none.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     blocks = [block for name, block in module.named_modules() if _is_block(name)]
     for part in (*blocks, module):
+        if hasattr(part, "reshard"):  # it was cut up as it was loaded
+            continue
         for parameter in part.parameters():
             if parameter in masters:
                 parameter.data = parameter.data.float()
-        if not hasattr(part, "reshard"):  # else it was cut up as it was loaded
-            fully_shard(part, ignored_params=adapters, **settings)
+        fully_shard(part, ignored_params=adapters, **settings)
     shards = {}
     for name, (owner, leaf) in places.items():
         parameter: Any = owner._parameters[leaf]
@@ -245,27 +285,34 @@ def shard(module: nn.Module, trained: dict[str, nn.Parameter], config: TrainConf
 
 
 def sharder(config: TrainConfig, ranks: Ranks) -> Callable[[str, nn.Module], None] | None:
-    """What cuts a frozen block up among the ranks as soon as it is loaded, for `load_transformer(prepare=…)`.
+    """What cuts a block up among the ranks as soon as it is loaded, for `load_transformer(prepare=…)`.
 
-    None where FSDP is not asked for, and for a fine-tune, whose weights are first made fp32, one block at a time.
+    None where FSDP is not asked for, and where a part of the weights is trained: which are to be fp32 is not known yet.
     """
     if not ranks.launch.fsdp:
         return None
     refuse(config)
-    if config.mode == "finetune":
+    if config.mode == "finetune" and config.train_parameters and not narrow(config):
         return None
     fully_shard, settings = _fully_shard(), _settings(config, ranks)
+    widened = config.mode == "finetune" and not narrow(config)
 
     def cut(name: str, block: nn.Module) -> None:
-        if _is_block(name):  # the ends belong to the module around the transformer
-            fully_shard(block, **settings)
+        if not _is_block(name):  # the ends belong to the module around the transformer
+            return
+        if widened:
+            block.float()
+        fully_shard(block, **settings)
 
     return cut
 
 
 def refuse(config: TrainConfig) -> None:
     """Raise `Unsupported` for what does not go with FSDP here."""
-    refuse_optimizers(config, "FSDP")
+    if config.optimizer != "adamw8bit":
+        refuse_optimizer(config, "FSDP")
+    if not narrow(config):
+        refuse_rounding(config, "FSDP")
     refuse_quantised(config, "fsdp")
 
 

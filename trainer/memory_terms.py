@@ -102,7 +102,7 @@ def states(
         yield from _deepspeed(config, what, world_size, strategy)
         return
     if strategy == "fsdp" and config.mode != "lora":  # adapters stay whole on every rank
-        yield from _fsdp(config, spec, what, world_size)
+        yield from _fsdp(config, spec, what, world_size, in_place=in_place)
         return
     own, count = what.parameters, f"{what.parameters:,} trained parameters"
     each = moments(config)
@@ -120,19 +120,36 @@ def states(
         yield Term("moving average", own * 4, "train", "fp32")
 
 
-def _fsdp(config: TrainConfig, spec: FluxSpec, what: Trained, world_size: int) -> Iterator[Term]:
-    """What is trained is held in fp32, cut up, and AdamW steps each rank's part; a block is whole while it computes."""
+def narrow(config: TrainConfig) -> bool:
+    """Whether weights that are cut up stay in the 16 bits that the model computes with, and every step rounds them."""
+    asked = config.weight_update in ("stochastic", "kahan", "nearest")
+    return asked and config.mode == "finetune" and config.mixed_precision == "bf16"
+
+
+def _fsdp(
+    config: TrainConfig, spec: FluxSpec, what: Trained, world_size: int, *, in_place: bool
+) -> Iterator[Term]:  # fmt: skip
+    """What is trained is cut up, in fp32 unless it is `narrow`, and AdamW steps each rank's part; a block is whole
+    while it computes."""
     own = math.ceil(what.parameters / world_size)
     count = f"{what.parameters:,} trained parameters, 1/{world_size} of them on each rank"
+    size = 2 if narrow(config) else 4
     already = width(config) if config.mode == "finetune" else 0
-    if already < 4:
-        more = f", {4 - already} bytes more than the transformer counts" if already else ""
-        yield Term(SHARDS, own * (4 - already), "train", f"{count}{more}")
-    yield Term(GRADIENTS, own * 4, "train", "of this rank's part, in fp32")
+    if already < size:
+        more = f", {size - already} bytes more than the transformer counts" if already else ""
+        yield Term(SHARDS, own * (size - already), "train", f"{count}{more}")
+    yield Term(GRADIENTS, own * size, "train", f"of this rank's part, {size} bytes each")
     if world_size > 1:
         whole = min(block_parameters(spec), what.parameters)
         yield Term("gradients on their way", whole * (width(config) + 4), "train", "of one block, summed up in fp32")
-    yield Term(ADAM, own * 8, "train", f"two moments, 8 bytes a parameter, 1/{world_size} of them on each rank")
+    each = moments(config)
+    why = f"two moments, {each:g} bytes a parameter, 1/{world_size} of them on each rank"
+    yield Term(ADAM, math.ceil(own * each), "train", why)
+    if narrow(config) and config.weight_update == "kahan":
+        yield Term("compensation", own * 2, "train", "what the last rounding lost of each weight")
+    if narrow(config) and not in_place:
+        largest = math.ceil(what.largest / world_size)
+        yield Term(ONE_STEP, largest * 4 * 3, "train", "each part is stepped in fp32 and rounded back")
     if config.ema_decay:
         yield Term("moving average", own * 4, "train", f"fp32, 1/{world_size} of it on each rank")
 
@@ -318,7 +335,9 @@ def dense(config: TrainConfig, spec: FluxSpec) -> Iterator[Term]:
 
 QUANTISED = {"int8": 2, "int4": 2, "fp8": 2, "torchao-fp8": 3, "torchao-int8": 1, "fp8-dynamic": 1}
 """Tensors of the largest layer's size in fp32 that quantising it holds at once, measured as it was loaded."""
-MADE_AT_LOAD = ("adapters", "ControlNet", "fp32 weights", "compensation", "adapters' copies", "adapters beside weights")
+MADE_AT_LOAD = (
+    "adapters", "ControlNet", "fp32 weights", SHARDS, "compensation", "adapters' copies", "adapters beside weights",
+)  # fmt: skip
 """Terms that are there when the model is loaded; gradients and moments come with the first step."""
 
 
@@ -413,7 +432,8 @@ def disk(config: TrainConfig, spec: FluxSpec, samples: int, strategy: str = "sin
     written = math.ceil(steps / config.checkpointing_steps)
     kept = min(written, config.checkpoints_total_limit or written)
     full = config.mode == "finetune" and not config.train_parameters
-    rounded = full and strategy in ("single", "ddp") and config.weight_update in ("auto", "stochastic", "nearest")
+    rounded = full and config.mixed_precision != "fp16" and config.weight_update in ("auto", "stochastic", "nearest")
+    rounded &= strategy in ("single", "ddp") or (strategy == "fsdp" and narrow(config))
     one = (width(config) if rounded else 4) + moments(config) + (4 if config.ema_decay else 0)
     reason = f"{what.parameters:,} trained parameters, {one:g} bytes each with the optimizer"
     at_once = min(written, kept + 1)

@@ -90,7 +90,7 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 def quietly(optimizer: torch.optim.Optimizer, device: torch.device) -> AbstractContextManager[Any]:
     """Around a step. torchao compiles its step, which on a GPU saves copies of the weights; on a CPU it would want a
     C++ compiler and seconds for every shape, for models that are there to be tested with."""
-    if device.type == "cpu" and type(optimizer).__name__ == "AdamW8bit":
+    if device.type == "cpu" and in_8_bits(optimizer):
         if hasattr(torch.compiler, "set_stance"):  # from 2.6 on
             return torch.compiler.set_stance("force_eager")
         from torch._dynamo import config as dynamo
@@ -100,7 +100,7 @@ def quietly(optimizer: torch.optim.Optimizer, device: torch.device) -> AbstractC
 
 
 def tensors(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """What the optimizer knows of one parameter, on the host, without the count of its steps. Empty before the first.
+    """What the optimizer knows of one parameter, as it lies, without the count of its steps. Empty before the first.
 
     Moments in 8 bits come as their codes and scales, `exp_avg_codes` and `exp_avg_scale`.
     """
@@ -112,14 +112,14 @@ def tensors(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[s
             found |= {f"{key}_codes": value.codes, f"{key}_scale": value.scale}
         else:
             found[key] = value
-    return {key: _host(value) for key, value in found.items()}
+    return found
 
 
 def restore(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, piece: dict[str, Tensor], steps: int) -> None:
     """The inverse of `tensors`, after `steps` steps. The piece's other tensors are left alone."""
     place = parameter.device
     held: dict[str, Any]
-    if type(optimizer).__name__ == "AdamW8bit":
+    if in_8_bits(optimizer):
         held = {key: _moment8(optimizer, parameter, key, piece) for key in MOMENTS if _has(piece, key)}
     else:
         known = (*MOMENTS, "exp_avg_sq_row", "exp_avg_sq_col")
@@ -142,14 +142,23 @@ def _has(piece: dict[str, Tensor], key: str) -> bool:
 
 def _moment8(optimizer: Any, parameter: nn.Parameter, key: str, piece: dict[str, Tensor]) -> Tensor:
     moment: Tensor = optimizer._new_buffer(parameter, key == "exp_avg")
-    if hasattr(moment, "codes"):
+    if f"{key}_codes" in piece:
         moment.codes.copy_(piece[f"{key}_codes"])
         moment.scale.copy_(piece[f"{key}_scale"])
-    else:  # a tensor too small for blocks
-        moment.copy_(piece[key])
+    else:  # a tensor too small for blocks, or values of one that was cut up between them
+        moment.copy_(piece[key].to(moment.device))
     return moment
 
 
-def _host(value: Tensor) -> Tensor:
-    """A copy that does not move with the training."""
-    return value.detach().to("cpu", copy=True)
+def in_8_bits(optimizer: torch.optim.Optimizer) -> bool:
+    return type(optimizer).__name__ == "AdamW8bit"
+
+
+def values8(optimizer: Any, key: str, codes: Tensor, scale: Tensor) -> Tensor:
+    """The fp32 values of a moment of torchao's, of any shape that it holds in 8 bits."""
+    like = torch.empty((), dtype=torch.float32, device=codes.device).expand(codes.shape)
+    moment = optimizer._new_buffer(like, key == "exp_avg")
+    moment.codes.copy_(codes)
+    moment.scale.copy_(scale)
+    values: Tensor = moment.dequantize()
+    return values

@@ -140,7 +140,7 @@ class TrainConfig:
     """Attention of the fused kernels; auto: the fastest that is right here, forward and backward."""
     gpu_limit_gib: float | None = None
     """GiB of each GPU that this run may hold, allocator and CUDA context together; null: all that is free."""
-    allow: tuple[Literal["quantization", "optimizer", "backward_clip", "img_size"], ...] = ()
+    allow: tuple[Literal["quantization", "optimizer", "weight_update", "backward_clip", "img_size"], ...] = ()
     """What a plan may change for memory or time though it changes the numbers that are computed; all else it may."""
     cuda_graphs: bool = True
     """Record a step of each batch size and replay it, where that is possible: adapters, fused kernels, no sharding."""

@@ -12,11 +12,15 @@ from xflux_trainer.ranks import Ranks
 PLAIN = "set distributed_type to MULTI_GPU, where each device holds the whole model"
 
 
-def refuse_optimizers(config: TrainConfig, who: str) -> None:
-    """DeepSpeed and FSDP step pieces of weights, all in one go, and hold them in fp32. Raises `Unsupported`."""
+def refuse_optimizer(config: TrainConfig, who: str) -> None:
+    """Raises `Unsupported` for all but AdamW, which alone looks at one number at a time."""
     if config.optimizer != "adamw":
         seen = f"The optimizer {config.optimizer} wants whole weights, and {who} cuts them up."
         raise Unsupported(seen, f"Set optimizer to adamw, or {PLAIN}.")
+
+
+def refuse_rounding(config: TrainConfig, who: str) -> None:
+    """Raises `Unsupported` where weights are to be rounded that are held in fp32."""
     if config.mode == "finetune" and config.weight_update not in ("auto", "master"):
         seen = f"weight_update is {config.weight_update}, but {who} holds fp32 masters of what is trained."
         raise Unsupported(seen, f"Set weight_update to auto, or {PLAIN}.")

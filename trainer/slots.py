@@ -39,7 +39,8 @@ class Slot:
         self._key = (config.seed, "rounding", index)
         self.update = weight_update(config, weight.dtype)
         self._compensation: Tensor | None = None
-        self._optimizer: torch.optim.Optimizer
+        self.optimizer: torch.optim.Optimizer
+        """The one that has `held` among its parameters, once `use` has said so."""
         self._fused = False
         self._measured: tuple[Tensor, fusedsteps.Squares] | None = None
         if self.update == "fp32":
@@ -52,12 +53,17 @@ class Slot:
 
     def use(self, optimizer: torch.optim.Optimizer) -> None:
         """The optimizer that has `_held` among its parameters."""
-        self._optimizer = optimizer
+        self.optimizer = optimizer
         self._fused = fusedsteps.usable(optimizer, self.weight)
 
     @property
     def held(self) -> nn.Parameter:
         return self._held
+
+    @property
+    def in_8_bits(self) -> bool:
+        """Whether its moments are, if they are large enough."""
+        return optimizers.in_8_bits(self.optimizer)
 
     def value(self) -> Tensor:
         """The weight at its finest, fp32; not a copy where it is held so."""
@@ -69,7 +75,7 @@ class Slot:
 
     def measure(self, grad: Tensor) -> Tensor:
         """The gradient's 2-norm, () in fp32, on its device. What else the pass finds is kept for the step after it."""
-        if self._fused and fusedsteps.factored(self._optimizer, grad):
+        if self._fused and fusedsteps.factored(self.optimizer, grad):
             squares = fusedsteps.measure(grad)
             self._measured = (grad, squares)
             return squares.norm()
@@ -82,15 +88,15 @@ class Slot:
             known, self._measured = self._measured, None
             squares = known[1] if known and known[0] is grad else None
             seed = rounding.seed(*self._key, steps)
-            fusedsteps.step(self._optimizer, self._held, self._place(), grad, coefficient, seed, squares)
+            fusedsteps.step(self.optimizer, self._held, self._place(), grad, coefficient, seed, squares)
             return
         held = self._held
         passing = self.update not in ("fp32", "master")
         if passing:
             held.data = self.value()
         held.grad = grad.float() * coefficient
-        with optimizers.quietly(self._optimizer, held.device):
-            self._optimizer.step()
+        with optimizers.quietly(self.optimizer, held.device):
+            self.optimizer.step()
         held.grad = None
         self._write(held.detach(), steps)
         if passing:
@@ -114,13 +120,17 @@ class Slot:
         else:
             self.weight.copy_(value)
 
-    def piece(self) -> dict[str, Tensor]:
-        """What a checkpoint holds of it, on the host: the master or the weight, and the optimizer's tensors."""
+    def parts(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of it, as it lies: the master or the weight, and the optimizer's tensors."""
         weight = self._held if self.update in ("fp32", "master") else self.weight
-        found = {"weight": weight.detach().to("cpu", copy=True)}
+        found = {"weight": weight}
         if self._compensation is not None:
-            found["compensation"] = self._compensation.to("cpu", copy=True)
-        return found | optimizers.tensors(self._optimizer, self._held)
+            found["compensation"] = self._compensation
+        return found | optimizers.tensors(self.optimizer, self._held)
+
+    def piece(self) -> dict[str, Tensor]:
+        """The same on the host, in copies that do not move with the training."""
+        return {key: value.detach().to("cpu", copy=True) for key, value in self.parts().items()}
 
     @torch.no_grad()
     def load(self, piece: dict[str, Tensor], steps: int) -> None:
@@ -134,16 +144,20 @@ class Slot:
         passing = self.update not in ("fp32", "master")
         if passing:  # torchao makes its buffers in the parameter's shape
             self._held.data = self.value()
-        optimizers.restore(self._optimizer, self._held, piece, steps)
+        optimizers.restore(self.optimizer, self._held, piece, steps)
         if passing:
             self._held.data = torch.empty(0, dtype=torch.float32, device=self.weight.device)
 
 
 def make(
-    trained: dict[str, nn.Parameter], config: TrainConfig, device: torch.device, *, together: bool
+    trained: dict[str, nn.Parameter], config: TrainConfig, device: torch.device, *, together: bool, rank: int = 0
 ) -> tuple[list[Slot], list[torch.optim.Optimizer]]:
-    """Slots in the order of `trained`, and their optimizers: one of all where it may step `together`, else one each."""
-    slots = [Slot(index, name, weight, config) for index, (name, weight) in enumerate(trained.items())]
+    """Slots in the order of `trained`, and their optimizers: one of all where it may step `together`, else one each.
+
+    `rank`: whose rows of the parameters these are, where they are cut up; each rank throws its own dice.
+    """
+    first = rank * len(trained)
+    slots = [Slot(first + index, name, weight, config) for index, (name, weight) in enumerate(trained.items())]
     if together:
         groups: list[Any] = [slots]
     else:

@@ -13,7 +13,7 @@ from typing import Any
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.errors import Unsupported
 from xflux_trainer.memory_terms import BUCKET
-from xflux_trainer.sharded import refuse_optimizers
+from xflux_trainer.sharded import refuse_optimizer, refuse_rounding
 
 FALLING_BACK = "Set {0}_device to cpu in the accelerate config, or the device of {0} in the DeepSpeed file."
 
@@ -26,7 +26,8 @@ def deepspeed_settings(
     `trained` counts the trained parameters. Raises `Unsupported` for a file that cannot be read and for what this
     trainer does not do: stage 0, NVMe, an optimizer that needs whole weights.
     """
-    refuse_optimizers(config, "DeepSpeed")
+    refuse_optimizer(config, "DeepSpeed")
+    refuse_rounding(config, "DeepSpeed")
     settings, notes = _deepspeed_file(environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")), []
     zero = settings.pop("zero_optimization", {})
     if not isinstance(zero, dict):

@@ -14,6 +14,7 @@ from typing import Any
 
 from xflux_trainer import memory, timing
 from xflux_trainer.config import TrainConfig
+from xflux_trainer.memory_terms import narrow
 from xflux_trainer.rules import between
 from xflux_trainer.timing_cards import card_of
 
@@ -192,6 +193,9 @@ class _Search:
                 yield dataclasses.replace(config, quantization=kind, modulation=modulation)
 
     def _finetunes(self, config: TrainConfig) -> Iterator[TrainConfig]:
+        if self.strategy == "fsdp":
+            yield from self._cut_up(config)
+            return
         inside = {"step_in_backward": True, "backward_clip": "exact"}
         yield dataclasses.replace(config, **inside)
         if config.max_grad_norm:
@@ -201,6 +205,17 @@ class _Search:
                 other = dataclasses.replace(config, optimizer=optimizer)
                 yield from (other, dataclasses.replace(other, **inside))
                 yield dataclasses.replace(other, step_in_backward=True, backward_clip="previous")
+
+    def _cut_up(self, config: TrainConfig) -> Iterator[TrainConfig]:
+        """Of what steps parts of weights: AdamW with less to hold, and weights in the bits that are computed with."""
+        kinds = [config]
+        if config.optimizer != "adamw8bit" and self._has("torchao"):
+            kinds.append(dataclasses.replace(config, optimizer="adamw8bit"))
+            yield kinds[-1]
+        for kind in kinds:
+            rounded = dataclasses.replace(kind, weight_update="stochastic")
+            if narrow(rounded) and not narrow(kind):
+                yield rounded
 
     def _has(self, package: str) -> bool:
         """Whether it is installed, as far as that is known."""

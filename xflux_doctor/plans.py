@@ -114,6 +114,8 @@ def describe(config: TrainConfig, own: TrainConfig, blocks: int) -> str:
         words.append(f"{config.stream_blocks} blocks streamed" if config.stream_blocks else "no block streamed")
     if config.optimizer != own.optimizer:
         words.append(config.optimizer)
+    if config.weight_update != own.weight_update:
+        words.append("weights in 16 bits, rounded by dice")
     if config.step_in_backward and not own.step_in_backward:
         words.append("stepped in the backward pass" + (", clipped exactly" if config.backward_clip == "exact" else ""))
     if own.cuda_graphs and not config.cuda_graphs:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from packaging.version import Version
 from xflux_trainer.config import TrainConfig
+from xflux_trainer.memory_terms import narrow
 
 from xflux_doctor.facts import Facts
 from xflux_doctor.finding import Change, Edit, Finding, error
@@ -43,22 +44,27 @@ def fp8_lacks(capability: tuple[int, int], torch: Version | None) -> str | None:
 def refusals(config: TrainConfig, strategy: str, steps: int, plain: tuple[Change, ...] = ()) -> Iterator[Finding]:
     """One finding for each setting that the trainer does not combine with the strategy; `plain` launches without it."""
     if strategy in ("zero1", "zero2", "zero3", "fsdp"):
-        yield from _optimizers(config, "FSDP" if strategy == "fsdp" else "DeepSpeed")
+        yield from _optimizers(config, strategy)
         yield from _bases(config, strategy, plain)
     if strategy in ("zero3", "fsdp"):
         yield from _kernels(config)
     yield from _in_backward(config, strategy, steps)
 
 
-def _optimizers(config: TrainConfig, who: str) -> Iterator[Finding]:
-    if config.optimizer != "adamw":
+def _optimizers(config: TrainConfig, strategy: str) -> Iterator[Finding]:
+    who = "FSDP" if strategy == "fsdp" else "DeepSpeed"
+    if config.optimizer not in ("adamw", "adamw8bit" if strategy == "fsdp" else "adamw"):
         yield error(
             f"The optimizer {config.optimizer} wants whole weights, and {who} cuts them up.",
             BEFORE,
             "Set optimizer to adamw, or set distributed_type to MULTI_GPU, where each device holds the whole model.",
             offers=(Edit("train", ("optimizer",), "adamw", f"what {who} steps pieces of weights with"),),
         )
-    if config.mode == "finetune" and config.weight_update not in ("auto", "master"):
+    if (
+        config.mode == "finetune"
+        and config.weight_update not in ("auto", "master")
+        and not (strategy == "fsdp" and narrow(config))
+    ):
         yield error(
             f"weight_update is {config.weight_update}, but {who} holds fp32 masters of what is trained.",
             BEFORE,

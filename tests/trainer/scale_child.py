@@ -1,6 +1,8 @@
 """Two ranks, started by torchrun: every strategy trains the tiny transformer, and takes up every other's checkpoint.
 
-    torchrun … scale_child.py FOLDER CASE…      CASE is STRATEGY[-offload][-bf16]:KIND, such as zero3-bf16:lora
+    torchrun … scale_child.py FOLDER CASE…      CASE is STRATEGY[-offload][-bf16][-8bit][-kahan]:KIND
+
+such as zero3-bf16:lora or fsdp-bf16-8bit-stochastic:full.
 
 Writes FOLDER/results.json with what came out.
 """
@@ -44,7 +46,10 @@ KINDS = ("lora", "full")
 def config_of(case: str) -> TrainConfig:
     strategy, kind = case.split(":")
     precision: Any = next((name for name in ("bf16", "fp16") if name in strategy), "no")
-    return replace(CONFIG, mixed_precision=precision, mode="lora" if kind == "lora" else "finetune")
+    rounded: Any = next((name for name in ("stochastic", "kahan", "nearest") if name in strategy), "auto")
+    optimizer: Any = "adamw8bit" if "8bit" in strategy else "adamw"
+    mode: Any = "lora" if kind == "lora" else "finetune"
+    return replace(CONFIG, mixed_precision=precision, mode=mode, weight_update=rounded, optimizer=optimizer)
 
 
 def batch_loss(model: Any, step: int, k: int) -> Tensor:
@@ -102,7 +107,7 @@ def start(case: str, ranks: Ranks, accumulation: int = 1, seed: int = 0) -> tupl
         kind, prepare = zero.ZeroStepper, zero.partitioner(config, asked)
     elif launch.fsdp:
         kind, prepare = fsdp.FsdpStepper, fsdp.sharder(config, asked)
-    velocity, trained = make(config, prepare if config.mode == "lora" else None)
+    velocity, trained = make(config, prepare)
     share = held(velocity)
     stepper = kind(velocity, trained, config, asked, accumulation)
     stepper.share = share
@@ -175,10 +180,13 @@ def main() -> None:
     ranks.join()
     place = Path(folder)
     results: dict[str, Any] = {case: run(place, case, ranks) for case in cases}
-    sources = {case: case for case in cases if "16" in case}  # a loss scale and rounded copies are each one's own
+    # A loss scale, and DeepSpeed's rounded copies, are each one's own.
+    sources = {case: case for case in cases if case.split(":")[0].endswith("16")}
+    ways = {case: case.split(":")[0].removesuffix("-offload").partition("-")[2] for case in cases}
     for kind in KINDS:
-        own = [case for case in cases if case.endswith(f":{kind}") and case not in sources]
-        sources |= dict(zip(own, own[1:] + own[:1]))  # noqa: B905 (of one length)
+        for way in dict.fromkeys(ways.values()):
+            own = [case for case in cases if case.endswith(f":{kind}") and case not in sources and ways[case] == way]
+            sources |= dict(zip(own, own[1:] + own[:1]))  # noqa: B905 (of one length)
     for case, source in sources.items():
         results[f"{case}<{source}"] = resume(place, case, source, results[source]["scalars"], ranks)
     if ranks.main:

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from xflux_trainer import fast, quantize
+from xflux_trainer import fast, fsdp, quantize
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.errors import Unsupported
 from xflux_trainer.optim import refuse_step_in_backward
-from xflux_trainer.sharded import refuse_optimizers
+from xflux_trainer.sharded import refuse_optimizer, refuse_rounding
 
 from xflux_doctor.checks import packages
 from xflux_doctor.refused import refusals
@@ -79,9 +79,11 @@ def _apart(changes: dict[str, Any]) -> list[TrainConfig]:
 
 def _trainer(config: TrainConfig, strategy: str, accumulation: int) -> set[tuple[str, str]]:
     who = "FSDP" if strategy == "fsdp" else "DeepSpeed"
-    sharded = strategy not in ("single", "ddp")
+    sharded, zero = strategy not in ("single", "ddp"), strategy.startswith("zero")
     return said(
-        lambda: refuse_optimizers(config, who) if sharded else None,
+        lambda: refuse_optimizer(config, who) if zero else None,
+        lambda: refuse_rounding(config, who) if zero else None,
+        lambda: fsdp.refuse(config) if strategy == "fsdp" else None,
         lambda: quantize.refuse(config, strategy) if sharded else None,
         lambda: refuse_step_in_backward(config, strategy, accumulation),
         lambda: _kernels(config) if strategy in ("zero3", "fsdp") else None,

@@ -26,7 +26,7 @@ from safetensors.torch import load_file  # noqa: E402
 from test_train_ranks import DDP, ZERO  # noqa: E402
 from test_train_ranks import launch as accelerate  # noqa: E402
 from trainer_kit import environment, losses, metrics, write_config  # noqa: E402
-from xflux_trainer import controlnet, fsdp, model, sharded, zero  # noqa: E402
+from xflux_trainer import controlnet, fsdp, model, parts, sharded, zero  # noqa: E402
 from xflux_trainer.averages import decay_at  # noqa: E402
 from xflux_trainer.config import TrainConfig, load  # noqa: E402
 from xflux_trainer.errors import Unsupported  # noqa: E402
@@ -52,6 +52,8 @@ _ENGINES = (
 # A case of ZeRO-3 takes three seconds here: the offload is tried with the fine-tune, the rest in the long tests.
 CASES = [f"{name}-offload:full" if name == "zero3" else f"{name}:full" for name in _ENGINES]
 CASES += [f"{name}:lora" for name in _ENGINES]
+_ROUNDED = ["bf16-kahan:full", *(("bf16-8bit-stochastic:full",) if importlib.util.find_spec("torchao") else ())]
+ROUNDED = [f"{name}-{way}" for way in _ROUNDED for name in ("ddp", "fsdp")] if _has_fsdp() else []
 LONG = [f"{name}-bf16:lora" for name in _ENGINES if name in ("zero3", "fsdp")]
 LONG += [f"{name}:full" for name in ("zero1", "zero3") if "zero2" in _ENGINES]
 LONG += ["fsdp-offload:full", "fsdp-fp16:full"] if "fsdp" in _ENGINES else []
@@ -71,7 +73,7 @@ def launch(folder: Path, cases: list[str]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return launch(tmp_path_factory.mktemp("scale"), CASES)
+    return launch(tmp_path_factory.mktemp("scale"), CASES + ROUNDED)
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -150,12 +152,35 @@ def test_the_pieces_are_the_same_whoever_wrote_them(told: dict[str, Any], alone:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_goes_on_from_anothers_checkpoint(kind: str, told: dict[str, Any]) -> None:
-    resumed = {case: found for case, found in told.items() if "<" in case and case.endswith(kind)}
+    exact = [case for case in told if "<" in case and case.endswith(kind) and case.split("<")[0] not in ROUNDED]
+    resumed = {case: told[case] for case in exact}
     assert [case.split("<")[0] for case in resumed] == of_kind(CASES, kind)
     for case, found in resumed.items():
         source = told[case.split("<")[1]]
         assert found["next"] == pytest.approx(source["next"], rel=1e-5), case
         assert found["average"] == pytest.approx(source["average"], rel=1e-4), case
+
+
+@pytest.mark.skipif(not ROUNDED, reason="this torch has no FSDP2")
+def test_weights_in_16_bits_and_moments_in_8_bits(told: dict[str, Any]) -> None:
+    """Cut up among ranks or not: nearly the same steps, and each goes on from the other's checkpoint."""
+    for case in ROUNDED:
+        found, way = told[case], case.partition("-")[2]
+        other = told[f"{'fsdp' if case.startswith('ddp') else 'ddp'}-{way}"]
+        assert (found["share"] == 0.5) == case.startswith("fsdp"), case  # cut up as it was loaded
+        for (loss, norm), (own, own_norm) in zip(found["steps"], other["steps"]):  # noqa: B905
+            assert loss == pytest.approx(own, rel=1e-2) and norm == pytest.approx(own_norm, rel=2e-2), case
+        resumed = told[_resumed(told, case)]  # before its step only what was taken up counts
+        assert resumed["next"][0] == pytest.approx(found["next"][0], rel=1e-3), case
+        stored = load_file(found["file"])
+        assert {value.dtype for name, value in stored.items() if name.endswith("|weight")} == {torch.bfloat16}
+        kinds = {name.split("|")[1] for name in stored}
+        assert ("compensation" in kinds) == ("kahan" in case), case
+        assert ({"exp_avg_codes", "exp_avg_sq_scale"} <= kinds) == ("8bit" in case), case
+        # A weight of 32 x 160 is large enough for blocks of 8 bits, and its halves are not.
+        small = next(name for name, value in stored.items() if name.endswith("|weight") and value.shape == (32, 160))
+        name = small.replace("|weight", "|exp_avg_codes" if case == "ddp-bf16-8bit-stochastic:full" else "|exp_avg")
+        assert stored[name].shape == (32, 160), case
 
 
 def _resumed(results: dict[str, Any], source: str) -> str:
@@ -253,7 +278,7 @@ def test_a_controlnet_is_written_whole(tmp_path: Path, engine: str) -> None:
     ({"mode": "finetune", "weight_update": "kahan"}, "holds fp32 masters"),
 ])  # fmt: skip
 def test_what_cannot_be_cut_up_is_refused(changes: dict[str, Any], words: str) -> None:
-    config = TrainConfig(img_dir="x", **changes)
+    config = TrainConfig(img_dir="x", mixed_precision="fp16", **changes)
     with pytest.raises(Unsupported, match=words):
         zero.deepspeed_settings({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, config, 2, 1, 10)
     with pytest.raises(Unsupported, match=words):
@@ -279,8 +304,8 @@ def test_nothing_is_cut_up_early_without_being_asked() -> None:
     ranks = Ranks(Launch(use_cpu=True))
     config = TrainConfig(img_dir="x")
     assert sharded.preparer(config, ranks) is None
-    fine = replace(config, mode="finetune")
-    assert sharded.preparer(fine, Ranks(Launch(use_cpu=True, fsdp=True))) is None  # its weights become fp32 first
+    some = replace(config, mode="finetune", train_parameters=("img_attn",))
+    assert sharded.preparer(some, Ranks(Launch(use_cpu=True, fsdp=True))) is None  # which become fp32 is not known yet
 
 
 def test_deepspeeds_loss_scale_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,3 +344,22 @@ def test_an_older_torch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.distributed.fsdp, "fully_shard", raising=False)
     with pytest.raises(Unsupported, match="has no FSDP2"):
         fsdp._fully_shard()
+
+
+@pytest.mark.parametrize("world", [2, 3, 5])
+@pytest.mark.parametrize("shape", [(1,), (5,), (7, 3), (6, 2, 2)])
+def test_every_rank_knows_whose_rows_are_whose(world: int, shape: tuple[int, ...]) -> None:
+    """As `fully_shard` deals them out, and below one another they are the whole."""
+    value = torch.arange(float(torch.Size(shape).numel())).view(shape)
+    config = TrainConfig(img_dir="x")
+    found = []
+    for rank in range(world):
+        ranks = Ranks(Launch(rank=rank, world_size=world, use_cpu=True))
+        slot = parts.slots.Slot(0, "x", torch.nn.Parameter(value.clone()), config)
+        part = parts.Part(slot, shape, ranks, whole=False)
+        rows = part.rows(value)
+        assert rows.numel() == part._counts()[rank]
+        found.append(rows)
+        assert part.rows(value).shape[1:] == value.shape[1:]
+        assert parts.Part(slot, shape, ranks, whole=True).rows(value) is value
+    assert torch.equal(torch.cat(found), value)
