@@ -268,6 +268,19 @@ def many_lines(count: int) -> Iterator[str]:
     yield from OOM.splitlines(keepends=True)
 
 
+def test_a_limit_of_the_jobs_own_is_nobody_elses_fault() -> None:
+    """As an H200 said it, with the allocator held to 33.06 GiB and 1 GiB of another process: 105 GiB were free."""
+    said = (
+        "error: CUDA out of memory. Tried to allocate 28.00 MiB. GPU 0 has a total capacity of 139.80 GiB of which "
+        "105.01 GiB is free. Process 1292 has 1.02 GiB memory in use. Including non-PyTorch memory, this process has "
+        "33.76 GiB memory in use. 33.06 GiB allowed; Of the allocated memory 31.62 GiB is allocated by PyTorch, and "
+        "1.41 GiB is reserved by PyTorch but unallocated.\n"
+    )
+    found, full = diagnose(said), diagnose(said.replace("105.01 GiB is free", "12.01 MiB is free"))
+    assert found is not None and full is not None
+    assert (found.cause, full.cause) == ("cuda-oom", "cuda-oom-other-process")
+
+
 def test_long_logs_take_little_time_and_memory() -> None:
     import tracemalloc
 

@@ -9,6 +9,10 @@ from xflux_doctor.explain.rule import Rule, Sign
 _OOM = r"(?:CUDA out of memory|CUDA error: out of memory|CUDA_ERROR_OUT_OF_MEMORY|cuda runtime error.*out of memory)"
 _OOM_BARE = r"CUDA error: out of memory|Cuda failure \d* ?'out of memory'"
 _SIZES = {"KiB": 2.0**-20, "MiB": 2.0**-10, "GiB": 1.0}
+_ROOM = re.compile(
+    r"Tried to allocate (?P<tried>[\d.]+) (?P<tried_unit>[KMG]iB).*?"
+    r"of which (?P<free>[\d.]+) (?P<free_unit>[KMG]iB) is free"
+)
 _RESERVED = (
     r"CUDA out of memory.*?(?P<used>[\d.]+) (?P<used_unit>[KMG]iB) is allocated by PyTorch.*?"
     r"(?P<idle>[\d.]+) (?P<idle_unit>[KMG]iB) is reserved by PyTorch but unallocated"
@@ -31,7 +35,9 @@ def _much_idle(match: re.Match[str]) -> bool:
 
 
 def _much_foreign(match: re.Match[str]) -> bool:
-    return _gib(match, "other") > 1.0
+    """And it is what was missing: where the card had room, a limit of the job's own kept the allocator from it."""
+    room = _ROOM.search(match[0])
+    return _gib(match, "other") > 1.0 and not (room and _gib(room, "free") > _gib(room, "tried"))
 
 
 RULES: tuple[Rule, ...] = (
