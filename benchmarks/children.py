@@ -95,6 +95,15 @@ def _run(argv: list[str], deadline: float, environment: dict[str, str]) -> Outco
     return {"outcome": "failed", "why": f"exit code {process.returncode}: {line[:300]}"}
 
 
+def host(planned: list[Outcome], ran: list[Outcome]) -> list[Outcome]:
+    """Of each rank of a run the host's memory beside what `plan --format json` foretold, in bytes."""
+    found = []
+    for forecast, rank in zip(planned, ran):  # noqa: B905 (a file's ranks may be more than those that run)
+        want, peak = forecast["host"]["peak_bytes"], rank["host"]["overall"]
+        found.append({"forecast": want, "measured": peak, "error": want / peak - 1})
+    return found
+
+
 def write(path: Path, value: Any) -> None:
     """A JSON file, there whole or not at all."""
     partial = path.with_suffix(".partial")

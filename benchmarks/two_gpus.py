@@ -130,6 +130,7 @@ class Bench:
             "errors": [want / peak - 1 for want, peak in zip(forecasts, peaks, strict=False) if want and peak],
             "balance": max(known) / min(known) - 1 if known else None, "nvml": watched.most, "notes": told["notes"],
             "launch": [line for line in said if "repaired in memory" in line], "seconds": time.monotonic() - begun,
+            "host": children.host(plan["ranks"], told["per_rank"]),
         }  # fmt: skip
 
 
