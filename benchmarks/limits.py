@@ -44,7 +44,9 @@ UNTIMED = 3
 
 
 def job(work: Path, out: Path, mode: str, allow: list[str]) -> dict[str, Any]:
-    own = {"lora_targets": "diffusers"} if mode == "lora" else {"mode": "finetune"}
+    own: dict[str, Any] = {"lora_targets": "diffusers"}
+    if mode == "finetune":
+        own = {"mode": "finetune", "final_checkpoint": False}  # up to 143 GB, which nothing goes on from
     settings = {**start.settings(work), "max_train_steps": STEPS, "checkpointing_steps": 10**6, "allow": allow}
     return {**settings, "output_dir": str(out), **own}
 
@@ -177,7 +179,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--work", type=Path, help="a folder on a local disk with 25 GB free")
     parser.add_argument("--out", type=Path, help="where the runs write; by default a folder in DIR. "
-                        "A fine-tune writes up to 70 GB, here or into /dev/shm")  # fmt: skip
+                        "A fine-tune writes 24 GB, here or into /dev/shm")  # fmt: skip
     parser.add_argument("--limits", type=children.numbers, help="GiB; by default those of the mode")
     parser.add_argument("--mode", choices=[*LIMITS], default="lora")
     parser.add_argument("--allow", choices=["none", "all", "both"], default="both")

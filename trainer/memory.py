@@ -168,9 +168,9 @@ def _compute_terms(
         stays = [term for term in stays if term not in end]
     if fused:
         stays += memory_fused.copies(config, spec, recorded=recorded)
-    each = end[0].bytes // trained(config, spec).parameters if growing and end[0].bytes else 0
+    each = end[0].bytes / trained(config, spec).parameters if growing and end[0].bytes else 0.0
     if fused:
-        backward = list(memory_fused.activations(config, spec, growing=each, recorded=recorded, norms=norms))
+        backward = list(memory_fused.activations(config, spec, growing=int(each), recorded=recorded, norms=norms))
     else:
         backward = list(activations(config, spec, growing=each, norms=norms))
     step = [term for term in backward if not term.passing] + end

@@ -234,7 +234,9 @@ def gradients_so_far(blocks: Sequence[Passed], number: int) -> Iterator[Term]:
 def grow(config: TrainConfig, strategy: str, *, recorded: bool) -> bool:
     """Whether gradients come as activations go: under DDP and in a recording their places are there all along, and so
     they are where several passes add to them."""
-    alone = strategy == "single" and config.gradient_accumulation_steps == 1
+    alone = (
+        strategy == "single" or (strategy == "fsdp" and config.mode != "lora")
+    ) and config.gradient_accumulation_steps == 1
     return alone and not recorded and not config.step_in_backward
 
 
@@ -266,10 +268,11 @@ def _block_of(name: str) -> str:
 # Activations ---------------------------------------------------------------------------------------------
 
 
-def activations(config: TrainConfig, spec: FluxSpec, *, growing: int = 0, norms: Norms = "fused") -> Iterator[Term]:
+def activations(config: TrainConfig, spec: FluxSpec, *, growing: float = 0, norms: Norms = "fused") -> Iterator[Term]:
     """What the forward pass keeps for the backward pass, at the largest size that is trained on.
 
-    `growing`: bytes of a parameter's gradient that is made in the backward pass, 0 where its place is there before.
+    `growing`: bytes of a parameter's gradient that is made in the backward pass, 0 where its place is there before; of
+    one that is cut up, of a rank's part.
     """
     size = width(config)
     side = max(config.sizes)
@@ -289,7 +292,7 @@ def activations(config: TrainConfig, spec: FluxSpec, *, growing: int = 0, norms:
     blocks = []
     for name, kept in zip(names, saved):  # noqa: B905 (of one length)
         passes = unit * (SINGLE_PASSES if name.startswith("single_") else DOUBLE_PASSES)
-        grads = own.get(name, 0) * growing
+        grads = round(own.get(name, 0) * growing)
         blocks.append(Passed(unit if again else kept, passes + kept * again, again, grads))
     shape = f"{config.train_batch_size} x {tokens} tokens"
     if blocks:
@@ -429,7 +432,8 @@ def disk(config: TrainConfig, spec: FluxSpec, samples: int, strategy: str = "sin
     known = f"{samples} images and captions" if samples else "the number of images is not known"
     yield Term("cache", samples * (latents + text + edges), "cache", known)
     steps = config.max_train_steps or config.checkpointing_steps
-    written = math.ceil(steps / config.checkpointing_steps)
+    written = steps // config.checkpointing_steps
+    written += bool(steps % config.checkpointing_steps and config.final_checkpoint)
     kept = min(written, config.checkpoints_total_limit or written)
     full = config.mode == "finetune" and not config.train_parameters
     rounded = full and config.mixed_precision != "fp16" and config.weight_update in ("auto", "stochastic", "nearest")
@@ -438,7 +442,8 @@ def disk(config: TrainConfig, spec: FluxSpec, samples: int, strategy: str = "sin
     reason = f"{what.parameters:,} trained parameters, {one:g} bytes each with the optimizer"
     at_once = min(written, kept + 1)
     held = f"{kept} kept and one being written" if at_once > kept else f"{kept} kept"
-    yield Term("checkpoints", math.ceil(at_once * what.parameters * one), "train", f"{held}: {reason}")
+    if at_once:
+        yield Term("checkpoints", math.ceil(at_once * what.parameters * one), "train", f"{held}: {reason}")
     if config.mode == "lora":
         yield Term("adapter files", what.parameters * 4 * len(config.formats), "train", ", ".join(config.formats))
     elif config.mode == "controlnet":

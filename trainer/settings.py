@@ -162,6 +162,8 @@ class TrainConfig:
     """Optimizer steps between checkpoints."""
     checkpoints_total_limit: int | None = 10
     """Checkpoints that are kept; null: all."""
+    final_checkpoint: bool = True
+    """Write a checkpoint at the end too; false: the result alone, which no run goes on from. A signal's is written."""
     resume_from_checkpoint: str | None = None
     """`latest` (start afresh when there is none), a checkpoint folder, or null: start afresh."""
 

@@ -177,7 +177,7 @@ def _loop(run: Run, watch: Watch | None, stop: Stop) -> int:
                 ranks.say(f"stopping after step {progress.step} of {run.total}: a checkpoint is being saved")
             elif asked_to_save and not last:
                 ranks.say(f"step {progress.step} of {run.total}: a checkpoint is being saved, as asked for by a signal")
-            if signum or asked_to_save or last or progress.step % config.checkpointing_steps == 0:
+            if signum or asked_to_save or (last and config.final_checkpoint) or _due(config, progress.step):
                 with PULSE.during("checkpoint"):
                     checkpoint.save(
                         run.output, run.stepper, progress, config, ranks, meter.versions(), run.digests,
@@ -194,6 +194,10 @@ def _loop(run: Run, watch: Watch | None, stop: Stop) -> int:
     finally:
         ahead.close()
     return 0
+
+
+def _due(config: TrainConfig, step: int) -> bool:
+    return step % config.checkpointing_steps == 0
 
 
 class _Drawn(NamedTuple):

@@ -312,6 +312,9 @@ def test_disk_counts_the_checkpoints_that_are_kept() -> None:
     assert many.disk_total - few.disk_total == 97 * one  # two are kept while a third is written
     single = bill(checkpoints_total_limit=2, checkpointing_steps=1000, max_train_steps=1000)
     assert few.disk_total - single.disk_total == 2 * one  # nothing is there yet while the only one is written
+    none = bill(checkpointing_steps=1001, max_train_steps=1000, final_checkpoint=False)
+    assert single.disk_total - none.disk_total == one
+    assert bill(checkpointing_steps=999, max_train_steps=1000).disk_total - single.disk_total == one
     with_images = forecast(BASE, FLUX_DEV, world_size=1, strategy="single", device="cuda", samples=100)
     # 1 MiB of fp32 latents and 4 MiB of T5 states for each image.
     assert (with_images.disk_total - bill().disk_total) / 100 == pytest.approx(5 * 1024**2, rel=0.01)

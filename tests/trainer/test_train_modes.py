@@ -16,7 +16,7 @@ pytest.importorskip("diffusers")
 from safetensors.torch import load_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 from trainer_kit import keep_signals, metrics, squares, tiny_flux, write_config  # noqa: E402
-from xflux_trainer import checkpoint, cli, files, modes, outcome, report  # noqa: E402
+from xflux_trainer import checkpoint, cli, files, lora, modes, outcome, report  # noqa: E402
 from xflux_trainer.config import TrainConfig  # noqa: E402
 from xflux_trainer.errors import UserError, WriteError  # noqa: E402
 from xflux_trainer.layout import Base  # noqa: E402
@@ -244,6 +244,14 @@ def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(
     # It is whole, so that nothing is lost by it; the one after it could be removed.
     assert [found.name for found in checkpoint.list_checkpoints(tmp_path / "out")] == ["checkpoint-1", "checkpoint-3"]
     assert checkpoint.load(tmp_path / "out" / "checkpoint-1").progress.step == 1
+
+
+def test_the_last_checkpoint_can_be_left_out(tmp_path: Path) -> None:
+    """The result is there, and the checkpoints on the way are."""
+    path = write_config(tmp_path, max_train_steps=3, checkpointing_steps=2, final_checkpoint=False)
+    assert cli.main(["train", "--config", str(path)]) == 0
+    assert [found.name for found in checkpoint.list_checkpoints(tmp_path / "out")] == ["checkpoint-2"]
+    assert (tmp_path / "out" / lora.ADAPTER_FILE).is_file() and metrics(tmp_path / "out")["steps"] == 3
 
 
 @pytest.mark.parametrize(
