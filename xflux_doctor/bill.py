@@ -34,17 +34,33 @@ def forecast_of(case: Case, config: TrainConfig | None, model: spec.FluxSpec | N
     assert config is not None
     if case.job.strategy not in memory.STRATEGIES:
         raise SkipCheck(f"the forecast does not know {case.job.strategy} yet")
+    count = dataset(case).count
     return memory.forecast(
         config,
         model or spec_of(case),
         world_size=max(1, case.job.num_processes),
         strategy=case.job.strategy,
         device="cpu" if case.job.use_cpu else "cuda",
-        samples=dataset(case).count,
+        samples=count,
         offload=case.job.offloads,
         triton=has_triton(case),
+        encoded=_encoded(case, config, count),
         norms=norms_of(case),
     )
+
+
+def views(config: TrainConfig) -> int:
+    """Cached entries of one image: one for each size and mirror image."""
+    return len(config.sizes) * (2 if config.random_flip else 1)
+
+
+def _encoded(case: Case, config: TrainConfig, count: int) -> bool:
+    """Whether an earlier run's cache has an entry for each of so many images: then no encoder is loaded. A caption that
+    was edited since is not seen here."""
+    own, cache = case.job.train, (case.facts.folders or {}).get("cache")
+    if own is None or cache is None or not count or (config.sizes, config.random_flip) != (own.sizes, own.random_flip):
+        return False
+    return cache.entries >= count * views(config)
 
 
 def norms_of(case: Case) -> memory_terms.Norms:

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 from conftest import GIB, XFLUX_ACCELERATE, case, findings, job, machine, packages, verdict
 
+from xflux_doctor import bill
 from xflux_doctor.check import Case, Check
 from xflux_doctor.checks import room, storage
 from xflux_doctor.facts import Folder, HubCache
@@ -88,6 +89,21 @@ def test_the_cache_holds_every_size_mirror_image_and_condition(matrix: Matrix) -
     assert "the ControlNet" in many["output"].what and "conditions" in many["cache"].what
     half = room.shares(on(matrix, work, cache=place("/data/cache", entries=2 * count)))
     assert next(share.files for share in half if share.purpose == "cache") == (count - count // 2) * 7
+
+
+def test_a_filled_cache_spares_the_host_the_encoders(matrix: Matrix) -> None:
+    """An entry for each size and mirror image of each photograph: what one lacks is encoded, by a larger process."""
+    work = job(None, img_size=512, random_flip=True)
+    count = bill.dataset(on(matrix, work)).count
+    hosts = [
+        bill.need(on(matrix, work, cache=place("/data/cache", entries=entries))).host_per_rank
+        for entries in (0, 2 * count - 1, 2 * count)
+    ]
+    assert count and hosts[0] == hosts[1] > hosts[2] + GIB // 4
+    full = on(matrix, work, cache=place("/data/cache", entries=2 * count))
+    assert full.job.train is not None
+    other = dataclasses.replace(full.job.train, img_size=1024)  # nothing of that size is there
+    assert bill.forecast_of(full, other).host_per_rank > hosts[2] + GIB // 4
 
 
 def test_a_store_that_does_not_tell_its_room_is_no_pass(matrix: Matrix) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from xflux_trainer import memory
+from xflux_trainer.memory_terms import narrow
 
 from xflux_doctor import planner
 from xflux_doctor.bill import fused, multiplies_fp8, need
@@ -91,6 +92,10 @@ def _less(case: Case) -> str:
         ways.append(f"set quantization to {dynamic}int8 or nf4")
     elif train.mode == "finetune" and train.optimizer == "adamw" and case.job.num_processes == 1:
         ways.append("set optimizer to adafactor and step_in_backward to true")
+    elif (
+        train.mode == "finetune" and case.job.strategy == "fsdp" and not (narrow(train) and train.optimizer != "adamw")
+    ):
+        ways.append("set weight_update to stochastic and optimizer to adamw8bit")
     elif train.mode == "finetune" and case.job.strategy not in ("zero3", "fsdp"):
         ways.append("launch by FSDP2 or ZeRO-3, which cut up the weights too")
     text = ", ".join([*ways, "lower img_size or train_batch_size"])

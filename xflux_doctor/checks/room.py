@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from xflux_doctor.bill import dataset, need, spec_of
+from xflux_doctor.bill import dataset, need, spec_of, views
 from xflux_doctor.check import Case, SkipCheck, check
 from xflux_doctor.facts import Folder
 from xflux_doctor.finding import Finding, error
@@ -58,10 +58,10 @@ def shares(case: Case) -> tuple[Share, ...]:
     terms = need(case).disk
     samples = dataset(case).count
     cache, output = folders.get("cache"), folders.get("output")
-    # One entry for each size and mirror image, one caption, and one condition for each size.
-    views = len(train.sizes) * (2 if train.random_flip else 1)
-    files = views + 1 + (len(train.sizes) if train.mode == "controlnet" else 0)
-    left = max(0, samples - (cache.entries if cache else 0) // views)
+    each = views(train)
+    # Beside these one caption, and one condition for each size.
+    files = each + 1 + (len(train.sizes) if train.mode == "controlnet" else 0)
+    left = max(0, samples - (cache.entries if cache else 0) // each)
     encoded = sum(term.bytes for term in terms if term.phase == "cache")
     what = "encoded images, captions and conditions" if train.mode == "controlnet" else "encoded images and captions"
     found.append(Share("cache", what, encoded * left // max(1, samples), files * left))
