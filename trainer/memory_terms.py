@@ -364,17 +364,29 @@ def saved_per_block(
     ends = ("x_embedder", "context_embedder", "time_text_embed.timestep_embedder.linear_1")
     reached = any(name in what.layers for name in ends) or config.mode == "controlnet"
     double, single = _norms(config, norms)
+    layers, adapters = _in_blocks(what)
     kinds = (("transformer_blocks", spec.double_blocks, _double, double),
              ("single_transformer_blocks", spec.single_blocks, _single, single))  # fmt: skip
     for kind, count, units, more in kinds:
         for index in range(count):
-            prefix = f"{kind}.{index}."
-            own = {name.removeprefix(prefix) for name in what.layers if name.startswith(prefix)}
+            own = layers.get(f"{kind}.{index}", frozenset())
             reached = reached or bool(own)
             if reached:
-                yield (
-                    (units(own) + more) * unit + rows + sum(a.name.startswith(prefix) for a in what.adapters) * low_rank
-                )
+                yield (units(own) + more) * unit + rows + adapters.get(f"{kind}.{index}", 0) * low_rank
+
+
+@functools.lru_cache(maxsize=64)
+def _in_blocks(what: Trained) -> tuple[dict[str, frozenset[str]], dict[str, int]]:
+    """Of every block the layers that are trained, by their names in it, and how many adapters it has."""
+    layers: dict[str, set[str]] = {}
+    for name in what.layers:
+        if block := _block_of(name):
+            layers.setdefault(block, set()).add(name.removeprefix(f"{block}."))
+    adapters: dict[str, int] = {}
+    for adapter in what.adapters:
+        if block := _block_of(adapter.name):
+            adapters[block] = adapters.get(block, 0) + 1
+    return {block: frozenset(own) for block, own in layers.items()}, adapters
 
 
 def _norms(config: TrainConfig, norms: Norms) -> tuple[int, int]:
@@ -386,7 +398,7 @@ def _norms(config: TrainConfig, norms: Norms) -> tuple[int, int]:
     return double + trained_too, single + trained_too
 
 
-def _double(own: set[str]) -> int:
+def _double(own: frozenset[str]) -> int:
     """U that a double block saves: 12 for the gradient to pass through, more for each trained layer."""
     return (
         12
@@ -397,7 +409,7 @@ def _double(own: set[str]) -> int:
     )
 
 
-def _single(own: set[str]) -> int:
+def _single(own: frozenset[str]) -> int:
     """U that a single block saves: 11 for the gradient to pass through, more for each trained layer."""
     return (
         11

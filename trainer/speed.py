@@ -68,20 +68,14 @@ def step_flops(
     `fused`: this trainer's blocks compute, which recompute less. As if gradients went through every block: of a run
     that trains late blocks alone it is an upper bound. The convolutions before a ControlNet (below 0.1 %) are left out.
     """
-    again = (
-        functools.partial(_recomputed, config, spec, _gates(trained))
-        if fused
-        else lambda _: config.gradient_checkpointing
-    )
+    whole, gates = _modulated(tuple(trained))
+    count = _checkpointed(config, spec) if fused else 0
     base = spec.step_flops(image_tokens, text_tokens, checkpointing=config.gradient_checkpointing and not fused)
-    if fused:
-        base += _recompute(spec, again, image_tokens, text_tokens)
-    matrices = {
-        name: 2.0 * math.prod(shape) * tokens_of(name, image_tokens, text_tokens)
-        for name, shape in trained.items()
-        if len(shape) == 2
-    }
-    products = sum(matrices.values())
+    if count:
+        attention = 4 * (image_tokens + text_tokens) ** 2 * spec.hidden
+        base += count * attention + _again(_linears(spec, image_tokens, text_tokens), spec, count, whole, gates)
+    matrices = _matrices(tuple(trained.items()), image_tokens, text_tokens)
+    products = sum(size for _, size in matrices)
     if config.mode == "finetune":
         return base + products  # the weights' own gradients; forward and input gradients are in the base
     if config.mode == "controlnet":
@@ -90,26 +84,61 @@ def step_flops(
         blocks = len({tuple(name.split(".")[:2]) for name in trained if "transformer_blocks." in name})
         attention = 4 * (image_tokens + text_tokens) ** 2 * spec.hidden
         return base + products * (3 + passes) + blocks * (3.5 + passes) * attention
-    return base + products * 3 + sum(size for name, size in matrices.items() if again(name))
+    if not fused:
+        return base + products * (4 if config.gradient_checkpointing else 3)
+    return base + products * 3 + _again(matrices, spec, count, whole, gates)
 
 
-def _recompute(spec: FluxSpec, again: Callable[[str], bool], image_tokens: int, text_tokens: int) -> float:
-    """FLOPs of what fused blocks compute a second time: 7/12 of a single block's products, 8/12 of a double block's
-    (all where a gate's gradient wants their results), and attention."""
-    blocks = [f"transformer_blocks.{k}" for k in range(spec.double_blocks)]
-    blocks += [f"single_transformer_blocks.{k}" for k in range(spec.single_blocks)]
-    attention = 4 * (image_tokens + text_tokens) ** 2 * spec.hidden * sum(again(f"{name}.attn.to_q") for name in blocks)
-    return attention + sum(
-        2.0 * linear.inputs * linear.outputs * tokens_of(linear.name, image_tokens, text_tokens)
-        for linear in spec.linears()
-        if linear.per_token and again(linear.name)
+def _checkpointed(config: TrainConfig, spec: FluxSpec) -> int:
+    """How many blocks, the first ones, compute a second time."""
+    every = spec.double_blocks + spec.single_blocks
+    if not config.gradient_checkpointing:
+        return 0
+    return every if config.checkpointed_blocks is None else min(every, config.checkpointed_blocks)
+
+
+_Sizes = tuple[tuple[str, float], ...]
+"""FLOPs by layer."""
+
+
+@functools.lru_cache(maxsize=64)
+def _matrices(trained: tuple[tuple[str, tuple[int, ...]], ...], image_tokens: int, text_tokens: int) -> _Sizes:
+    return tuple(
+        (name, 2.0 * math.prod(shape) * tokens_of(name, image_tokens, text_tokens))
+        for name, shape in trained
+        if len(shape) == 2
     )
 
 
-def _gates(trained: Mapping[str, tuple[int, ...]]) -> Callable[[str], bool]:
-    """Whether the gradient of a block's modulation is asked for, by the block's name."""
-    whole, own = _modulated(tuple(trained))
-    return lambda block: whole or block in own
+@functools.lru_cache(maxsize=64)
+def _linears(spec: FluxSpec, image_tokens: int, text_tokens: int) -> _Sizes:
+    return tuple(
+        (linear.name, 2.0 * linear.inputs * linear.outputs * tokens_of(linear.name, image_tokens, text_tokens))
+        for linear in spec.linears()
+        if linear.per_token
+    )
+
+
+def _again(sizes: _Sizes, spec: FluxSpec, count: int, whole: bool, gates: frozenset[str]) -> float:
+    """FLOPs that the first `count` fused blocks compute a second time: all but a block's last layers, which nobody
+    reads (7/12 of a single block's products, 8/12 of a double block's), unless its gate's gradient wants them."""
+    blocks = _by_block(sizes, spec.double_blocks)
+    return sum(inner + last * (whole or block in gates) for place, block, inner, last in blocks if place < count)
+
+
+@functools.lru_cache(maxsize=64)
+def _by_block(sizes: _Sizes, double: int) -> tuple[tuple[int, str, float, float], ...]:
+    """(its place among all blocks, its name, FLOPs of its inner layers, of its last ones)."""
+    found: dict[str, list[float]] = {}
+    for name, size in sizes:
+        kind, number, leaf = (*name.split(".", 2), "", "")[:3]
+        if kind in ("transformer_blocks", "single_transformer_blocks"):
+            last = leaf.startswith(("proj_out", "ff.net.2", "ff_context.net.2"))
+            found.setdefault(f"{kind}.{number}", [0.0, 0.0])[last] += size
+    return tuple(
+        (int(block.rpartition(".")[2]) + double * block.startswith("single"), block, inner, last)
+        for block, (inner, last) in found.items()
+    )
 
 
 @functools.lru_cache(maxsize=16)
@@ -118,25 +147,6 @@ def _modulated(names: tuple[str, ...]) -> tuple[bool, frozenset[str]]:
     whole = any(name.startswith("time_text_embed.") for name in names)
     own = {".".join(name.split(".")[:2]) for name in names if re.search(r"\bnorm(1|1_context)?\.linear\b", name)}
     return whole, frozenset(own)
-
-
-@functools.lru_cache(maxsize=4096)
-def _parts(name: str) -> tuple[str, str, str]:
-    kind, _, rest = name.partition(".")
-    number, _, leaf = rest.partition(".")
-    return kind, number, leaf
-
-
-def _recomputed(config: TrainConfig, spec: FluxSpec, gates: Callable[[str], bool], name: str) -> bool:
-    """Whether a fused block computes the layer of that diffusers name again: not its last, which nobody reads."""
-    kind, number, leaf = _parts(name)
-    if not config.gradient_checkpointing or kind not in ("transformer_blocks", "single_transformer_blocks"):
-        return False
-    place = int(number) + (spec.double_blocks if kind.startswith("single") else 0)
-    if config.checkpointed_blocks is not None and place >= config.checkpointed_blocks:
-        return False
-    last = leaf.startswith(("proj_out", "ff.net.2", "ff_context.net.2"))
-    return not last or gates(f"{kind}.{number}")
 
 
 def costs(
