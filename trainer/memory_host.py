@@ -23,15 +23,14 @@ ERROR_BAR = 0.10
 PROCESS = {
     # (all is to be encoded, the cache is filled)
     "cpu": {"cache": (315, 230), "load": (315, 297), "train": (355, 346), "sample": (358, 346)},
-    "cuda": {"cache": (1_400, 510), "load": (1_500, 720), "train": (1_510, 1_080), "sample": (1_570, 1_140)},
+    "cuda": {"cache": (1_370, 440), "load": (1_330, 720), "train": (1_490, 1_120), "sample": (1_530, 1_230)},
 }
 """MiB of Python, torch, diffusers and transformers; on a GPU with the CUDA context and the libraries' kernels. Encoding
 leaves some of its own behind: modules, and on a GPU the VAE's kernels.
 
 Sources: on a CPU the demo's model, which has nearly no weights, by torch 2.4.0 and 2.13.0 (which differ by 25 MiB).
-On a GPU, torch 2.11.0+cu130, benchmarks/results/start-nvidia-h200-2026-11-28.json for the most of a start with a
-filled cache (1,708 to 1,737 MiB, with the terms below), and full_size_lora-nvidia-*-2026-11-24*.json for what the
-phases differ by; these are of a trainer that held 180 MiB more while it trained, and had no staging buffers."""
+On a GPU, torch 2.11.0+cu130, benchmarks/results/host_memory-nvidia-h200-2026-11-29.json, 5 + 10 blocks; at full size
+two fine-tunes with a filled cache held 1,381 and 1,394 MiB in all (limits-nvidia-h200-2026-11-29.json)."""
 STAGING = 16 * (16 << 20)
 """The buffers of `readahead.Window`. Pinned memory stays torch's until the process ends."""
 AHEAD = 4 + 1

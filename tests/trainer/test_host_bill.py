@@ -54,16 +54,6 @@ def test_what_a_start_at_full_size_was_measured_at() -> None:
         assert most == pytest.approx(row["host_bytes"], rel=0.10)
 
 
-@pytest.mark.parametrize("file", sorted(RESULTS.glob("full_size_lora-*.json")), ids=lambda file: file.stem)
-def test_what_encoding_and_loading_at_full_size_were_measured_at(file: Path) -> None:
-    """Runs of a trainer that had no staging buffers. In one of them everything was encoded before."""
-    measured = json.loads(file.read_text("utf-8"))["measured"]["host_own_gib"]
-    made = bill(encoded=file.stem.endswith("-second"))
-    for phase in ("cache", "load"):
-        found = made.host_phases[phase] - named(made, "staging buffers", phase)
-        assert found / GIB == pytest.approx(measured[phase], rel=0.10)
-
-
 def test_what_streaming_was_measured_to_add() -> None:
     """benchmarks/full_size.py on an H200, each row a process of its own: the streamed one beside the same without."""
     rows = json.loads((RESULTS / "full_size-nvidia-h200-2026-11-28.json").read_text("utf-8"))["rows"]
