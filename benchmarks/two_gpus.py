@@ -68,7 +68,8 @@ class Bench:
         files = {
             "accelerate.yaml": {
                 "compute_environment": "LOCAL_MACHINE", "num_machines": 1, "num_processes": ranks,
-                "mixed_precision": "no" if self.options.cpu else "bf16", "use_cpu": self.options.cpu, **accelerate,
+                "mixed_precision": "no" if self.options.cpu else "bf16", "use_cpu": self.options.cpu,
+                "main_process_port": self.options.port, **accelerate,
             },
             "train.yaml": {
                 **start.settings(self.work), "output_dir": str(self.out), "checkpointing_steps": ENDLESS,
@@ -371,6 +372,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="where the runs write; a fine-tune writes 24 GB")
     parser.add_argument("--parts", default=",".join(PARTS), help="some of the parts")
     parser.add_argument("--cap", type=float, default=80, metavar="GIB", help="memory of each card that may be taken")
+    parser.add_argument("--port", type=int, default=29500, help="where the ranks meet; another one beside another run")
     parser.add_argument("--steps", type=int, default=12, help="of each LoRA run")
     parser.add_argument("--deadline", type=float, default=300, metavar="S", help="seconds for each command")
     parser.add_argument("--resume", action="store_true", help="go on with today's file")

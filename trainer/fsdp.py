@@ -58,7 +58,7 @@ class Shard:
 
 
 class FsdpStepper:
-    """FSDP2. What is cut up is held in fp32, or as `parts.narrow` says, and computed with in the config's precision."""
+    """FSDP2. What is cut up is held in fp32, or in bf16 (`narrow`), and computed with in the config's format."""
 
     strategy = "fsdp"
 
@@ -277,6 +277,8 @@ def shard(module: nn.Module, trained: dict[str, nn.Parameter], config: TrainConf
     for name, (owner, leaf) in places.items():
         parameter: Any = owner._parameters[leaf]
         whole = trained[name] in adapters
+        if parameter is not trained[name]:  # who still holds the one that was cut up shall not hold its numbers
+            trained[name].data = trained[name].data.new_empty(0)
         if whole:  # made beside a base that waits on the host, they are there too
             parameter.data = parameter.data.to(ranks.device)
         local = parameter if whole else nn.Parameter(parameter.to_local().detach())
@@ -294,12 +296,14 @@ def sharder(config: TrainConfig, ranks: Ranks) -> Callable[[str, nn.Module], Non
     refuse(config)
     if config.mode == "finetune" and config.train_parameters and not narrow(config):
         return None
-    fully_shard, settings = _fully_shard(), _settings(config, ranks)
+    fully_shard = _fully_shard()
+    settings: dict[str, Any] = {}
     widened = config.mode == "finetune" and not narrow(config)
 
     def cut(name: str, block: nn.Module) -> None:
         if not _is_block(name):  # the ends belong to the module around the transformer
             return
+        settings.update({} if settings else _settings(config, ranks))  # the ranks have joined when it is loaded
         if widened:
             block.float()
         fully_shard(block, **settings)

@@ -19,6 +19,7 @@ from xflux_trainer.memory_terms import (
     OPTIMIZER,
     SHARDS,
     TRANSFORMER,
+    WHOLE,
     Norms,
     Term,
     activations,
@@ -38,8 +39,11 @@ GIB = 1 << 30
 MIB = 1 << 20
 ERROR_BAR = 0.03
 """What is promised of one process and of DDP: 97 configurations on an H200 were within 1.6 % (benchmarks/memory.py)."""
+SHARDED_BAR = 0.05
+"""ZeRO-2 and FSDP2 on two H200s: each measured once, within 1.2 % (benchmarks/two_gpus.py); FSDP2's terms also against
+the storages of steps without a GPU, within 3 %."""
 UNMEASURED_BAR = 0.15
-"""Where the weights or states are cut up among ranks, and on the CPU."""
+"""ZeRO-1 and ZeRO-3, what is offloaded, and the CPU."""
 _CALIBRATION = json.loads(Path(__file__).with_name("calibration.json").read_text(encoding="utf-8"))
 CUDA_CONTEXT: int = _CALIBRATION["context_bytes"]
 """What NVML shows beside the allocator's memory, once the fused kernels, cuBLAS and flash-attn-4 are loaded: the most
@@ -124,7 +128,9 @@ def forecast(
     written = tuple(disk(config, spec, samples, strategy))
     on_cpu = device == "cpu"
     host = memory_host.terms(config, spec, strategy, compute, on_cpu=on_cpu, encoded=encoded)
-    bar = ERROR_BAR if not on_cpu and strategy in ("single", "ddp") else UNMEASURED_BAR
+    bar = UNMEASURED_BAR
+    if not on_cpu and not offload:
+        bar = {"single": ERROR_BAR, "ddp": ERROR_BAR, "zero2": SHARDED_BAR, "fsdp": SHARDED_BAR}.get(strategy, bar)
     holes = 0 if on_cpu else _holes(config, spec, strategy, triton=triton)
     gpu, context = () if on_cpu else compute, 0 if on_cpu else CUDA_CONTEXT
     return Bill(gpu, (*host, *moved), written, context, world_size, bar, gpu_holes=holes)
@@ -155,8 +161,8 @@ def _compute_terms(
     vae = spec.encoder_parameters * 4 + 5 * 128 * pixels * 4
     if vae > encoders:
         yield Term("VAE beyond the text encoders", vae - encoders, "cache", "fp32, images are encoded after captions")
-    for phase in ("load", "train") if config.disable_sampling else ("load", "train", "sample"):
-        yield from weights(config, spec, world_size, strategy, phase)
+    phases = ("load", "train") if config.disable_sampling else ("load", "train", "sample")
+    lying = [term for phase in phases for term in weights(config, spec, world_size, strategy, phase)]
     fused = memory_fused.computes(config, strategy, device, triton=triton)
     recorded = fused and memory_fused.records(config, strategy, device)
     at_once = memory_fused.gradients_at_once(config, spec) if fused and config.step_in_backward else 0
@@ -166,19 +172,24 @@ def _compute_terms(
     if growing := grow(config, strategy, recorded=recorded):
         end = [term for term in stays if term.name in (GRADIENTS, ONE_STEP)]
         stays = [term for term in stays if term not in end]
+    # What ranks send each other is gone when the optimizer steps.
+    passes = [term for term in (*lying, *stays) if term.passing] if growing else []
+    yield from (term for term in lying if term not in passes)
+    stays = [term for term in stays if term not in passes]
     if fused:
         stays += memory_fused.copies(config, spec, recorded=recorded)
     each = end[0].bytes / trained(config, spec).parameters if growing and end[0].bytes else 0.0
     if fused:
         backward = list(memory_fused.activations(config, spec, growing=int(each), recorded=recorded, norms=norms))
     else:
-        backward = list(activations(config, spec, growing=each, norms=norms))
+        backward = list(activations(config, spec, growing=each, cut=strategy == "fsdp", norms=norms))
+    backward = [*passes, *backward]
     step = [term for term in backward if not term.passing] + end
     yield from stays
     yield from loading(config, spec, stays)
     yield from max(backward, step, key=lambda terms: sum(term.bytes for term in terms)) if growing else backward
     if not config.disable_sampling:
-        total = sum(term.bytes for term in stays if not _leaves(term, offload))
+        total = sum(term.bytes for term in stays if not term.passing and not _leaves(term, offload))
         yield Term("what is trained and its optimizer", total, "sample", "they stay while images are drawn")
         yield from sampling(config, spec)
 
@@ -188,13 +199,18 @@ def _split(
 ) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
     """What stays on the device, and what the job asks to wait on the host. Of weights a rank's share goes; the blocks
     that are whole while they compute stay."""
-    here, there = [], []
-    for term in terms:
+    here: list[Term] = []
+    there: list[Term] = []
+    every = list(terms)
+    gathered = {term.phase for term in every if term.name == WHOLE}
+    for term in every:
         if _leaves(term, offload):
             there.append(term)
         elif term.name == TRANSFORMER and "param" in offload:
-            whole = min(term.bytes, 2 * block_parameters(spec) * width(config))
-            here.append(replace(term, bytes=whole, why="two blocks, whole while they compute; the rest is offloaded"))
+            whole = 0 if term.phase in gathered else min(term.bytes, 2 * block_parameters(spec) * width(config))
+            if whole:
+                why = "two blocks, whole while they compute; the rest is offloaded"
+                here.append(replace(term, bytes=whole, why=why))
             there.append(replace(term, bytes=term.bytes - whole * (world_size > 1), why="this rank's part, offloaded"))
         else:
             here.append(term)

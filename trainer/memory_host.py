@@ -31,6 +31,9 @@ leaves some of its own behind: modules, and on a GPU the VAE's kernels.
 Sources: on a CPU the demo's model, which has nearly no weights, by torch 2.4.0 and 2.13.0 (which differ by 25 MiB).
 On a GPU, torch 2.11.0+cu130, benchmarks/results/host_memory-nvidia-h200-2026-11-29.json, 5 + 10 blocks; at full size
 two fine-tunes with a filled cache held 1,381 and 1,394 MiB in all (limits-nvidia-h200-2026-11-29.json)."""
+NCCL, DEEPSPEED = 250 * MIB, 400 * MIB
+"""Of each of several ranks on GPUs: benchmarks/results/two-gpus-nvidia-h200-2026-11-29.json, torch 2.11, NCCL 2.28,
+DeepSpeed 0.19. Rank 0, which writes the result, held 200 to 500 MiB more than the other."""
 STAGING = 16 * (16 << 20)
 """The buffers of `readahead.Window`. Pinned memory stays torch's until the process ends."""
 AHEAD = 4 + 1
@@ -49,23 +52,43 @@ def terms(
     """What one rank holds of the host. `compute` are the terms of the device that computes, `encoded`: the cache is
     filled, so that no encoder is loaded."""
     if on_cpu:
-        yield from _process("cpu", "Python and torch", encoded=encoded)
+        yield from _process(config, "cpu", "Python and torch", encoded=encoded)
         yield from _cpu(config, spec, strategy, list(compute), encoded=encoded)
     else:
-        yield from _process("cuda", "Python, torch and CUDA", encoded=encoded)
+        yield from _process(config, "cuda", "Python, torch and CUDA", encoded=encoded)
         yield from _cuda(config, spec)
+        yield from _together(config, spec, strategy)
     yield from _batches(config, spec, on_cpu=on_cpu)
     yield from _written(config, spec, on_cpu=on_cpu)
 
 
-def _process(device: str, name: str, *, encoded: bool) -> Iterator[Term]:
+def _process(config: TrainConfig, device: str, name: str, *, encoded: bool) -> Iterator[Term]:
     for phase, sizes in PROCESS[device].items():
+        if phase == "sample" and config.disable_sampling:
+            continue
         yield Term(name, sizes[encoded] * MIB, phase, "measured, nearly the same for every model")
+
+
+def _together(config: TrainConfig, spec: FluxSpec, strategy: str) -> Iterator[Term]:
+    """What it takes to be one of several ranks on GPUs."""
+    if strategy == "single":
+        return
+    for phase in _passes(config):
+        yield Term("NCCL", NCCL, phase, "its threads and buffers, as measured")
+        if strategy.startswith("zero"):
+            yield Term("DeepSpeed", DEEPSPEED, phase, "its modules and buffers, as measured")
+    if strategy == "fsdp" and config.mode != "lora":
+        size = trained(config, spec).largest * 4
+        yield Term("a tensor on its way", size, "train", "whole and in fp32, on the rank that writes the result")
+
+
+def _passes(config: TrainConfig) -> tuple[str, ...]:
+    return PASSES[:2] if config.disable_sampling else PASSES
 
 
 def _cuda(config: TrainConfig, spec: FluxSpec) -> Iterator[Term]:
     waiting = held(config, spec, width(config)).host
-    for phase in PASSES:
+    for phase in _passes(config):
         kept = "" if phase == "load" else "; torch keeps them"
         yield Term("staging buffers", STAGING, phase, f"16 of 16 MiB, pinned: weights are read ahead into them{kept}")
         if waiting:

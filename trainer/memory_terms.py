@@ -34,7 +34,7 @@ NORMS: dict[Norms, tuple[int, int]] = {"fused": (0, 0), "torch": (2, 2), "diffus
 torch's meta device (benchmarks/memory_meta.py)."""
 
 ADAM, MASTERS, SHARDS, TRANSFORMER = "Adam", "Adam and fp32 weights", "fp32 shards", "transformer"
-GRADIENTS, ONE_STEP = "gradients", "one tensor's step"
+GRADIENTS, ONE_STEP, WHOLE = "gradients", "one tensor's step", "whole blocks"
 OPTIMIZER = (ADAM, MASTERS)
 """Terms that an offloaded optimizer takes to the host."""
 
@@ -72,10 +72,18 @@ def weights(config: TrainConfig, spec: FluxSpec, world_size: int, strategy: str,
         why = f"{spec.transformer_parameters:,} parameters, the blocks' layers in {config.quantization}{kept}"
     if base.host:
         why += f"; {base.host / MIB:,.0f} MiB wait in host memory, {base.slots / MIB:,.0f} are room for what arrives"
-    if strategy in ("zero3", "fsdp") and world_size > 1:
-        total = math.ceil(total / world_size) + 2 * block_parameters(spec) * size
-        why += f"; 1/{world_size} of them on each rank, and two blocks whole"
-    yield Term(TRANSFORMER, total, phase, why)
+    if strategy not in ("zero3", "fsdp") or world_size == 1:
+        yield Term(TRANSFORMER, total, phase, why)
+        return
+    why += f"; 1/{world_size} of them on each rank"
+    whole, blocks = 2 * block_parameters(spec) * size, ", two blocks while they compute"
+    if strategy == "fsdp":  # the group around the blocks stays whole until the backward pass is over
+        whole, blocks = whole + end_parameters(spec) * size, f"{blocks}, and what is before and behind the blocks"
+    if strategy == "fsdp" and phase == "train":
+        yield Term(TRANSFORMER, math.ceil(total / world_size), phase, why)
+        yield Term(WHOLE, whole, phase, f"gathered from all ranks{blocks}", passing=True)
+    else:
+        yield Term(TRANSFORMER, math.ceil(total / world_size) + whole, phase, f"{why}; whole{blocks}")
 
 
 def block_parameters(spec: FluxSpec) -> int:
@@ -86,6 +94,12 @@ def block_parameters(spec: FluxSpec) -> int:
         if is_block(block):
             sizes[block] = sizes.get(block, 0) + (linear.inputs + 1) * linear.outputs
     return max(sizes.values(), default=0)
+
+
+def end_parameters(spec: FluxSpec) -> int:
+    """Parameters of the linear layers outside of the blocks."""
+    linears = [linear for linear in spec.linears() if not _block_of(linear.name)]
+    return sum((linear.inputs + 1) * linear.outputs for linear in linears)
 
 
 def states(
@@ -141,7 +155,8 @@ def _fsdp(
     yield Term(GRADIENTS, own * size, "train", f"of this rank's part, {size} bytes each")
     if world_size > 1:
         whole = min(block_parameters(spec), what.parameters)
-        yield Term("gradients on their way", whole * (width(config) + 4), "train", "of one block, summed up in fp32")
+        why = "of one block, and in fp32 of the one before, which are being summed up"
+        yield Term("gradients on their way", whole * (width(config) + 4), "train", why, passing=True)
     each = moments(config)
     why = f"two moments, {each:g} bytes a parameter, 1/{world_size} of them on each rank"
     yield Term(ADAM, math.ceil(own * each), "train", why)
@@ -224,9 +239,10 @@ def turn(blocks: Sequence[Passed]) -> int:
     return found
 
 
-def gradients_so_far(blocks: Sequence[Passed], number: int) -> Iterator[Term]:
-    """Those that are there in the backward pass of the block of that number."""
-    there = sum(block.grads for block in blocks[number:])
+def gradients_so_far(blocks: Sequence[Passed], number: int, *, cut: bool = False) -> Iterator[Term]:
+    """Those that are there in the backward pass of the block of that number. Where they are `cut` up among ranks its
+    own are still on their way, and the second block of all needs more than the first: it is gathered meanwhile."""
+    there = sum(block.grads for block in blocks[max(number, 1) + 1 if cut else number :])
     if there:
         yield Term(GRADIENTS, there, "train", "those that are there while most activations are", passing=True)
 
@@ -268,11 +284,13 @@ def _block_of(name: str) -> str:
 # Activations ---------------------------------------------------------------------------------------------
 
 
-def activations(config: TrainConfig, spec: FluxSpec, *, growing: float = 0, norms: Norms = "fused") -> Iterator[Term]:
+def activations(
+    config: TrainConfig, spec: FluxSpec, *, growing: float = 0, cut: bool = False, norms: Norms = "fused"
+) -> Iterator[Term]:
     """What the forward pass keeps for the backward pass, at the largest size that is trained on.
 
     `growing`: bytes of a parameter's gradient that is made in the backward pass, 0 where its place is there before; of
-    one that is cut up, of a rank's part.
+    one that is `cut` up among ranks, of a rank's part.
     """
     size = width(config)
     side = max(config.sizes)
@@ -307,7 +325,7 @@ def activations(config: TrainConfig, spec: FluxSpec, *, growing: float = 0, norm
             yield Term("activations", kept, "train", f"{len(there)} blocks keep theirs, {shape}", passing=True)
         passes = blocks[number].needed - again * saved[number]
         yield Term("backward's own", passes, "train", "gradients on their way through one block", passing=True)
-        yield from gradients_so_far(blocks, number)
+        yield from gradients_so_far(blocks, number, cut=cut)
         if config.mode == "lora" and size == 2:
             copies = sum(one.parameters(config.rank) for one in what.adapters) * size
             why = "in the format of the products" + (", of one block" if again else "")

@@ -42,8 +42,9 @@ def test_ranks_count_together(matrix: Matrix, text: str, count: int, ranks: str)
 
 
 def test_eight_ranks_need_what_one_does_eight_times(matrix: Matrix) -> None:
+    """And each what NCCL and DeepSpeed hold."""
     one, eight = wanted(matrix, ONE, 1) - LAUNCHER, wanted(matrix, XFLUX_ACCELERATE, 8) - LAUNCHER
-    assert 7 < eight / one < 9
+    assert 8 * one + 8 * 600 * 2**20 < eight < 8 * one + 8 * 700 * 2**20
 
 
 def test_what_others_hold_of_the_limit_is_not_there(matrix: Matrix) -> None:

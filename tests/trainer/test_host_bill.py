@@ -54,6 +54,19 @@ def test_what_a_start_at_full_size_was_measured_at() -> None:
         assert most == pytest.approx(row["host_bytes"], rel=0.10)
 
 
+@pytest.mark.parametrize(("row", "strategy", "config"), [
+    (("lora", "zero2"), "zero2", {"rank": 16}),
+    (("finetune", "adamw8bit"), "fsdp", {"mode": "finetune", "optimizer": "adamw8bit", "weight_update": "stochastic"}),
+])  # fmt: skip
+def test_what_two_ranks_were_measured_at(row: tuple[str, str], strategy: str, config: dict[str, Any]) -> None:
+    """benchmarks/two_gpus.py on two H200s: the rank that held more, with a filled cache and no samples."""
+    told = json.loads((RESULTS / "two-gpus-nvidia-h200-2026-11-29.json").read_text("utf-8"))[row[0]]["rows"][row[1]]
+    wanted = replace(BASE, mixed_precision="bf16", disable_sampling=True, **config)
+    made = forecast(wanted, FLUX_DEV, world_size=2, strategy=strategy, device="cuda", encoded=True)
+    measured = max(rank["measured"] for rank in told["host"])
+    assert made.host_per_rank == pytest.approx(measured, rel=made.host_error_bar)
+
+
 def test_what_streaming_was_measured_to_add() -> None:
     """benchmarks/full_size.py on an H200, each row a process of its own: the streamed one beside the same without."""
     rows = json.loads((RESULTS / "full_size-nvidia-h200-2026-11-28.json").read_text("utf-8"))["rows"]

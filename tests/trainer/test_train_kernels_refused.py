@@ -43,7 +43,7 @@ def test_a_run_stops_before_it_encodes(
 
 
 def test_under_fsdp_diffusers_blocks_compute_a_fine_tune() -> None:
-    """It is cut up after it is loaded, and all the same by hooks around diffusers' modules."""
+    """It is cut up as it is loaded, by hooks around diffusers' modules."""
     ranks = Ranks(Launch(fsdp=True, use_cpu=True))
     assert run._block_preparer(config(mode="finetune"), FLUX_DEV, ranks)[1]
     with pytest.raises(Unsupported, match="kernels is fused, but the model is cut up among the ranks"):

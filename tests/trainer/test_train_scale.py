@@ -363,3 +363,23 @@ def test_every_rank_knows_whose_rows_are_whose(world: int, shape: tuple[int, ...
         assert part.rows(value).shape[1:] == value.shape[1:]
         assert parts.Part(slot, shape, ranks, whole=True).rows(value) is value
     assert torch.equal(torch.cat(found), value)
+
+
+@pytest.mark.skipif(not ROUNDED, reason="this torch has no FSDP2")
+@pytest.mark.parametrize(("world", "update", "optimizer"), [
+    (2, "stochastic", "adamw"),
+    *(pytest.param(*case, marks=pytest.mark.long) for case in (
+        (2, "auto", "adamw"), (4, "auto", "adamw"), (8, "auto", "adamw"),
+        *(((2, "stochastic", "adamw8bit"),) if importlib.util.find_spec("torchao") else ()),
+    )),
+])  # fmt: skip
+def test_the_bill_of_what_is_cut_up(world: int, update: str, optimizer: str) -> None:
+    """Against the storages that are alive in a step, what is gathered and on its way among them."""
+    child = Path(__file__).with_name("fsdp_memory_child.py")
+    done = subprocess.run(
+        [sys.executable, str(child), str(world), update, optimizer], capture_output=True, text=True, timeout=120,
+        env=environment(CUDA_VISIBLE_DEVICES=""),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert 0 <= found["bill"] / found["seen"] - 1 < 0.03, found

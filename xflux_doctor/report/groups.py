@@ -26,7 +26,8 @@ class Group:
 GROUPS = (
     Group("weights", "the transformer, and the encoders while they are there", (
         "transformer", "text encoders", "VAE beyond the text encoders", "VAE", "transformer in fp32",
-        "transformer in bf16", "T5, CLIP and the autoencoder", "bf16 copies of frozen weights that autocast keeps",
+        "transformer in bf16", "whole blocks", "T5, CLIP and the autoencoder",
+        "bf16 copies of frozen weights that autocast keeps",
     )),
     Group("trained, optimizer", "what is trained, its gradients and the optimizer's states", (
         "adapters", "adapters' copies", "adapters beside weights", "ControlNet", "gradients", "gradients of one pass",
