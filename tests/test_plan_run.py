@@ -126,6 +126,25 @@ def test_after_a_run_that_was_out_of_memory_comes_a_lighter_plan(
     assert "memory" not in json.loads(capsys.readouterr().out)["remedy"]
 
 
+def test_a_run_with_a_checkpoint_keeps_its_optimizer(place: Path) -> None:
+    """Another one would be refused when it goes on from there."""
+    from xflux_doctor.commands import again
+
+    train(place, mode="finetune", allow=["optimizer", "backward_clip"])
+    run = place / "out"
+    run.mkdir()
+    for name in ("facts.json", "train.yaml", "accelerate.yaml"):
+        (run / name).write_text((place / name).read_text())
+
+    def changed() -> set[str]:
+        attempt = again.following(run, "cuda-oom", set())
+        return {edit.key[0] for edit in attempt.edits} if attempt else set()
+
+    assert "optimizer" in changed()
+    (run / "checkpoint-500").mkdir()
+    assert "optimizer" not in changed()
+
+
 def test_every_retry_after_an_out_of_memory_needs_less(place: Path) -> None:
     """The run folder's own files are edited; the samples of a step stay, and nothing that loses anything is taken."""
     from xflux_doctor.commands import again, rejoin

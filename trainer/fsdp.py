@@ -26,7 +26,7 @@ from xflux_trainer.backward import coefficient
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.errors import Unsupported
 from xflux_trainer.lossscale import LossScale
-from xflux_trainer.memory_terms import narrow
+from xflux_trainer.memory_terms import cut_as_loaded, narrow
 from xflux_trainer.model import DTYPES
 from xflux_trainer.optim import Piece, Read, refuse_step_in_backward
 from xflux_trainer.optimizers import MOMENTS, adamw, set_rate
@@ -58,7 +58,7 @@ class Shard:
 
 
 class FsdpStepper:
-    """FSDP2. What is cut up is held in fp32, or in bf16 (`narrow`), and computed with in the config's format."""
+    """FSDP2. What is cut up is held in fp32, or in bf16 (`narrow`), and AdamW's moments in fp32 or 8 bits."""
 
     strategy = "fsdp"
 
@@ -82,7 +82,7 @@ class FsdpStepper:
             self._optimizer = adamw(list(local.values()), config, ranks.device, fused_on_host=True)
             self._optimizers = [self._optimizer]
         self._averages = Averages(local, config.ema_decay)
-        self._parts = local
+        self._local = local
         self._scale = LossScale() if config.mixed_precision == "fp16" else None
         self._steps = 0
 
@@ -126,11 +126,11 @@ class FsdpStepper:
         return norm
 
     def _step_all(self, factor: float) -> None:
-        grads = [part.grad for part in self._parts.values() if part.grad is not None]
+        grads = [part.grad for part in self._local.values() if part.grad is not None]
         if factor != 1.0 and grads:
             torch._foreach_mul_(grads, factor)
         self._optimizer.step()
-        self._averages.update_all(self._parts, self._steps)
+        self._averages.update_all(self._local, self._steps)
 
     def _step_each(self, factor: float) -> None:
         """One parameter after the other; a part of no rows has nothing to step."""
@@ -175,7 +175,9 @@ class FsdpStepper:
             if self._each:
                 self._load_part(name, read(name))
                 continue
-            piece = {key: self._part(value, held) for key, value in read(name).items()}
+            piece = read(name)
+            if not held.whole:
+                piece = {key: parts.rows(value, self._ranks) for key, value in piece.items()}
             held.local.copy_(piece["weight"])
             # Where no average was kept, one begins with the weights.
             self._averages.set(name, piece.get("ema", piece["weight"]))
@@ -246,13 +248,6 @@ class FsdpStepper:
         )  # fmt: skip
         return spread.full_tensor()
 
-    def _part(self, value: Tensor, held: Shard) -> Tensor:
-        """This rank's rows, as `fully_shard` deals them out."""
-        if held.whole:
-            return value
-        chunks = value.chunk(self._ranks.world_size)
-        return chunks[self._ranks.rank] if self._ranks.rank < len(chunks) else value[:0]
-
 
 def shard(module: nn.Module, trained: dict[str, nn.Parameter], config: TrainConfig, ranks: Ranks) -> dict[str, Shard]:
     """Cut the module up, in place. Returns the trained parameters' parts by name."""
@@ -294,7 +289,7 @@ def sharder(config: TrainConfig, ranks: Ranks) -> Callable[[str, nn.Module], Non
     if not ranks.launch.fsdp:
         return None
     refuse(config)
-    if config.mode == "finetune" and config.train_parameters and not narrow(config):
+    if not cut_as_loaded(config):
         return None
     fully_shard = _fully_shard()
     settings: dict[str, Any] = {}

@@ -19,7 +19,7 @@ from xflux_trainer.memory_terms import (
     OPTIMIZER,
     SHARDS,
     TRANSFORMER,
-    WHOLE,
+    WITH_SHARDS,
     Norms,
     Term,
     activations,
@@ -40,10 +40,10 @@ MIB = 1 << 20
 ERROR_BAR = 0.03
 """What is promised of one process and of DDP: 97 configurations on an H200 were within 1.6 % (benchmarks/memory.py)."""
 SHARDED_BAR = 0.05
-"""ZeRO-2 and FSDP2 on two H200s: each measured once, within 1.2 % (benchmarks/two_gpus.py); FSDP2's terms also against
-the storages of steps without a GPU, within 3 %."""
+"""A LoRA under ZeRO-2 and a fine-tune of all weights under FSDP2, on two H200s once each: 0.5 and 2.3 % over
+(benchmarks/two_gpus.py). FSDP2's terms were taken apart since, and are within 3 % of storages of steps on the CPU."""
 UNMEASURED_BAR = 0.15
-"""ZeRO-1 and ZeRO-3, what is offloaded, and the CPU."""
+"""Everything else of which a rank holds parts, what is offloaded, and the CPU."""
 _CALIBRATION = json.loads(Path(__file__).with_name("calibration.json").read_text(encoding="utf-8"))
 CUDA_CONTEXT: int = _CALIBRATION["context_bytes"]
 """What NVML shows beside the allocator's memory, once the fused kernels, cuBLAS and flash-attn-4 are loaded: the most
@@ -114,23 +114,29 @@ class Bill:
 def forecast(
     config: TrainConfig, spec: FluxSpec, *, world_size: int, strategy: str, device: Device, samples: int = 0,
     offload: Collection[str] = (), triton: bool = True, encoded: bool = False, norms: Norms = "fused",
+    reshard: bool = True,
 ) -> Bill:  # fmt: skip
     """The bill of one run. `samples` is the number of images, for the cache's size; 0: not known.
 
     `triton`: whether it works there; without it diffusers' own blocks compute, with `norms` by the releases there.
     `encoded`: nothing is left to encode.
     `offload` names what waits in the host's memory: `optimizer` (DeepSpeed), `param` (ZeRO-3), both for FSDP.
+    `reshard`: whether FSDP cuts blocks up again after the forward pass (fsdp_reshard_after_forward).
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy is {strategy!r}; one of {', '.join(STRATEGIES)}")
-    terms = _compute_terms(config, spec, world_size, strategy, offload, device, triton=triton, norms=norms)
-    compute, moved = _split(terms, config, spec, world_size, offload)
+    terms = _compute_terms(
+        config, spec, world_size, strategy, offload, device, triton=triton, norms=norms, reshard=reshard
+    )
+    compute, moved = _split(terms, config, spec, world_size, strategy, offload)
     written = tuple(disk(config, spec, samples, strategy))
     on_cpu = device == "cpu"
     host = memory_host.terms(config, spec, strategy, compute, on_cpu=on_cpu, encoded=encoded)
-    bar = UNMEASURED_BAR
-    if not on_cpu and not offload:
-        bar = {"single": ERROR_BAR, "ddp": ERROR_BAR, "zero2": SHARDED_BAR, "fsdp": SHARDED_BAR}.get(strategy, bar)
+    measured = {"single": ERROR_BAR, "ddp": ERROR_BAR}
+    if not offload and reshard and not config.train_parameters:
+        measured |= {"zero2": SHARDED_BAR} if config.mode == "lora" else {}
+        measured |= {"fsdp": SHARDED_BAR} if config.mode == "finetune" else {}
+    bar = UNMEASURED_BAR if on_cpu else measured.get(strategy, UNMEASURED_BAR)
     holes = 0 if on_cpu else _holes(config, spec, strategy, triton=triton)
     gpu, context = () if on_cpu else compute, 0 if on_cpu else CUDA_CONTEXT
     return Bill(gpu, (*host, *moved), written, context, world_size, bar, gpu_holes=holes)
@@ -150,7 +156,7 @@ def adapter_parameters(config: TrainConfig, spec: FluxSpec) -> int:
 
 def _compute_terms(
     config: TrainConfig, spec: FluxSpec, world_size: int, strategy: str, offload: Collection[str], device: Device,
-    *, triton: bool, norms: Norms,
+    *, triton: bool, norms: Norms, reshard: bool,
 ) -> Iterator[Term]:  # fmt: skip
     """The terms of the device that computes, phase by phase."""
     encoders = (spec.t5_parameters + spec.clip_parameters) * 2
@@ -162,14 +168,15 @@ def _compute_terms(
     if vae > encoders:
         yield Term("VAE beyond the text encoders", vae - encoders, "cache", "fp32, images are encoded after captions")
     phases = ("load", "train") if config.disable_sampling else ("load", "train", "sample")
-    lying = [term for phase in phases for term in weights(config, spec, world_size, strategy, phase)]
+    lying = [term for phase in phases for term in weights(config, spec, world_size, strategy, phase, reshard=reshard)]
     fused = memory_fused.computes(config, strategy, device, triton=triton)
     recorded = fused and memory_fused.records(config, strategy, device)
     at_once = memory_fused.gradients_at_once(config, spec) if fused and config.step_in_backward else 0
-    in_place = triton and device == "cuda"
+    on_host = strategy == "fsdp" and "param" in offload  # parts are stepped where they wait
+    in_place = triton and device == "cuda" and not on_host
     stays = list(states(config, spec, world_size, strategy, at_once=at_once, in_place=in_place))
     end: list[Term] = []
-    if growing := grow(config, strategy, recorded=recorded):
+    if growing := grow(config, strategy, recorded=recorded) and not on_host:
         end = [term for term in stays if term.name in (GRADIENTS, ONE_STEP)]
         stays = [term for term in stays if term not in end]
     # What ranks send each other is gone when the optimizer steps.
@@ -189,25 +196,24 @@ def _compute_terms(
     yield from loading(config, spec, stays)
     yield from max(backward, step, key=lambda terms: sum(term.bytes for term in terms)) if growing else backward
     if not config.disable_sampling:
-        total = sum(term.bytes for term in stays if not term.passing and not _leaves(term, offload))
+        total = sum(term.bytes for term in stays if not term.passing and not _leaves(term, strategy, offload))
         yield Term("what is trained and its optimizer", total, "sample", "they stay while images are drawn")
         yield from sampling(config, spec)
 
 
 def _split(
-    terms: Iterator[Term], config: TrainConfig, spec: FluxSpec, world_size: int, offload: Collection[str]
+    terms: Iterator[Term], config: TrainConfig, spec: FluxSpec, world_size: int, strategy: str, offload: Collection[str]
 ) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
     """What stays on the device, and what the job asks to wait on the host. Of weights a rank's share goes; the blocks
     that are whole while they compute stay."""
     here: list[Term] = []
     there: list[Term] = []
-    every = list(terms)
-    gathered = {term.phase for term in every if term.name == WHOLE}
-    for term in every:
-        if _leaves(term, offload):
+    for term in terms:
+        if _leaves(term, strategy, offload):
             there.append(term)
         elif term.name == TRANSFORMER and "param" in offload:
-            whole = 0 if term.phase in gathered else min(term.bytes, 2 * block_parameters(spec) * width(config))
+            apart = strategy == "fsdp" and term.phase == "train" and world_size > 1  # what is whole has its own term
+            whole = 0 if apart else min(term.bytes, 2 * block_parameters(spec) * width(config))
             if whole:
                 why = "two blocks, whole while they compute; the rest is offloaded"
                 here.append(replace(term, bytes=whole, why=why))
@@ -217,9 +223,11 @@ def _split(
     return tuple(here), tuple(there)
 
 
-def _leaves(term: Term, offload: Collection[str]) -> bool:
+def _leaves(term: Term, strategy: str, offload: Collection[str]) -> bool:
     """Whether a term waits on the host as a whole."""
-    return ("optimizer" in offload and term.name in OPTIMIZER) or ("param" in offload and term.name == SHARDS)
+    if "param" in offload and (term.name == SHARDS or (strategy == "fsdp" and term.name in WITH_SHARDS)):
+        return True
+    return "optimizer" in offload and term.name in OPTIMIZER
 
 
 def _phases(terms: tuple[Term, ...]) -> dict[str, int]:

@@ -35,6 +35,8 @@ torch's meta device (benchmarks/memory_meta.py)."""
 
 ADAM, MASTERS, SHARDS, TRANSFORMER = "Adam", "Adam and fp32 weights", "fp32 shards", "transformer"
 GRADIENTS, ONE_STEP, WHOLE = "gradients", "one tensor's step", "whole blocks"
+WITH_SHARDS = (GRADIENTS, ONE_STEP, "compensation", "moving average")
+"""What lies beside FSDP2's parts, on the host where these wait there."""
 OPTIMIZER = (ADAM, MASTERS)
 """Terms that an offloaded optimizer takes to the host."""
 
@@ -62,8 +64,11 @@ def width(config: TrainConfig) -> int:
     return 4 if config.mixed_precision == "no" else 2
 
 
-def weights(config: TrainConfig, spec: FluxSpec, world_size: int, strategy: str, phase: str) -> Iterator[Term]:
-    """The frozen or trained transformer as it lies on the device."""
+def weights(
+    config: TrainConfig, spec: FluxSpec, world_size: int, strategy: str, phase: str, *, reshard: bool = True
+) -> Iterator[Term]:
+    """The frozen or trained transformer as it lies on the device. `reshard`: whether FSDP2's blocks are cut up again
+    after the forward pass."""
     size = width(config)
     base = held(config, spec, size)
     total, why = base.device, f"{spec.transformer_parameters:,} parameters, {size} bytes each"
@@ -75,10 +80,15 @@ def weights(config: TrainConfig, spec: FluxSpec, world_size: int, strategy: str,
     if strategy not in ("zero3", "fsdp") or world_size == 1:
         yield Term(TRANSFORMER, total, phase, why)
         return
+    if strategy == "fsdp" and phase == "load" and config.mode == "finetune" and not cut_as_loaded(config):
+        yield Term(TRANSFORMER, total, phase, f"{why}; whole until all of it is there, since a part is trained")
+        return
     why += f"; 1/{world_size} of them on each rank"
     whole, blocks = 2 * block_parameters(spec) * size, ", two blocks while they compute"
     if strategy == "fsdp":  # the group around the blocks stays whole until the backward pass is over
         whole, blocks = whole + end_parameters(spec) * size, f"{blocks}, and what is before and behind the blocks"
+    if strategy == "fsdp" and not reshard and phase != "load":
+        whole, blocks = spec.transformer_parameters * size, ", all blocks until the backward pass is over"
     if strategy == "fsdp" and phase == "train":
         yield Term(TRANSFORMER, math.ceil(total / world_size), phase, why)
         yield Term(WHOLE, whole, phase, f"gathered from all ranks{blocks}", passing=True)
@@ -138,6 +148,12 @@ def narrow(config: TrainConfig) -> bool:
     """Whether weights that are cut up stay in the 16 bits that the model computes with, and every step rounds them."""
     asked = config.weight_update in ("stochastic", "kahan", "nearest")
     return asked and config.mode == "finetune" and config.mixed_precision == "bf16"
+
+
+def cut_as_loaded(config: TrainConfig) -> bool:
+    """Whether FSDP2 cuts up each block as soon as it is loaded. Where a part of the weights is trained, which of them
+    are to be fp32 is not known by then."""
+    return config.mode != "finetune" or not config.train_parameters or narrow(config)
 
 
 def _fsdp(
@@ -250,10 +266,9 @@ def gradients_so_far(blocks: Sequence[Passed], number: int, *, cut: bool = False
 def grow(config: TrainConfig, strategy: str, *, recorded: bool) -> bool:
     """Whether gradients come as activations go: under DDP and in a recording their places are there all along, and so
     they are where several passes add to them."""
-    alone = (
-        strategy == "single" or (strategy == "fsdp" and config.mode != "lora")
-    ) and config.gradient_accumulation_steps == 1
-    return alone and not recorded and not config.step_in_backward
+    if config.gradient_accumulation_steps > 1 or recorded or config.step_in_backward:
+        return False
+    return strategy == "single" or (strategy == "fsdp" and config.mode == "finetune")
 
 
 def parameters_by_block(config: TrainConfig, spec: FluxSpec, *, modulation: bool = True) -> dict[str, int]:
@@ -462,8 +477,7 @@ def disk(config: TrainConfig, spec: FluxSpec, samples: int, strategy: str = "sin
     known = f"{samples} images and captions" if samples else "the number of images is not known"
     yield Term("cache", samples * (latents + text + edges), "cache", known)
     steps = config.max_train_steps or config.checkpointing_steps
-    written = steps // config.checkpointing_steps
-    written += bool(steps % config.checkpointing_steps and config.final_checkpoint)
+    written = math.ceil(steps / config.checkpointing_steps) - (not config.final_checkpoint)
     kept = min(written, config.checkpoints_total_limit or written)
     full = config.mode == "finetune" and not config.train_parameters
     rounded = full and config.mixed_precision != "fp16" and config.weight_update in ("auto", "stochastic", "nearest")

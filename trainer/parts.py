@@ -21,6 +21,12 @@ BLOCK, LEAST = 256, 4096
 """Numbers that share a scale, and the fewest of a tensor that torchao holds in 8 bits."""
 
 
+def rows(value: Tensor, ranks: Ranks) -> Tensor:
+    """This rank's, as `fully_shard` deals them out."""
+    chunks = value.chunk(ranks.world_size)
+    return chunks[ranks.rank] if ranks.rank < len(chunks) else value[:0]
+
+
 class Part:
     """One trained parameter: its slot with this rank's rows, and the shape of all."""
 
@@ -50,11 +56,8 @@ class Part:
             self.slot.load(own, steps)
 
     def rows(self, value: Tensor) -> Tensor:
-        """This rank's, as FSDP deals them out."""
-        if self._whole:
-            return value
-        chunks = value.chunk(self._ranks.world_size)
-        return chunks[self._ranks.rank] if self._ranks.rank < len(chunks) else value[:0]
+        """This rank's of a whole value."""
+        return value if self._whole else rows(value, self._ranks)
 
     def _counts(self) -> list[int]:
         """Numbers of every part."""
@@ -102,9 +105,9 @@ class Part:
         # Bytes: not every backend knows every format, and what waits on the host is none of NCCL's.
         flat = torch.zeros(max(counts), dtype=value.dtype, device=self._ranks.device)
         flat[: value.numel()].copy_(value.detach().flatten())
-        parts = [torch.empty_like(flat) for _ in counts]
-        dist.all_gather([part.view(torch.uint8) for part in parts], flat.view(torch.uint8))
-        all_of_it = torch.cat([part[:count] for part, count in zip(parts, counts)])  # noqa: B905 (of one length)
+        found = [torch.empty_like(flat) for _ in counts]
+        dist.all_gather([part.view(torch.uint8) for part in found], flat.view(torch.uint8))
+        all_of_it = torch.cat([part[:count] for part, count in zip(found, counts)])  # noqa: B905 (of one length)
         return all_of_it.view(self._shape) if each == 1 else all_of_it
 
 

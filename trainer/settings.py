@@ -163,7 +163,7 @@ class TrainConfig:
     checkpoints_total_limit: int | None = 10
     """Checkpoints that are kept; null: all."""
     final_checkpoint: bool = True
-    """Write a checkpoint at the end too; false: the result alone, which no run goes on from. A signal's is written."""
+    """Write a checkpoint at the end too; false: the result alone, and whoever goes on repeats from the last one."""
     resume_from_checkpoint: str | None = None
     """`latest` (start afresh when there is none), a checkpoint folder, or null: start afresh."""
 

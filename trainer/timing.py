@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from xflux_trainer.config import TrainConfig
-from xflux_trainer.memory_terms import width
+from xflux_trainer.memory_terms import narrow, width
 from xflux_trainer.spec import FluxSpec
 from xflux_trainer.timing_cards import card_of, measured
 from xflux_trainer.timing_terms import WHY, Job, arriving, backward, forward, words, work
@@ -159,7 +159,8 @@ def _once(job: Job, world_size: int) -> list[Term]:
     # A norm reads every gradient once more.
     moved += 4 if config.max_grad_norm else 0
     seconds, why = share * moved / (job.card.memory * 1e9), f"{moved} bytes for each of {share:,.0f} trained numbers"
-    alone = config.mode != "lora" and width(config) < 4 and job.strategy in ("single", "ddp")
+    each = job.strategy in ("single", "ddp") or (job.strategy == "fsdp" and narrow(config))
+    alone = config.mode != "lora" and width(config) < 4 and each
     if alone and not config.step_in_backward:  # each tensor is stepped after the other, and nothing else is queued
         launching = STEP_LAUNCHES[config.optimizer] * LAUNCH * 2 * len(job.shapes)
         if launching > seconds:

@@ -177,7 +177,7 @@ def _loop(run: Run, watch: Watch | None, stop: Stop) -> int:
                 ranks.say(f"stopping after step {progress.step} of {run.total}: a checkpoint is being saved")
             elif asked_to_save and not last:
                 ranks.say(f"step {progress.step} of {run.total}: a checkpoint is being saved, as asked for by a signal")
-            if signum or asked_to_save or (last and config.final_checkpoint) or _due(config, progress.step):
+            if signum or asked_to_save or _due(config, progress.step, last=last):
                 with PULSE.during("checkpoint"):
                     checkpoint.save(
                         run.output, run.stepper, progress, config, ranks, meter.versions(), run.digests,
@@ -196,8 +196,9 @@ def _loop(run: Run, watch: Watch | None, stop: Stop) -> int:
     return 0
 
 
-def _due(config: TrainConfig, step: int) -> bool:
-    return step % config.checkpointing_steps == 0
+def _due(config: TrainConfig, step: int, *, last: bool) -> bool:
+    """Whether a checkpoint is written after that step."""
+    return config.final_checkpoint if last else step % config.checkpointing_steps == 0
 
 
 class _Drawn(NamedTuple):

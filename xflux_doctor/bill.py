@@ -29,8 +29,11 @@ _LATEST: list[tuple[Case, memory.Bill]] = []
 """Of the case that was asked last: five checks ask for one bill, and a case never changes."""
 
 
-def forecast_of(case: Case, config: TrainConfig | None, model: spec.FluxSpec | None = None) -> memory.Bill:
-    """The bill of that case with another training config. Raises SkipCheck."""
+def forecast_of(
+    case: Case, config: TrainConfig | None, model: spec.FluxSpec | None = None, *, encoded: bool | None = None
+) -> memory.Bill:
+    """The bill of that case with another training config. Raises SkipCheck. `encoded`: whether the cache is filled;
+    None: by the number of its entries."""
     assert config is not None
     if case.job.strategy not in memory.STRATEGIES:
         raise SkipCheck(f"the forecast does not know {case.job.strategy} yet")
@@ -44,8 +47,9 @@ def forecast_of(case: Case, config: TrainConfig | None, model: spec.FluxSpec | N
         samples=count,
         offload=case.job.offloads,
         triton=has_triton(case),
-        encoded=_encoded(case, config, count),
+        encoded=_encoded(case, config, count) if encoded is None else encoded,
         norms=norms_of(case),
+        reshard=str(case.job.section("fsdp_config").get("fsdp_reshard_after_forward", True)).lower() != "false",
     )
 
 
@@ -55,8 +59,8 @@ def views(config: TrainConfig) -> int:
 
 
 def _encoded(case: Case, config: TrainConfig, count: int) -> bool:
-    """Whether an earlier run's cache has an entry for each of so many images: then no encoder is loaded. A caption that
-    was edited since is not seen here."""
+    """Whether an earlier run's cache has as many entries as there are images: then no encoder is loaded, unless they
+    are of other images or sizes, or a caption was edited since."""
     own, cache = case.job.train, (case.facts.folders or {}).get("cache")
     if own is None or cache is None or not count or (config.sizes, config.random_flip) != (own.sizes, own.random_flip):
         return False

@@ -53,7 +53,7 @@ def refusals(config: TrainConfig, strategy: str, steps: int, plain: tuple[Change
 
 def _optimizers(config: TrainConfig, strategy: str) -> Iterator[Finding]:
     who = "FSDP" if strategy == "fsdp" else "DeepSpeed"
-    if config.optimizer not in ("adamw", "adamw8bit" if strategy == "fsdp" else "adamw"):
+    if config.optimizer != "adamw" and (config.optimizer, strategy) != ("adamw8bit", "fsdp"):
         yield error(
             f"The optimizer {config.optimizer} wants whole weights, and {who} cuts them up.",
             BEFORE,

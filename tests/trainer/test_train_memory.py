@@ -314,6 +314,8 @@ def test_disk_counts_the_checkpoints_that_are_kept() -> None:
     assert few.disk_total - single.disk_total == 2 * one  # nothing is there yet while the only one is written
     none = bill(checkpointing_steps=1001, max_train_steps=1000, final_checkpoint=False)
     assert single.disk_total - none.disk_total == one
+    half = bill(checkpointing_steps=500, max_train_steps=1000, final_checkpoint=False)
+    assert half.disk_total == single.disk_total
     assert bill(checkpointing_steps=999, max_train_steps=1000).disk_total - single.disk_total == one
     with_images = forecast(BASE, FLUX_DEV, world_size=1, strategy="single", device="cuda", samples=100)
     # 1 MiB of fp32 latents and 4 MiB of T5 states for each image.
@@ -427,6 +429,27 @@ def test_fsdp_holds_what_it_trains_in_fp32() -> None:
     names = ("adapters", "gradients", "Adam")
     assert [t.bytes for t in alone.gpu if t.name in names] == [t.bytes for t in cut.gpu if t.name in names]
     assert cut.gpu_phases["train"] < alone.gpu_phases["train"] - 17 * GIB
+
+
+def test_what_fsdp_holds_and_when() -> None:
+    """Where a part is trained the model is whole while it is loaded; blocks that are not cut up again stay whole; what
+    lies beside parts on the host is there; a ControlNet's gradients have their place."""
+    some, every = (bill(8, "fsdp", mode="finetune", train_parameters=names) for names in (("img_attn",), ()))
+    assert some.gpu_phases["load"] > 22 * GIB > 4 * every.gpu_phases["load"] / 1.3
+    config = replace(BASE, mode="finetune", mixed_precision="bf16", weight_update="kahan", ema_decay=0.9)
+    here, whole = (
+        forecast(config, FLUX_DEV, world_size=2, strategy="fsdp", device="cuda", reshard=reshard)
+        for reshard in (True, False)
+    )
+    assert 19 * GIB < whole.gpu_phases["train"] - here.gpu_phases["train"] < 23 * GIB
+    there = forecast(config, FLUX_DEV, world_size=2, strategy="fsdp", device="cuda", offload=("optimizer", "param"))
+    assert there.gpu_phases["train"] < 8 * GIB
+    parts = 11_901_408_320 / 2  # weights, gradients, compensation, fp32 average, two moments in fp32
+    assert there.host_phases["train"] > parts * (2 + 2 + 2 + 4 + 8)
+    net = bill(2, "fsdp", mode="controlnet")
+    assert any(term.name == "gradients" and term.phase == "train" for term in net.gpu)
+    bars = [bill(2, "fsdp", mode=mode).error_bar for mode in ("finetune", "lora")]
+    assert bars[0] < bars[1]
 
 
 def test_what_is_offloaded_waits_on_the_host() -> None:

@@ -248,10 +248,10 @@ def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(
 
 def test_the_last_checkpoint_can_be_left_out(tmp_path: Path) -> None:
     """The result is there, and the checkpoints on the way are."""
-    path = write_config(tmp_path, max_train_steps=3, checkpointing_steps=2, final_checkpoint=False)
+    path = write_config(tmp_path, max_train_steps=4, checkpointing_steps=2, final_checkpoint=False)
     assert cli.main(["train", "--config", str(path)]) == 0
     assert [found.name for found in checkpoint.list_checkpoints(tmp_path / "out")] == ["checkpoint-2"]
-    assert (tmp_path / "out" / lora.ADAPTER_FILE).is_file() and metrics(tmp_path / "out")["steps"] == 3
+    assert (tmp_path / "out" / lora.ADAPTER_FILE).is_file() and metrics(tmp_path / "out")["steps"] == 4
 
 
 @pytest.mark.parametrize(

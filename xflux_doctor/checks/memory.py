@@ -8,7 +8,7 @@ from xflux_trainer import memory
 from xflux_trainer.memory_terms import narrow
 
 from xflux_doctor import planner
-from xflux_doctor.bill import fused, multiplies_fp8, need
+from xflux_doctor.bill import forecast_of, fused, multiplies_fp8, need
 from xflux_doctor.check import Case, SkipCheck, check
 from xflux_doctor.checks.words import devices
 from xflux_doctor.facts import Gpu
@@ -90,13 +90,12 @@ def _less(case: Case) -> str:
     if train.mode != "finetune" and train.quantization == "none" and case.job.strategy not in ("zero3", "fsdp"):
         dynamic = "fp8-dynamic, " if multiplies_fp8(case, devices(case) or ()) else ""
         ways.append(f"set quantization to {dynamic}int8 or nf4")
+    elif train.mode == "finetune" and case.job.strategy == "fsdp":
+        ways += ["set weight_update to stochastic"] if train.mixed_precision == "bf16" and not narrow(train) else []
+        ways += ["set optimizer to adamw8bit"] if train.optimizer == "adamw" else []
     elif train.mode == "finetune" and train.optimizer == "adamw" and case.job.num_processes == 1:
         ways.append("set optimizer to adafactor and step_in_backward to true")
-    elif (
-        train.mode == "finetune" and case.job.strategy == "fsdp" and not (narrow(train) and train.optimizer != "adamw")
-    ):
-        ways.append("set weight_update to stochastic and optimizer to adamw8bit")
-    elif train.mode == "finetune" and case.job.strategy not in ("zero3", "fsdp"):
+    elif train.mode == "finetune" and case.job.strategy != "zero3":
         ways.append("launch by FSDP2 or ZeRO-3, which cut up the weights too")
     text = ", ".join([*ways, "lower img_size or train_batch_size"])
     return text[0].upper() + text[1:]
@@ -129,7 +128,9 @@ def host_memory(case: Case) -> Iterator[Finding]:
     assert case.facts.host
     host = case.facts.host
     bill, ranks = need(case), case.job.local_processes
-    wanted = bill.host_per_rank * ranks + LAUNCHER
+    # As if nothing was encoded: what the cache holds may be of other images.
+    most = max(bill.host_per_rank, forecast_of(case, case.job.train, encoded=False).host_per_rank)
+    wanted = most * ranks + LAUNCHER
     words = f"{ranks} ranks and their launcher need" if ranks > 1 else "1 rank and its launcher need"
     words = f"{words} about {_gib(wanted)} GiB of host memory"
     limit, used = host_room(host)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,11 @@ def after(folder: Path) -> Lighter | None:
         case = build(inputs, matrices.load_with(None))
     except DoctorError:
         return None
+    if any(folder.glob("checkpoint-*")) and case.job.train is not None:
+        # Another optimizer does not go on from a checkpoint.
+        allowed = tuple(name for name in case.job.train.allow if name != "optimizer")
+        job = dataclasses.replace(case.job, train=dataclasses.replace(case.job.train, allow=allowed))
+        case = dataclasses.replace(case, job=job)
     found = planner.known(case)
     if found is None:
         return None
