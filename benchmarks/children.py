@@ -121,8 +121,30 @@ def save(folder: Path, kind: str, script: str, body: dict[str, Any], of: str = "
     file, date, machine = place(folder, kind, of)
     head = {"benchmark": kind, "date": date, "command": command(script), "machine": machine}
     folder.mkdir(parents=True, exist_ok=True)
-    write(file, {**head, "versions": meter.versions(), **body})
+    write(file, _nobodys({**head, "versions": meter.versions(), **body}, _folders()))
     return file
+
+
+def _folders() -> dict[str, str]:
+    """Of this machine and this call, and what stands for them in a result: the longest first."""
+    given = dict(zip(sys.argv[1:], sys.argv[2:]))  # noqa: B905 (each word with the next)
+    found = {sys.executable: "python", str(REPO): "REPO"}
+    for word, name in (("--work", "DIR"), ("--out", "OUT")):
+        if word in given:
+            found[str(Path(given[word]).absolute())] = name
+    return dict(sorted(found.items(), key=lambda one: -len(one[0])))
+
+
+def _nobodys(value: Any, folders: dict[str, str]) -> Any:
+    """The same with names in the place of folders, which are nobody else's."""
+    if isinstance(value, dict):
+        return {key: _nobodys(one, folders) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_nobodys(one, folders) for one in value]
+    if isinstance(value, str):
+        for folder, name in folders.items():
+            value = value.replace(folder, name)
+    return value
 
 
 def place(folder: Path, kind: str, of: str = "") -> tuple[Path, str, dict[str, str]]:

@@ -15,12 +15,12 @@ import yaml
 from xflux_trainer.coerce import Wrong, coerce, nearest, show
 from xflux_trainer.errors import ConfigError, Problem
 from xflux_trainer.rules import between, notes_on, out_of_range
-from xflux_trainer.settings import DATA_CONFIG, HUB_IDS, MODE_KEYS, PATCH, RANGES, TARGET_SETS, TrainConfig
+from xflux_trainer.settings import DATA_CONFIG, HUB_IDS, MODE_KEYS, PATCH, RANGES, TARGET_SETS, TrainConfig, altered
 from xflux_trainer.yamlfile import read_mapping
 
 __all__ = [
     "DATA_CONFIG", "HUB_IDS", "PATCH", "RANGES", "ConfigError", "Problem", "TrainConfig",
-    "load", "load_with_notes", "to_dict", "to_yaml",
+    "altered", "load", "load_with_notes", "to_dict", "to_yaml",
 ]  # fmt: skip
 
 XFLUX_KEYS = (

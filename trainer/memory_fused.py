@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from xflux_trainer.config import TrainConfig
@@ -26,6 +26,7 @@ from xflux_trainer.memory_terms import (
     width,
 )
 from xflux_trainer.savings import is_modulation, streamed_blocks
+from xflux_trainer.settings import altered
 from xflux_trainer.spec import FluxSpec, image_tokens
 from xflux_trainer.trained import Trained, controlnet_spec, trained
 
@@ -202,7 +203,7 @@ def _products(config: TrainConfig, spec: FluxSpec, *, recorded: bool) -> Iterato
 def _blocks(config: TrainConfig, spec: FluxSpec, tokens: int, growing: int = 0) -> Iterator[Passed]:
     """The blocks from the first one that a gradient passes through."""
     again = checkpointed(config, spec)
-    for number, whole, inputs in _either_way(replace(config, **_ASIDE), spec, tokens, growing):
+    for number, whole, inputs in _either_way(altered(config, **_ASIDE), spec, tokens, growing):
         yield inputs if number < again else whole
 
 

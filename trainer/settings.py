@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 HUB_IDS = {"flux-dev": "black-forest-labs/FLUX.1-dev", "flux-schnell": "black-forest-labs/FLUX.1-schnell"}
 PATCH = 16
@@ -225,6 +225,13 @@ class TrainConfig:
     @property
     def cache_path(self) -> Path:
         return Path(self.cache_dir) if self.cache_dir else Path(self.output_dir) / "cache"
+
+
+def altered(config: TrainConfig, **changes: Any) -> TrainConfig:
+    """`dataclasses.replace`, for searches that make hundreds: the fields are not handed through the constructor."""
+    found: TrainConfig = object.__new__(TrainConfig)
+    found.__dict__.update(config.__dict__, **changes)
+    return found
 
 
 DATA_CONFIG = ("img_dir", "caption_type", "img_size", "random_ratio", "num_workers", "train_batch_size")

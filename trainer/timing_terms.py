@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 
 from xflux_trainer import memory_fused
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.memory_terms import width
 from xflux_trainer.savings import is_block, is_modulation, stored, streamed_blocks
+from xflux_trainer.settings import altered
 from xflux_trainer.spec import FluxSpec, image_tokens
 from xflux_trainer.speed import step_flops, tokens_of
 from xflux_trainer.timing_cards import Card
@@ -181,22 +182,29 @@ def work(job: Job, side: int) -> Work:
     if again:
         whole = _flops(_bare(config), spec, image, text, job.fused)
     ahead = spec.forward_flops(image, text) - job.blocks * one
-    rows = [(tokens_of(adapter.name, image, text), adapter) for adapter in job.what.adapters]
+    low, high = _beside(job.what, image, text)
     return Work(
         (batch * ahead, batch * attention),
         (batch * (once - ahead - 3.5 * attention), batch * 2.5 * attention),
         (batch * (whole - once - again), batch * again),
         batch * (image + text) * spec.hidden * width(config),
-        batch * width(config) * sum(count * adapter.inputs for count, adapter in rows),
-        batch * width(config) * sum(count * adapter.outputs for count, adapter in rows),
+        batch * width(config) * low,
+        batch * width(config) * high,
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _beside(what: Trained, image: int, text: int) -> tuple[int, int]:
+    """Numbers that go into all adapters for one image, and that come out."""
+    rows = [(tokens_of(adapter.name, image, text), adapter) for adapter in what.adapters]
+    return sum(count * one.inputs for count, one in rows), sum(count * one.outputs for count, one in rows)
 
 
 def _bare(config: TrainConfig, **changes: bool) -> TrainConfig:
     """What `step_flops` reads of it: a plan's many ways to hold the same work differ in nothing here."""
     same = {"stream_blocks": 0, "modulation": "keep", "quantization": "none", "train_batch_size": 1,
             "gradient_accumulation_steps": 1, "cuda_graphs": True}  # fmt: skip
-    return replace(config, **{**same, **changes})
+    return altered(config, **{**same, **changes})
 
 
 @functools.lru_cache(maxsize=256)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from xflux_trainer import memory, timing
-from xflux_trainer.config import TrainConfig
+from xflux_trainer.config import TrainConfig, altered
 from xflux_trainer.memory_terms import narrow
 from xflux_trainer.rules import between
 from xflux_trainer.timing_cards import card_of
@@ -310,7 +310,7 @@ class _Search:
         return self._time(config, self.name if card_of(self.name) else STAND_IN) or 0.0
 
     def _time(self, config: TrainConfig, name: str) -> float | None:
-        asked = dataclasses.replace(config, gradient_accumulation_steps=self._accumulation(config))
+        asked = altered(config, gradient_accumulation_steps=self._accumulation(config))
         found = step_time(self.case, asked, self.model, name)
         return None if found is None else found.seconds
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from xflux_trainer.config import TrainConfig
+from xflux_trainer.config import TrainConfig, altered
 from xflux_trainer.memory_terms import Term
 
 from xflux_doctor.finding import Edit
@@ -91,8 +90,8 @@ def at_peak(terms: Iterable[Term], phase: str) -> dict[str, int]:
 def recomputing(config: TrainConfig, count: int | None) -> TrainConfig:
     """Recomputing so many blocks; None: all."""
     if count == 0:
-        return dataclasses.replace(config, gradient_checkpointing=False, checkpointed_blocks=None)
-    return dataclasses.replace(config, gradient_checkpointing=True, checkpointed_blocks=count)
+        return altered(config, gradient_checkpointing=False, checkpointed_blocks=None)
+    return altered(config, gradient_checkpointing=True, checkpointed_blocks=count)
 
 
 def describe(config: TrainConfig, own: TrainConfig, blocks: int) -> str:
