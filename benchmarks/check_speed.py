@@ -1,10 +1,11 @@
-"""How long `xflux-doctor check --quick` takes beside `import torch`, in fresh processes, with warm and with cold files.
+"""How long `check --quick` and `plan` take beside `import torch`, in fresh processes, with warm and with cold files.
 
     python benchmarks/check_speed.py [--python EXE] [--runs 5] [--json FILE]
 
 Cold: before each run the pages of the interpreter's library and of its packages are dropped from the page cache
 (posix_fadvise, no rights needed). Prints medians, the ten slowest checks, and the time inside NVML's start apart.
-Exit 1 when the check takes 0.5 s or more, warm or cold.
+`plan` is asked for LoRAs and a full fine-tune at 1024 px, for cards of 24 and of 80 GiB, with everything lossy allowed,
+so that it searches as widely as it can. Exit 1 when the check takes 0.5 s or more, warm or cold, or a plan 0.3 s, warm.
 """
 
 from __future__ import annotations
@@ -18,18 +19,28 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 from xflux_doctor.checks import ALL
 
-LIMIT = 0.5
+LIMIT, PLAN_LIMIT = 0.5, 0.3
+JOBS = {
+    "LoRA": {"mode": "lora"},
+    "LoRA of batch 8": {"mode": "lora", "train_batch_size": 8},
+    "fine-tune": {"mode": "finetune"},
+    "ControlNet of batch 8": {"mode": "controlnet", "train_batch_size": 8},
+}
+LOSSY = ["quantization", "optimizer", "weight_update", "backward_clip", "img_size"]
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "demo"
 
 
 def timed(argv: list[str]) -> float:
+    # With PYTHONDONTWRITEBYTECODE the first run would leave none for those that are measured.
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     started = time.perf_counter()
-    subprocess.run(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+    subprocess.run(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False, env=environ)
     return time.perf_counter() - started
 
 
@@ -50,6 +61,37 @@ def evict(python: str) -> int:
     return count
 
 
+def plans(python: str, folder: Path) -> dict[str, list[str]]:
+    """Command lines of `plan` by their names; the jobs are written into the folder.
+
+    Of a machine whose packages are not known all is taken for granted, Triton too: there this trainer's own blocks
+    compute, of which any number may be recomputed, and every format of the base is tried.
+    """
+    found = {}
+    facts = json.loads(subprocess.run([python, "-m", "xflux_doctor.cli", "facts"], capture_output=True).stdout)
+    bare = folder / "facts.json"
+    bare.write_text(json.dumps({**facts, "packages": None}), encoding="utf-8")
+    for name, own in JOBS.items():
+        job = {"model_name": "flux-dev", "img_dir": str(EXAMPLE / "photos"), "img_size": 1024, "allow": LOSSY, **own}
+        file = folder / f"{name.replace(' ', '-')}.yaml"
+        file.write_text(json.dumps(job), encoding="utf-8")  # JSON is YAML
+        accelerate = folder / "accelerate.yaml"
+        accelerate.write_text(json.dumps({"distributed_type": "NO", "num_processes": 1}), encoding="utf-8")
+        for gpu, more in (("H100:24", []), ("H100:80", []), ("H100:24", ["--facts", str(bare)])):
+            argv = [python, "-m", "xflux_doctor.cli", "plan", "--config", str(file)]
+            argv += ["--accelerate-config", str(accelerate), "--gpu", gpu, "--offline", "--format", "json"]
+            found[f"plan --gpu {gpu}{' --facts' if more else ''}, {name}"] = [*argv, *more]
+    return found
+
+
+def answered(planned: dict[str, list[str]]) -> None:
+    """A command that fails at once is not quick."""
+    for name, argv in planned.items():
+        done = subprocess.run(argv, capture_output=True, text=True, check=False)
+        if "alternatives" not in done.stdout:
+            raise SystemExit(f"{name} gave no plan: {done.stderr or done.stdout}")
+
+
 def slowest(check: list[str]) -> list[tuple[str, float]]:
     """The ten slowest checks of one run, in milliseconds."""
     report = json.loads(subprocess.run([*check, "--format", "json"], capture_output=True).stdout)
@@ -67,15 +109,19 @@ def main() -> int:
     check = [options.python, "-m", "xflux_doctor.cli", "check", "--quick", *cpu,
              "--config", str(EXAMPLE / "train.yaml"),
              "--accelerate-config", str(EXAMPLE / "accelerate_config.yaml")]  # fmt: skip
-    subjects = {
-        "python -c pass": [options.python, "-c", "pass"],
-        "xflux-doctor check --quick": check,
-        "import torch": [options.python, "-c", "import torch"],
-    }
-    for argv in subjects.values():
-        timed(argv)  # warm the page cache and the byte code
-    # interleaved, so that a busy moment of the machine meets all of them
-    rounds = [{name: timed(argv) for name, argv in subjects.items()} for _ in range(options.runs)]
+    with tempfile.TemporaryDirectory() as folder:
+        planned = plans(options.python, Path(folder))
+        subjects = {
+            "python -c pass": [options.python, "-c", "pass"],
+            "xflux-doctor check --quick": check,
+            **planned,
+            "import torch": [options.python, "-c", "import torch"],
+        }
+        for argv in subjects.values():
+            timed(argv)  # warm the page cache and the byte code
+        answered(planned)
+        # interleaved, so that a busy moment of the machine meets all of them
+        rounds = [{name: timed(argv) for name, argv in subjects.items()} for _ in range(options.runs)]
     medians = {name: statistics.median(r[name] for r in rounds) for name in subjects}
     cold = []
     for _ in range(options.runs):
@@ -85,9 +131,9 @@ def main() -> int:
     top = slowest(check)
     facts = json.loads(subprocess.run([options.python, "-m", "xflux_doctor.cli", "facts"], capture_output=True).stdout)
     for name, seconds in medians.items():
-        print(f"{name:<28} {seconds:6.3f} s   (median of {options.runs}, fresh process, warm files)")
-    print(f"{'  with cold files':<28} {cold_median:6.3f} s   (median of {options.runs}; {files} files dropped)")
-    print(f"{'  of which NVML start':<28} {facts['timings'].get('nvml_start', 0.0):6.3f} s")
+        print(f"{name:<50} {seconds:6.3f} s   (median of {options.runs}, fresh process, warm files)")
+    print(f"{'  check with cold files':<50} {cold_median:6.3f} s   (median of {options.runs}; {files} files dropped)")
+    print(f"{'  of which NVML start':<50} {facts['timings'].get('nvml_start', 0.0):6.3f} s")
     machine = f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}"
     print(f"machine: {machine}; {len(ALL)} checks, the ten slowest:")
     for name, milliseconds in top:
@@ -99,6 +145,9 @@ def main() -> int:
         options.json.write_text(json.dumps(result, indent=2) + "\n")
     if shutil.which(options.python) is None or max(medians["xflux-doctor check --quick"], cold_median) >= LIMIT:
         print(f"too slow: the limit is {LIMIT} s", file=sys.stderr)
+        return 1
+    if slow := [name for name in planned if medians[name] >= PLAN_LIMIT]:
+        print(f"too slow: {', '.join(slow)}; the limit is {PLAN_LIMIT} s", file=sys.stderr)
         return 1
     return 0
 

@@ -51,16 +51,24 @@ def test_with_room_nothing_is_recomputed(matrix: Matrix) -> None:
     assert kept.chosen is kept.own and kept.own.changes == {}
 
 
-@pytest.mark.parametrize("limit", [12, 16, 24, 32, 40, 48])
-def test_it_is_the_fastest_of_all_that_can_be_said(matrix: Matrix, limit: int) -> None:
+@pytest.mark.parametrize(
+    ("limit", "train"),
+    [
+        *((limit, {}) for limit in (12, 16, 24, 32, 40, 48)),
+        *((limit, {"train_batch_size": 4}) for limit in (16, 24, 48)),
+        *((limit, {"mode": "controlnet", "train_batch_size": 2}) for limit in (24, 40)),
+        *((limit, {"kernels": "diffusers", "train_batch_size": 4}) for limit in (16, 32)),
+    ],
+)
+def test_it_is_the_fastest_of_all_that_can_be_said(matrix: Matrix, limit: int, train: dict[str, Any]) -> None:
     """Against every number of recomputed blocks beside every number of streamed ones that is tried, one by one."""
-    found = planned(matrix, limit)
+    found = planned(matrix, limit, **train)
     plan = chosen(found)
     assert not plan.lossy and plan.seconds is not None
-    work = subject(matrix, limit)
+    work = subject(matrix, limit, **train)
     seek = planner._Search(work, planner.of_case(work), ())
     best = None
-    for way in seek._ways(seek.config, planner.STREAMED):
+    for way in (way for line in seek._lines(seek.config, planner.STREAMED) for way in line):
         for count in (*range(58), None):
             config = recomputing(way, count)
             if seek._fits(config, TIGHT):

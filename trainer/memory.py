@@ -114,7 +114,7 @@ class Bill:
 def forecast(
     config: TrainConfig, spec: FluxSpec, *, world_size: int, strategy: str, device: Device, samples: int = 0,
     offload: Collection[str] = (), triton: bool = True, encoded: bool = False, norms: Norms = "fused",
-    reshard: bool = True,
+    reshard: bool = True, whole: bool = True,
 ) -> Bill:  # fmt: skip
     """The bill of one run. `samples` is the number of images, for the cache's size; 0: not known.
 
@@ -122,6 +122,7 @@ def forecast(
     `encoded`: nothing is left to encode.
     `offload` names what waits in the host's memory: `optimizer` (DeepSpeed), `param` (ZeRO-3), both for FSDP.
     `reshard`: whether FSDP cuts blocks up again after the forward pass (fsdp_reshard_after_forward).
+    `whole`: whether the host and the disk are asked for; on a CPU they always are.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy is {strategy!r}; one of {', '.join(STRATEGIES)}")
@@ -129,9 +130,12 @@ def forecast(
         config, spec, world_size, strategy, offload, device, triton=triton, norms=norms, reshard=reshard
     )
     compute, moved = _split(terms, config, spec, world_size, strategy, offload)
-    written = tuple(disk(config, spec, samples, strategy))
     on_cpu = device == "cpu"
-    host = memory_host.terms(config, spec, strategy, compute, on_cpu=on_cpu, encoded=encoded)
+    host: tuple[Term, ...] = ()
+    written: tuple[Term, ...] = ()
+    if whole or on_cpu:
+        host = tuple(memory_host.terms(config, spec, strategy, compute, on_cpu=on_cpu, encoded=encoded))
+        written = tuple(disk(config, spec, samples, strategy))
     measured = {"single": ERROR_BAR, "ddp": ERROR_BAR}
     if not offload and reshard and not config.train_parameters:
         measured |= {"zero2": SHARDED_BAR} if config.mode == "lora" else {}

@@ -28,7 +28,7 @@ from xflux_trainer.memory_terms import (
 from xflux_trainer.savings import is_modulation, streamed_blocks
 from xflux_trainer.settings import altered
 from xflux_trainer.spec import FluxSpec, image_tokens
-from xflux_trainer.trained import Trained, controlnet_spec, trained
+from xflux_trainer.trained import Trained, controlnet, trained
 
 STREAMS = 3
 """Of a recording: the one that it is launched from, its own, and the one beside it."""
@@ -132,7 +132,7 @@ def activations(
     tokens = image_tokens(side, side) + config.max_text_tokens
     unit = config.train_batch_size * tokens * spec.hidden * size
     shape = f"{config.train_batch_size} x {tokens} tokens"
-    blocks = list(_blocks(config, spec, tokens, growing))
+    blocks = _blocks(config, spec, tokens, growing)
     if blocks:
         images = unit // tokens * (tokens - config.max_text_tokens)
         number, last, needed = _fullest(config, spec, blocks, images)
@@ -178,9 +178,8 @@ def _fullest(config: TrainConfig, spec: FluxSpec, blocks: Sequence[Passed], unit
 
 def _controlnet(config: TrainConfig, spec: FluxSpec, tokens: int, unit: int, norms: Norms) -> Iterator[Term]:
     """Its own blocks are diffusers', and go backward when the base's have."""
-    net = controlnet_spec(config, spec)
-    every = Trained(0, 0, frozenset(linear.name for linear in net.linears()))
-    saved = list(saved_per_block(config, net, every, tokens, norms))
+    net, every = controlnet(config.controlnet_depth, spec)
+    saved = saved_per_block(config, net, every, tokens, norms)
     kept = len(saved) * unit if config.gradient_checkpointing else sum(saved)
     yield Term("ControlNet's activations", kept, "train", f"its {len(saved)} blocks are diffusers' own", passing=True)
     residuals = 2 * config.controlnet_depth * unit
@@ -200,55 +199,73 @@ def _products(config: TrainConfig, spec: FluxSpec, *, recorded: bool) -> Iterato
         yield from dense(config, spec)
 
 
-def _blocks(config: TrainConfig, spec: FluxSpec, tokens: int, growing: int = 0) -> Iterator[Passed]:
+def most_saved(config: TrainConfig, spec: FluxSpec) -> int:
+    """The most by which a block's recomputing may lower the peak: what it need not keep."""
+    side = max(config.sizes)
+    whole, inputs = _ways(config, spec, image_tokens(side, side) + config.max_text_tokens, 0)
+    return max((one.kept - other.kept for one, other in zip(whole, inputs)), default=1)  # noqa: B905 (of one length)
+
+
+def _blocks(config: TrainConfig, spec: FluxSpec, tokens: int, growing: int = 0) -> list[Passed]:
     """The blocks from the first one that a gradient passes through."""
-    again = checkpointed(config, spec)
-    for number, whole, inputs in _either_way(altered(config, **_ASIDE), spec, tokens, growing):
-        yield inputs if number < again else whole
+    whole, inputs = _ways(config, spec, tokens, growing)
+    # Those before the first one keep nothing, computed again or not.
+    again = max(0, checkpointed(config, spec) - (spec.double_blocks + spec.single_blocks - len(whole)))
+    return [*inputs[:again], *whole[again:]]
+
+
+def _ways(config: TrainConfig, spec: FluxSpec, tokens: int, growing: int) -> tuple[list[Passed], list[Passed]]:
+    aside = _ASIDE if config.quantization == "fp8-dynamic" else _ASIDE | _HELD
+    return _either_way(altered(config, **aside), spec, tokens, growing)
 
 
 _ASIDE: dict[str, Any] = {"gradient_checkpointing": True, "checkpointed_blocks": None, "cuda_graphs": True}
 """Which blocks are computed again does not change what either way takes."""
+_HELD: dict[str, Any] = {"quantization": "none", "modulation": "keep", "stream_blocks": 0}
+"""Nor does how weights are held, where they are multiplied in 16 bits."""
 
 
-@functools.lru_cache(maxsize=64)
-def _either_way(
-    config: TrainConfig, spec: FluxSpec, tokens: int, growing: int
-) -> tuple[tuple[int, Passed, Passed], ...]:
-    """Of each block its number, and its bytes where it keeps what it needs and where it keeps its inputs alone."""
+@functools.lru_cache(maxsize=1024)
+def _either_way(config: TrainConfig, spec: FluxSpec, tokens: int, growing: int) -> tuple[list[Passed], list[Passed]]:
+    """Of each block its bytes where it keeps what it needs, and where it keeps its inputs alone."""
     what = trained(config, spec)
     rows = config.train_batch_size * tokens
     unit = rows * spec.hidden * width(config)
     lse = rows * spec.heads * 4
-    ends = ("x_embedder", "context_embedder")
-    time = any(name.startswith("time_text_embed.") for name in what.layers)
-    reached = any(name in what.layers for name in ends) or time or config.mode == "controlnet"
+    dynamic, weights, wide = config.quantization == "fp8-dynamic", config.mode == "finetune", 4 / width(config)
     streamed = set(streamed_blocks(spec.double_blocks, spec.single_blocks, config.stream_blocks))
-    names, layers, adapters = _by_block(what, spec)
+    names, layers, adapters, time = _by_block(what, spec)
+    reached = time or not what.layers.isdisjoint(("x_embedder", "context_embedder")) or config.mode == "controlnet"
     sizes = parameters_by_block(config, spec) if growing else {}
-    found = []
-    for number, name in enumerate(names):
+    known: dict[tuple[Any, ...], tuple[Passed, Passed]] = {}
+    wholes, inputs = [], []
+    for name in names:
         own = layers[name]
         reached = reached or bool(own)
         if not reached:
             continue
-        shape = _Shape(own, config.mode == "finetune", time or any(map(is_modulation, own)),
-                       config.quantization == "fp8-dynamic" and name not in streamed, 4 / width(config))  # fmt: skip
-        # Half of a double block's adapters see the text alone, the others the image.
-        low = adapters[name] * rows * config.rank * width(config) // (1 if name.startswith(SINGLE) else 2)
-        units = shape.single if name.startswith(SINGLE) else shape.double
-        grads = sizes.get(name, 0) * growing
-        kept, made, needed = units(again=False)
-        whole = Passed(int((kept + made) * unit) + lse + low, int(needed * unit), checkpointed=False, grads=grads)
-        kept, made, needed = units(again=True)
-        inputs = Passed(int(kept * unit), int((made + needed) * unit) + lse + low, checkpointed=True, grads=grads)
-        found.append((number, whole, inputs))
-    return tuple(found)
+        one, fp8, grads = name.startswith(SINGLE), dynamic and name not in streamed, sizes.get(name, 0) * growing
+        key = (one, own, adapters[name], fp8, grads)
+        if key not in known:  # most blocks are alike
+            shape = _Shape(own, weights, time or any(map(is_modulation, own)), fp8, wide)
+            # Half of a double block's adapters see the text alone, the others the image.
+            low = adapters[name] * rows * config.rank * width(config) // (1 if one else 2)
+            units = shape.single if one else shape.double
+            kept, made, needed = units(again=False)
+            whole = int((kept + made) * unit) + lse + low
+            found = Passed(whole, int(needed * unit), checkpointed=False, grads=grads)
+            kept, made, needed = units(again=True)
+            again = int((made + needed) * unit) + lse + low
+            known[key] = found, Passed(int(kept * unit), again, checkpointed=True, grads=grads)
+        wholes.append(known[key][0])
+        inputs.append(known[key][1])
+    return wholes, inputs
 
 
 @functools.lru_cache(maxsize=16)
-def _by_block(what: Trained, spec: FluxSpec) -> tuple[list[str], dict[str, set[str]], dict[str, int]]:
-    """The blocks' names, of each the layers that are trained or have adapters, and how many adapters it has."""
+def _by_block(what: Trained, spec: FluxSpec) -> tuple[list[str], dict[str, frozenset[str]], dict[str, int], bool]:
+    """The blocks' names, of each the layers that are trained or have adapters, and how many adapters it has; and
+    whether the time's embedding is trained."""
     names = [f"{DOUBLE}.{k}" for k in range(spec.double_blocks)] + [f"{SINGLE}.{k}" for k in range(spec.single_blocks)]
     layers: dict[str, set[str]] = {name: set() for name in names}
     for name in what.layers:
@@ -259,14 +276,15 @@ def _by_block(what: Trained, spec: FluxSpec) -> tuple[list[str], dict[str, set[s
         # Those of a modulation see one row for each image.
         if (block := _block(adapter.name)) in adapters and not is_modulation(adapter.name):
             adapters[block] += 1
-    return names, layers, adapters
+    time = any(name.startswith("time_text_embed.") for name in what.layers)
+    return names, {name: frozenset(own) for name, own in layers.items()}, adapters, time
 
 
 @dataclass(frozen=True)
 class _Shape:
     """What decides on a block's memory; its counts of U."""
 
-    own: set[str]
+    own: frozenset[str]
     """Layers that are trained, or have adapters."""
     weights: bool
     """Their weights are trained, not adapters."""

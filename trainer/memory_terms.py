@@ -10,13 +10,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.savings import held, is_block, is_modulation
 from xflux_trainer.spec import FluxSpec, image_tokens
-from xflux_trainer.trained import Trained, controlnet_spec, trained
+from xflux_trainer.trained import Trained, controlnet, trained
 
 MIB = 1 << 20
 CUBLAS = 32 * MIB
@@ -96,6 +96,7 @@ def weights(
         yield Term(TRANSFORMER, math.ceil(total / world_size) + whole, phase, f"{why}; whole{blocks}")
 
 
+@functools.lru_cache(maxsize=16)
 def block_parameters(spec: FluxSpec) -> int:
     """Parameters of the linear layers of the model's largest block."""
     sizes: dict[str, int] = {}
@@ -106,6 +107,7 @@ def block_parameters(spec: FluxSpec) -> int:
     return max(sizes.values(), default=0)
 
 
+@functools.lru_cache(maxsize=16)
 def end_parameters(spec: FluxSpec) -> int:
     """Parameters of the linear layers outside of the blocks."""
     linears = [linear for linear in spec.linears() if not _block_of(linear.name)]
@@ -313,12 +315,11 @@ def activations(
     unit = config.train_batch_size * tokens * spec.hidden * size
     what = trained(config, spec)
     own = parameters_by_block(config, spec)
-    saved = list(saved_per_block(config, spec, what, tokens, norms))
+    saved = saved_per_block(config, spec, what, tokens, norms)
     names = [f"transformer_blocks.{k}" for k in range(spec.double_blocks)]
     names = [*names, *(f"single_transformer_blocks.{k}" for k in range(spec.single_blocks))][-len(saved) :]
     if config.mode == "controlnet":
-        net = controlnet_spec(config, spec)
-        every = Trained(what.parameters, what.largest, frozenset(linear.name for linear in net.linears()))
+        net, every = controlnet(config.controlnet_depth, spec)
         saved += saved_per_block(config, net, every, tokens, norms)
         names += [""] * (len(saved) - len(names))
     again = config.gradient_checkpointing
@@ -342,7 +343,7 @@ def activations(
         yield Term("backward's own", passes, "train", "gradients on their way through one block", passing=True)
         yield from gradients_so_far(blocks, number, cut=cut)
         if config.mode == "lora" and size == 2:
-            copies = sum(one.parameters(config.rank) for one in what.adapters) * size
+            copies = what.parameters * size
             why = "in the format of the products" + (", of one block" if again else "")
             yield Term("adapters' copies", copies // len(blocks) if again else copies, "train", why, passing=True)
     if config.mode == "controlnet":
@@ -360,13 +361,16 @@ def dense(config: TrainConfig, spec: FluxSpec) -> Iterator[Term]:
     """Of a base in fewer bits the largest layer, made dense for its product."""
     if config.quantization == "none":
         return
-    quantised = [
-        linear for linear in spec.linears() if config.modulation == "quantize" or not is_modulation(linear.name)
-    ]
-    largest = max(linear.inputs * linear.outputs for linear in quantised)
+    largest = _largest(spec, config.modulation == "quantize")
     # torchao widens fp8 to fp32, and scales that into another.
     each = 8 if config.quantization == "torchao-fp8" else width(config)
     yield Term("a weight in 16 bits", largest * each, "train", "made anew for each product")
+
+
+@functools.lru_cache(maxsize=16)
+def _largest(spec: FluxSpec, modulation: bool) -> int:
+    """Numbers in the largest layer that is quantised. `modulation`: whether its layers are."""
+    return max(one.inputs * one.outputs for one in spec.linears() if modulation or not is_modulation(one.name))
 
 
 QUANTISED = {"int8": 2, "int4": 2, "fp8": 2, "torchao-fp8": 3, "torchao-int8": 1, "fp8-dynamic": 1}
@@ -379,7 +383,9 @@ MADE_AT_LOAD = (
 
 def loading(config: TrainConfig, spec: FluxSpec, stays: Iterable[Term]) -> Iterator[Term]:
     """What is there beside the transformer at the end of the load, and what a layer's quantisation takes on its way."""
-    yield from (replace(term, phase="load") for term in stays if term.name in MADE_AT_LOAD)
+    for term in stays:
+        if term.name in MADE_AT_LOAD:
+            yield Term(term.name, term.bytes, "load", term.why, term.passing)
     copies = QUANTISED.get(config.quantization, 0)
     if copies:
         yield Term("one layer on its way", copies * spec.largest_tensor * 4, "load", "quantised from fp32 copies of it")
@@ -387,25 +393,33 @@ def loading(config: TrainConfig, spec: FluxSpec, stays: Iterable[Term]) -> Itera
 
 def saved_per_block(
     config: TrainConfig, spec: FluxSpec, what: Trained, tokens: int, norms: Norms = "fused"
-) -> Iterator[int]:
+) -> list[int]:
     """Bytes that autograd saves in each block, from the first one that a gradient passes through."""
     size = width(config)
     unit = config.train_batch_size * tokens * spec.hidden * size
     # Attention keeps the log-sum-exp of every row, the two QK-norms their scales, in fp32.
     rows = 3 * config.train_batch_size * tokens * spec.heads * 4
     low_rank = config.train_batch_size * tokens * config.rank * size
+    kept = _saved(what, spec, _norms(config, norms), config.mode == "controlnet")
+    return [units * unit + rows + adapters * low_rank for units, adapters in kept]
+
+
+@functools.lru_cache(maxsize=64)
+def _saved(what: Trained, spec: FluxSpec, norms: tuple[int, int], reached: bool) -> tuple[tuple[int, int], ...]:
+    """Of those blocks the U that are saved, and the number of adapters."""
     ends = ("x_embedder", "context_embedder", "time_text_embed.timestep_embedder.linear_1")
-    reached = any(name in what.layers for name in ends) or config.mode == "controlnet"
-    double, single = _norms(config, norms)
+    reached = reached or any(name in what.layers for name in ends)
     layers, adapters = _in_blocks(what)
-    kinds = (("transformer_blocks", spec.double_blocks, _double, double),
-             ("single_transformer_blocks", spec.single_blocks, _single, single))  # fmt: skip
+    kinds = (("transformer_blocks", spec.double_blocks, _double, norms[0]),
+             ("single_transformer_blocks", spec.single_blocks, _single, norms[1]))  # fmt: skip
+    found = []
     for kind, count, units, more in kinds:
         for index in range(count):
             own = layers.get(f"{kind}.{index}", frozenset())
             reached = reached or bool(own)
             if reached:
-                yield (units(own) + more) * unit + rows + adapters.get(f"{kind}.{index}", 0) * low_rank
+                found.append((units(own) + more, adapters.get(f"{kind}.{index}", 0)))
+    return tuple(found)
 
 
 @functools.lru_cache(maxsize=64)

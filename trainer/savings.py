@@ -79,11 +79,10 @@ class Held:
 
 
 @dataclass(frozen=True)
-class _Layer:
-    """A linear layer of a block: the block's name, what it travels with, and its bytes as it is held."""
+class Unit:
+    """Layers of one block that travel together: its name, whether they make modulation, and the bytes of weights."""
 
     block: str
-    unit: str
     modulation: bool
     bytes: int
 
@@ -95,59 +94,72 @@ def held(config: TrainConfig, spec: FluxSpec, width: int = 2) -> Held:
 
 @functools.lru_cache(maxsize=256)
 def _base(quantization: str, modulation: str, stream_blocks: int, spec: FluxSpec, width: int) -> Held:
-    layers, rest = _layers(quantization, modulation, spec, width)
-    return _held(modulation, stream_blocks, spec, layers, rest)
+    own = units(quantization, modulation, spec, width)
+    return _held(modulation, stream_blocks, spec, own, _rest(spec, width))
 
 
 def blocks_to_stream(config: TrainConfig, spec: FluxSpec, budget: int, width: int = 2) -> int | None:
     """The smallest `stream_blocks` with which the base takes at most `budget` bytes of the device; None: none does."""
-    layers, rest = _layers(config.quantization, config.modulation, spec, width)
+    own, rest = units(config.quantization, config.modulation, spec, width), _rest(spec, width)
     for count in range(spec.double_blocks + spec.single_blocks + 1):
-        if _held(config.modulation, count, spec, layers, rest).device <= budget:
+        if _held(config.modulation, count, spec, own, rest).device <= budget:
             return count
     return None
 
 
 @functools.lru_cache(maxsize=16)
-def _layers(quantization: str, modulation: str, spec: FluxSpec, width: int) -> tuple[tuple[_Layer, ...], int]:
-    """The blocks' linear layers, and the bytes of everything else. Kept: one bill asks for them again and again."""
-    layers, rest = [], spec.transformer_parameters * width
-    for linear in spec.linears():
-        block = _block(linear)
-        if not block:
-            continue
-        modulates = is_modulation(linear.name)
+def units(quantization: str, modulation: str, spec: FluxSpec, width: int) -> tuple[Unit, ...]:
+    """What the blocks' weights travel as, in the model's order. Kept: one bill asks for them again and again."""
+    found = []
+    for (block, _), layers in _by_unit(spec).items():
+        modulates = is_modulation(layers[0].name)
         quantised = quantization != "none" and (not modulates or modulation == "quantize")
-        size = stored(linear, quantization if quantised else "none", width)
-        layers.append(_Layer(block, unit_of(linear.name[len(block) + 1 :]), modulates, size))
-        rest -= linear.inputs * linear.outputs * width
-    return tuple(layers), rest
+        size = sum(stored(layer, quantization if quantised else "none", width) for layer in layers)
+        found.append(Unit(block, modulates, size))
+    return tuple(found)
 
 
-def _held(modulation: str, stream_blocks: int, spec: FluxSpec, layers: tuple[_Layer, ...], rest: int) -> Held:
-    streamed = set(streamed_blocks(spec.double_blocks, spec.single_blocks, stream_blocks))
-    units: dict[tuple[str, str], int] = {}
-    traffic = 0
-    for layer in layers:
-        if layer.block in streamed or (layer.modulation and modulation == "stream"):
-            unit = layer.block, layer.unit
-            units[unit] = units.get(unit, 0) + layer.bytes
-            traffic += layer.bytes * (1 if layer.modulation else 2)
-    host = sum(units.values())
-    slots = min(SLOTS, len(units)) * max(units.values(), default=0)
-    return Held(rest + sum(layer.bytes for layer in layers) - host + slots, host, slots, traffic)
+@functools.lru_cache(maxsize=16)
+def _by_unit(spec: FluxSpec) -> dict[tuple[str, str], list[Linear]]:
+    """The blocks' linear layers by their block and the name of their unit."""
+    found: dict[tuple[str, str], list[Linear]] = {}
+    for linear in spec.linears():
+        if block := _block(linear):
+            found.setdefault((block, unit_of(linear.name[len(block) + 1 :])), []).append(linear)
+    return found
+
+
+@functools.lru_cache(maxsize=16)
+def _rest(spec: FluxSpec, width: int) -> int:
+    """Bytes of everything but the blocks' weights; their biases are in it."""
+    inside = sum(layer.inputs * layer.outputs for layers in _by_unit(spec).values() for layer in layers)
+    return (spec.transformer_parameters - inside) * width
+
+
+def _held(modulation: str, stream_blocks: int, spec: FluxSpec, own: tuple[Unit, ...], rest: int) -> Held:
+    names = set(streamed_blocks(spec.double_blocks, spec.single_blocks, stream_blocks))
+    leaving = [unit for unit in own if unit.block in names or (unit.modulation and modulation == "stream")]
+    host = sum(unit.bytes for unit in leaving)
+    slots = min(SLOTS, len(leaving)) * max((unit.bytes for unit in leaving), default=0)
+    traffic = sum(unit.bytes * (1 if unit.modulation else 2) for unit in leaving)
+    return Held(rest + sum(unit.bytes for unit in own) - host + slots, host, slots, traffic)
 
 
 def stored(linear: Linear, quantization: str, width: int = 2) -> int:
     """Bytes of one layer's weight in a format, without its bias."""
-    count = linear.inputs * linear.outputs
+    return _stored(linear.inputs, linear.outputs, quantization, width)
+
+
+@functools.lru_cache(maxsize=1024)
+def _stored(inputs: int, outputs: int, quantization: str, width: int) -> int:
+    count = inputs * outputs
     if quantization == "none":
         return count * width
     if quantization == "int4":
-        return count // 2 + 2 * width * count // group_size(linear.inputs)
+        return count // 2 + 2 * width * count // group_size(inputs)
     if quantization == "nf4":
         return count // 2 + count // 64 + count // (64 * 256) * 4
-    return count + linear.outputs * 4  # a scale for each output channel
+    return count + outputs * 4  # a scale for each output channel
 
 
 def _block(linear: Linear) -> str:

@@ -213,7 +213,7 @@ class TrainConfig:
     @property
     def sizes(self) -> tuple[int, ...]:
         """Every size that images are trained on at, img_size first."""
-        return tuple(dict.fromkeys((self.img_size, *self.resolutions)))
+        return tuple(dict.fromkeys((self.img_size, *self.resolutions))) if self.resolutions else (self.img_size,)
 
     @property
     def formats(self) -> tuple[str, ...]:

@@ -152,8 +152,7 @@ class FluxSpec:
         per_block = 2 * tokens * (4 * self.hidden**2 + 2 * self.hidden * self.mlp)
         attention = 4 * tokens**2 * self.hidden
         ends = 2 * self.hidden * (text_tokens * self.text_dim + 2 * image_tokens * self.in_channels)
-        vectors = 2 * sum(linear.inputs * linear.outputs for linear in self.linears() if not linear.per_token)
-        return float(blocks * (per_block + attention) + ends + vectors)
+        return float(blocks * (per_block + attention) + ends + _vectors(self))
 
     def step_flops(self, image_tokens: int, text_tokens: int = 512, *, checkpointing: bool) -> float:
         """FLOPs that one adapter step executes: forward, input gradients, attention's backward (2.5 forwards)."""
@@ -161,6 +160,12 @@ class FluxSpec:
         forward = self.forward_flops(image_tokens, text_tokens)
         attention = (self.double_blocks + self.single_blocks) * 4 * tokens**2 * self.hidden
         return forward * (2 if checkpointing else 1) + (forward - attention) + 2.5 * attention
+
+
+@functools.lru_cache(maxsize=16)
+def _vectors(spec: FluxSpec) -> int:
+    """FLOPs of the layers that see one vector of an image."""
+    return 2 * sum(linear.inputs * linear.outputs for linear in spec.linears() if not linear.per_token)
 
 
 @functools.lru_cache(maxsize=16)

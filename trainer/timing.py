@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from xflux_trainer.config import TrainConfig
@@ -31,6 +31,8 @@ STEPPED = {"adamw": 28, "adamw8bit": 52, "adafactor": 12}
 the time of the others (0.17 s for FLUX.1's transformer on an H200)."""
 STEP_LAUNCHES = {"adamw": 2, "adamw8bit": 2, "adafactor": 4}
 """Launches that step one tensor of 16 bits alone, and what the host does between them."""
+MEASURING, LINK, HOST = "measuring", "waiting for the link", "waiting for the host"
+"""Terms of a micro-step beside those of `WHY`."""
 NORM_LAUNCHES = 5
 """The same for a gradient's norm, in a pass that only measures."""
 
@@ -77,14 +79,11 @@ def seconds_per_step(
     if config.quantization == "fp8-dynamic" and (known.fp8 is None or not job.fused):
         raise NoForecast("fp8-dynamic needs a card with fp8 products and the trainer's own blocks.")
     passes = [_micro_step(job, size) for size in config.sizes]
-    found: dict[str, Term] = {}
-    for terms in passes:
-        for term in terms:
-            seconds = term.seconds * config.gradient_accumulation_steps / len(passes)
-            before = found[term.name].seconds if term.name in found else 0.0
-            found[term.name] = replace(term, seconds=seconds + before)
-    every = [*found.values(), *_once(job, world_size)]
-    kept = tuple(term for term in every if term.seconds > 0)
+    share = config.gradient_accumulation_steps / len(passes)
+    found = {name: sum(one[name] for one in passes) * share for name in passes[0]}
+    reasons = _reasons(job)
+    every = [Term(name, seconds, reasons[name]) for name, seconds in found.items()]
+    kept = tuple(term for term in (*every, *_once(job, world_size)) if term.seconds > 0)
     error = known.error + (UNMEASURED_RANKS if world_size > 1 or strategy not in ("single", "ddp") else 0)
     return Forecast(sum(term.seconds for term in kept), kept, error)
 
@@ -104,27 +103,34 @@ def hours(config: TrainConfig, step: Forecast, *, world_size: int, images: int =
     return steps * step.seconds / 3600
 
 
-def _micro_step(job: Job, side: int) -> list[Term]:
-    """The terms of one batch at one size: those of the device, then what is waited for beyond them."""
-    asked, names = work(job, side), words(job)
+def _micro_step(job: Job, side: int) -> dict[str, float]:
+    """Seconds of one batch at one size: those of the device, then what is waited for beyond them."""
+    asked = work(job, side)
     behind = backward(job, asked)
     parts = [forward(job, asked), behind]
-    terms = [Term(name, sum(part.get(name, 0.0) for part in parts), why.format(**names)) for name, why in WHY.items()]
-    first = sum(behind.values()) + _read(job) if _measures(job) else 0.0
-    terms.append(Term("measuring", first, "a backward pass before the one that steps: backward_clip is exact"))
-    there, back = arriving(job)
+    found = {name: sum(part.get(name, 0.0) for part in parts) for name in WHY}
+    first = found[MEASURING] = sum(behind.values()) + _read(job) if _measures(job) else 0.0
     link = job.card.link * 1e9
     busy = [sum(part.values()) for part in parts]
-    late = [max(0.0, size / link - time) for size, time in zip((there, back), busy)]  # noqa: B905 (two each)
-    why = f"{(there + back) / 1e9:.1f} GB come from the host at {job.card.link} GB/s, longer than the passes compute"
-    terms.append(Term("waiting for the link", sum(late), why))
+    late = [max(0.0, size / link - time) for size, time in zip(arriving(job), busy)]  # noqa: B905 (two each)
+    found[LINK] = sum(late)
     if not job.recorded:
         launching = _launches(job) * LAUNCH
         time = sum(busy) + sum(late) + first
-        slower = (time**MEETING + launching**MEETING) ** (1 / MEETING)
-        why = f"{_launches(job):,} kernels are launched one by one, which takes {launching:.2f} s"
-        terms.append(Term("waiting for the host", slower - time, why))
-    return terms
+        found[HOST] = (time**MEETING + launching**MEETING) ** (1 / MEETING) - time
+    return found
+
+
+def _reasons(job: Job) -> dict[str, str]:
+    """Why each of them takes what it takes."""
+    names, gigabytes = words(job), sum(arriving(job)) / 1e9
+    found = {name: why.format(**names) for name, why in WHY.items()}
+    found[MEASURING] = "a backward pass before the one that steps: backward_clip is exact"
+    found[LINK] = f"{gigabytes:.1f} GB come from the host at {job.card.link} GB/s, longer than the passes compute"
+    if not job.recorded:
+        count = _launches(job)
+        found[HOST] = f"{count:,} kernels are launched one by one, which takes {count * LAUNCH:.2f} s"
+    return found
 
 
 def _measures(job: Job) -> bool:

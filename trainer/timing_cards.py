@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -47,6 +48,7 @@ CARDS: tuple[tuple[str, Card | None], ...] = (
 """Names are looked for in this order, as whole words."""
 
 
+@functools.lru_cache(maxsize=64)
 def card_of(name: str) -> Card | None:
     """The card of that name; None for one that is not known, a slice of one, or a relative of another speed."""
     if peak(name, "bf16") is None:
@@ -61,6 +63,8 @@ def measured(card: Card, rates: Mapping[str, float]) -> Card:
     `rates` are `matmul_bf16_tflops` (8192³) and `h2d_gbs`; others, and what is missing, change nothing. Attention is
     bound by the same units and goes with the products.
     """
+    if not rates:
+        return card
     bf16, link = rates.get("matmul_bf16_tflops", card.bf16), rates.get("h2d_gbs", card.link)
     share = bf16 / card.bf16
     return replace(

@@ -15,12 +15,12 @@ from types import MappingProxyType
 from xflux_trainer import memory_fused
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.memory_terms import width
-from xflux_trainer.savings import is_block, is_modulation, stored, streamed_blocks
+from xflux_trainer.savings import is_modulation, streamed_blocks, units
 from xflux_trainer.settings import altered
 from xflux_trainer.spec import FluxSpec, image_tokens
 from xflux_trainer.speed import step_flops, tokens_of
 from xflux_trainer.timing_cards import Card
-from xflux_trainer.trained import Trained, controlnet_spec, trained
+from xflux_trainer.trained import Trained, controlnet, trained
 
 
 @dataclass(frozen=True)
@@ -115,9 +115,15 @@ def _shapes(config: TrainConfig, spec: FluxSpec, what: Trained) -> Mapping[str, 
     if config.mode == "lora":
         return _sides(what, config.rank)
     if config.mode == "controlnet":
-        linears = controlnet_spec(config, spec).linears()
-        return {f"{one.name}.weight": (one.outputs, one.inputs) for one in linears}
-    return {f"{one.name}.weight": (one.outputs, one.inputs) for one in spec.linears() if one.name in what.layers}
+        net, every = controlnet(config.controlnet_depth, spec)
+        return _weights(every, net)
+    return _weights(what, spec)
+
+
+@functools.lru_cache(maxsize=16)
+def _weights(what: Trained, spec: FluxSpec) -> Mapping[str, tuple[int, ...]]:
+    layers = (one for one in spec.linears() if one.name in what.layers)
+    return MappingProxyType({f"{one.name}.weight": (one.outputs, one.inputs) for one in layers})
 
 
 @functools.lru_cache(maxsize=16)
@@ -313,13 +319,7 @@ def _arriving(quantization: str, modulated: str, count: int, spec: FluxSpec, eac
 def _stored_blocks(quantization: str, modulated: str, spec: FluxSpec, each: int) -> dict[str, tuple[int, int]]:
     """Bytes of each block's products' weights and of its modulation's, as they wait on the host."""
     found: dict[str, tuple[int, int]] = {}
-    for linear in spec.linears():
-        block = ".".join(linear.name.split(".")[:2])
-        if not is_block(block):
-            continue
-        modulation = is_modulation(linear.name)
-        plain = quantization == "none" or (modulation and modulated != "quantize")
-        size = stored(linear, "none" if plain else quantization, each)
-        products, own = found.get(block, (0, 0))
-        found[block] = (products, own + size) if modulation else (products + size, own)
+    for unit in units(quantization, modulated, spec, each):
+        products, own = found.get(unit.block, (0, 0))
+        found[unit.block] = (products, own + unit.bytes) if unit.modulation else (products + unit.bytes, own)
     return found

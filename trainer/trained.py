@@ -97,7 +97,14 @@ def parameters(spec: FluxSpec) -> Iterator[tuple[str, int]]:
 
 def controlnet_spec(config: TrainConfig, spec: FluxSpec) -> FluxSpec:
     """The ControlNet's double blocks and embedders, as a transformer of its own; its last layers do not count."""
-    return replace(spec, name="controlnet", double_blocks=config.controlnet_depth, single_blocks=0)
+    return controlnet(config.controlnet_depth, spec)[0]
+
+
+@functools.lru_cache(maxsize=16)
+def controlnet(depth: int, spec: FluxSpec) -> tuple[FluxSpec, Trained]:
+    """A ControlNet of so many blocks, and all of its linear layers as what is trained."""
+    net = replace(spec, name="controlnet", double_blocks=depth, single_blocks=0)
+    return net, Trained(0, 0, frozenset(linear.name for linear in net.linears()))
 
 
 def controlnet_parameters(config: TrainConfig, spec: FluxSpec) -> int:

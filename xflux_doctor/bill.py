@@ -30,14 +30,15 @@ _LATEST: list[tuple[Case, memory.Bill]] = []
 
 
 def forecast_of(
-    case: Case, config: TrainConfig | None, model: spec.FluxSpec | None = None, *, encoded: bool | None = None
-) -> memory.Bill:
+    case: Case, config: TrainConfig | None, model: spec.FluxSpec | None = None, *, encoded: bool | None = None,
+    whole: bool = True,
+) -> memory.Bill:  # fmt: skip
     """The bill of that case with another training config. Raises SkipCheck. `encoded`: whether the cache is filled;
-    None: by the number of its entries."""
+    None: by the number of its entries. `whole`: False asks for the GPU alone."""
     assert config is not None
     if case.job.strategy not in memory.STRATEGIES:
         raise SkipCheck(f"the forecast does not know {case.job.strategy} yet")
-    count = dataset(case).count
+    count = dataset(case).count if whole else 0
     return memory.forecast(
         config,
         model or spec_of(case),
@@ -49,6 +50,7 @@ def forecast_of(
         triton=has_triton(case),
         encoded=_encoded(case, config, count) if encoded is None else encoded,
         norms=norms_of(case),
+        whole=whole,
         reshard=str(case.job.section("fsdp_config").get("fsdp_reshard_after_forward", True)).lower() != "false",
     )
 

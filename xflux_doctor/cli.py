@@ -22,9 +22,8 @@ import click
 
 from xflux_doctor import __version__
 from xflux_doctor.errors import DoctorError
-from xflux_doctor.inputs import Inputs
+from xflux_doctor.inputs import DEEP_SECONDS, Inputs
 from xflux_doctor.preempt import Requeue
-from xflux_doctor.probes.level import DEEP_SECONDS
 
 _MOST = 1e6
 """Seconds or GiB: more is a slip of the finger."""

@@ -1,4 +1,4 @@
-"""From the command line's inputs to a case: gather, read, choose the stack; and the probes on top."""
+"""From the command line's inputs to a case: gather, read, choose the stack."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from xflux_doctor import job as job_files
 from xflux_doctor.check import Case
 from xflux_doctor.command import Command
 from xflux_doctor.command import parse as parse_command
-from xflux_doctor.deep import ask_of
 from xflux_doctor.errors import DoctorError, UsageError
 from xflux_doctor.facts import SCHEMA, Facts, from_json
 from xflux_doctor.gather.cluster import cluster_facts
@@ -27,11 +26,12 @@ from xflux_doctor.job import Job
 from xflux_doctor.launched import under_command, xflux_script
 from xflux_doctor.matrix import Matrix, Stack
 from xflux_doctor.pins import version_of
-from xflux_doctor.probes.level import DEEP_SECONDS, probe
 from xflux_doctor.visible import choice, visible
 from xflux_doctor.xflux import SCRIPTS
 
 GIB = 1 << 30
+DEEP_SECONDS = 180.0
+"""Deadline of the deep level, which may have to wait out a hang and try again."""
 
 
 @dataclass(frozen=True)
@@ -61,15 +61,18 @@ class Inputs:
     """The command that the user would start the training by; its flags win over the files."""
 
 
-def build(inputs: Inputs, matrix: Matrix) -> Case:
-    """The case before any probe: everything here is quick and starts no child."""
+def build(inputs: Inputs, matrix: Matrix, *, to_run: bool = True) -> Case:
+    """The case before any probe: everything here is quick and starts no child.
+
+    `to_run`: whether the job is to start here; else neither the kernel's log is read nor who listens on its ports.
+    """
     command = parse_command(inputs.launch) if inputs.launch else None
     if command is not None:
         inputs = _named_by(inputs, command)
     facts = (
         _recorded(inputs.facts)
         if inputs.facts
-        else gather(inputs.python, tuple(sorted(matrix.names())), _torch_builds(matrix))
+        else gather(inputs.python, tuple(sorted(matrix.names())), _torch_builds(matrix), logs=to_run)
     )
     # accelerate reads no default file under its --cpu (commands/launch.py, `_validate_launch_command`)
     no_default = command is not None and (command.launcher != "accelerate" or "cpu" in command.flags)
@@ -98,7 +101,7 @@ def build(inputs: Inputs, matrix: Matrix) -> Case:
         main = str(job.get("main_process_ip") or "") if job.num_machines > 1 else ""
         facts = msgspec.structs.replace(
             facts,
-            listeners=listeners(_ports(job, facts)),
+            listeners=listeners(_ports(job, facts)) if to_run else None,
             shadows=shadows(Path()),
             cluster=cluster_facts(main, ask=not (inputs.quick or inputs.offline)) if main else None,
         )
@@ -181,11 +184,3 @@ def _recorded(path: str) -> Facts:
     if facts.schema != SCHEMA:
         raise DoctorError(f"{path} has schema {facts.schema}; this doctor reads {SCHEMA}.", "Record it anew.")
     return facts
-
-
-def probed(case: Case, inputs: Inputs) -> Case:
-    """The case with the facts of the default level or the deep one. Recorded facts are taken as they are."""
-    if inputs.quick or inputs.facts:
-        return case
-    ask, seconds = (ask_of(case), inputs.deep_timeout) if inputs.deep else (None, inputs.timeout)
-    return dataclasses.replace(case, facts=probe(case.facts, case.job, os.environ, seconds, ask))

@@ -6,6 +6,7 @@ named and does not exist is a usage error.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -111,7 +112,7 @@ class Job:
     def use_cpu(self) -> bool:
         return self.cpu or self.get("use_cpu") is True
 
-    @property
+    @functools.cached_property
     def distributed_type(self) -> str:
         """Upper case, as accelerate spells it; a bare YAML `NO` was read as False."""
         value = self.get("distributed_type", "NO")
@@ -218,7 +219,7 @@ class Job:
             return _whole(stage, 2 if stage == "auto" else 0)
         return _whole(self.section("deepspeed_config").get("zero_stage"), 2)
 
-    @property
+    @functools.cached_property
     def strategy(self) -> str:
         """`single`, `ddp`, `zero0` … `zero3` or `fsdp`: how the ranks share the work."""
         if self.deepspeed:

@@ -7,12 +7,15 @@ config's `allow` names it. Pure: from a case to rows.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import heapq
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from xflux_trainer import memory, timing
+from xflux_trainer import memory, memory_fused, timing
 from xflux_trainer.config import TrainConfig, altered
 from xflux_trainer.memory_terms import narrow
 from xflux_trainer.rules import between
@@ -26,7 +29,7 @@ from xflux_doctor.facts import Gpu
 from xflux_doctor.finding import Edit
 from xflux_doctor.plans import Card, Row, at_peak, describe, lossy_keys, recomputing
 from xflux_doctor.refused import refusals
-from xflux_doctor.verdict import FITS, TIGHT, held_by
+from xflux_doctor.verdict import FITS, TIGHT, held_by, reserved
 from xflux_doctor.visible import selected
 
 FLASH_4 = "flash-attn-4"
@@ -122,6 +125,9 @@ class _Search:
         self.strategy = case.job.strategy
         self.limit = min((card.limit for card in cards), default=0)
         self._bills: dict[TrainConfig, memory.Bill] = {}
+        self._needs: dict[TrainConfig, int] = {}
+        self._orders: dict[TrainConfig, float] = {}
+        self._ours: dict[tuple[str, str], bool] = {}
 
     def run(self) -> Found:
         own = self.own()
@@ -227,72 +233,160 @@ class _Search:
         changes = {key for key, value in vars(self.config).items() if getattr(base, key) != value}
         lossy = lossy_keys({key: getattr(base, key) for key in changes})
         streamed = STREAMED if lossy <= set(self.config.allow) else COARSE
-        for percent in (TIGHT, FITS):
-            best: tuple[float, TrainConfig] | None = None
-            # With nothing recomputed each is at its quickest: once that is slower than what was found, so is the rest.
-            ways = [
-                (self._order(recomputing(way, 0)), number, way) for number, way in enumerate(self._ways(base, streamed))
-            ]
-            for quickest, _, way in sorted(ways, key=lambda each: each[:2]):
-                if best is not None and quickest >= best[0]:
-                    break
-                found = self._least(way, percent)
-                if found is not None and (best is None or self._order(found) < best[0]):
-                    best = (self._order(found), found)
-            if best is not None:
-                return best[1]
-        return None
+        lines = list(self._lines(base, streamed))
+        return self._quickest(lines, TIGHT) or self._quickest(lines, FITS)
 
-    def _ways(self, base: TrainConfig, streamed: tuple[int, ...]) -> Iterator[TrainConfig]:
+    def _quickest(self, lines: list[list[TrainConfig]], percent: int) -> TrainConfig | None:
+        """The quickest that fits, of lines whose members each hold less than the one before and take longer.
+
+        Best first: the queue is ordered by the time that a member takes at the least, at first with nothing recomputed,
+        then with as many blocks as the last of its line has to recompute, then with as many as it has to itself.
+        """
+        best, bound = None, math.inf
+        floors: dict[int, int] = {}
+        """Of a line how many blocks its last member has to recompute at the least."""
+        enough = [0] * len(lines)
+        """Of each line the first member that may fit."""
+        queue: list[tuple[float, int, int, int | None]] = []
+        """The number of blocks stands there where the member itself was asked for it."""
+
+        def ask(number: int, place: int, own: int | None = None) -> None:
+            low = floors.get(number, 0) if own is None else own
+            if place < len(lines[number]) and low <= self._blocks:
+                time = self._order(self._again(lines[number][place], low))
+                if time < bound:
+                    heapq.heappush(queue, (time, number, place, own))
+
+        for number in range(len(lines)):
+            ask(number, 0)
+        while queue and queue[0][0] < bound:
+            _, number, place, low = heapq.heappop(queue)
+            line, member = lines[number], lines[number][place]
+            if number not in floors:
+                floors[number] = self._certainly(line[-1], percent)
+                if floors[number]:
+                    ask(number, place)
+                    continue
+            if low is None:
+                ask(number, max(place + 1, enough[number]))
+                if place < enough[number] or self._refused(member):
+                    continue
+                low = self._certainly(member, percent)
+                if floors[number] < low <= self._blocks:
+                    ask(number, place, low)
+                    continue
+            found = self._least(member, percent, low, bound) if low <= self._blocks else None
+            if found is not None:
+                if (time := self._order(found)) < bound:
+                    best, bound = found, time
+            elif low > self._blocks or not self._can_fit(member, percent):
+                leanest = [self._again(one, self._blocks) for one in line]
+                enough[number] = bisect.bisect_left(
+                    leanest, True, lo=place + 1, key=lambda one: self._fits(one, percent)
+                )
+        return best
+
+    def _lines(self, base: TrainConfig, streamed: tuple[int, ...]) -> Iterator[list[TrainConfig]]:
         """What changes no number: streaming, recording, the split of a batch."""
         for split in self._splits(base):
-            yield split
+            yield [split]
             if split.cuda_graphs and split.mode == "lora":
-                yield dataclasses.replace(split, cuda_graphs=False)
+                yield [altered(split, cuda_graphs=False)]
             if split.mode == "finetune":
                 continue
             for modulation in dict.fromkeys((split.modulation, "stream")):
-                for count in streamed:
-                    if (modulation, count) != (split.modulation, split.stream_blocks):
-                        yield dataclasses.replace(split, modulation=modulation, stream_blocks=count)
+                counts = [count for count in streamed if (modulation, count) != (split.modulation, split.stream_blocks)]
+                line = [altered(split, modulation=modulation, stream_blocks=count) for count in counts]
+                if counts[0] == 0:  # none needs no room for what arrives
+                    yield line[:1]
+                yield line[counts[0] == 0 :]
 
     def _splits(self, base: TrainConfig) -> Iterator[TrainConfig]:
         yield base
         for size in range(base.train_batch_size - 1, 0, -1):
             if base.train_batch_size % size == 0 and not base.step_in_backward:
-                yield dataclasses.replace(base, train_batch_size=size)
+                yield altered(base, train_batch_size=size)
 
-    def _least(self, config: TrainConfig, percent: int) -> TrainConfig | None:
-        """With as few recomputed blocks as it takes to fit; None where it takes more than there are, or is refused."""
-        if between(config) or any(refusals(config, self.strategy, self._accumulation(config))):
+    def _refused(self, config: TrainConfig) -> bool:
+        return bool(between(config)) or any(refusals(config, self.strategy, self._accumulation(config)))
+
+    def _certainly(self, config: TrainConfig, percent: int) -> int:
+        """How many blocks have to be recomputed at the least; more than there are: it never fits.
+
+        Each lowers the peak by what it would have kept, at the most.
+        """
+        if not self._partly(config):
+            return 0 if self._fits(self._again(config, 0), percent) else self._blocks
+        # A ControlNet's own blocks are recomputed with the first of the base's.
+        some = 1 if config.mode == "controlnet" else 0
+        over = 100 * self._held(self._again(config, some)) - percent * self.limit
+        if over <= 0 and (not some or self._fits(self._again(config, 0), percent)):
+            return 0
+        each = 100 * reserved(memory_fused.most_saved(config, self.model))
+        return max(1, some + max(0, over - 100) // each)
+
+    def _can_fit(self, config: TrainConfig, percent: int) -> bool:
+        """Whether it fits with some of the blocks recomputed, or all."""
+        counts = (self._blocks - 1, self._blocks) if self._partly(config) else (self._blocks,)
+        return any(self._fits(self._again(config, count), percent) for count in counts)
+
+    def _least(self, config: TrainConfig, percent: int, low: int, bound: float) -> TrainConfig | None:
+        """With as few recomputed blocks as it takes to fit, `low` at the least; None where it does not fit, or where a
+        step takes `bound` seconds."""
+        found = self._again(config, low)
+        if self._fits(found, percent):
+            return found
+        if not self._can_fit(config, percent):
             return None
+        high = self._blocks - 1
+        if low >= high or not self._fits(self._again(config, high), percent):
+            return self._again(config, self._blocks)
+        while high - low > 1:
+            if self._order(self._again(config, low + 1)) >= bound:
+                return None
+            # Each further block lowers the need, and blocks of one kind evenly.
+            most, least = (self._held(self._again(config, count)) for count in (low, high))
+            over = (100 * most - percent * self.limit) / (100 * max(1, most - least))
+            middle = min(high - 1, max(low + 1, low + math.ceil(over * (high - low))))
+            if self._fits(self._again(config, middle), percent):
+                high = middle
+            else:
+                low = middle
+        return self._again(config, high)
 
-        def some(count: int) -> TrainConfig:
-            return recomputing(config, count)
+    @property
+    def _blocks(self) -> int:
+        found: int = self.model.double_blocks + self.model.single_blocks
+        return found
 
-        if self._fits(some(0), percent):
-            return some(0)
-        every = recomputing(config, None)
-        if not fused(dataclasses.replace(self.case, job=dataclasses.replace(self.case.job, train=config))):
-            return every if self._fits(every, percent) else None  # diffusers' blocks: all or none
-        most = self.model.double_blocks + self.model.single_blocks - 1
-        if most < 1 or not self._fits(some(most), percent):
-            return every if self._fits(every, percent) else None
-        least = 1
-        while least < most:  # each further block lowers the need
-            middle = (least + most) // 2
-            least, most = (least, middle) if self._fits(some(middle), percent) else (middle + 1, most)
-        return some(most)
+    def _again(self, config: TrainConfig, count: int) -> TrainConfig:
+        """Recomputing so many blocks: diffusers' own all, where it is not none."""
+        every = count and (count >= self._blocks or not self._partly(config))
+        return recomputing(config, None if every else count)
+
+    def _partly(self, config: TrainConfig) -> bool:
+        """Whether some blocks can be recomputed and others not, as this trainer's can."""
+        key = config.kernels, config.mixed_precision
+        if key not in self._ours:
+            self._ours[key] = fused(
+                dataclasses.replace(self.case, job=dataclasses.replace(self.case.job, train=config))
+            )
+        return self._ours[key]
 
     # What it needs and takes ------------------------------------------------------------------------------
 
     def _bill(self, config: TrainConfig) -> memory.Bill:
         if config not in self._bills:
-            self._bills[config] = forecast_of(self.case, config, self.model)
+            self._bills[config] = forecast_of(self.case, config, self.model, whole=False)
         return self._bills[config]
 
+    def _held(self, config: TrainConfig) -> int:
+        if config not in self._needs:
+            self._needs[config] = held_by(self._bill(config))
+        return self._needs[config]
+
     def _fits(self, config: TrainConfig, percent: int) -> bool:
-        return 100 * held_by(self._bill(config)) <= percent * self.limit
+        return 100 * self._held(config) <= percent * self.limit
 
     def _accumulation(self, config: TrainConfig) -> int:
         passes: int = self.config.train_batch_size // config.train_batch_size
@@ -307,7 +401,9 @@ class _Search:
 
     def _order(self, config: TrainConfig) -> float:
         """The same, by a stand-in's times where the card's own are not known."""
-        return self._time(config, self.name if card_of(self.name) else STAND_IN) or 0.0
+        if config not in self._orders:
+            self._orders[config] = self._time(config, self.name if card_of(self.name) else STAND_IN) or 0.0
+        return self._orders[config]
 
     def _time(self, config: TrainConfig, name: str) -> float | None:
         asked = altered(config, gradient_accumulation_steps=self._accumulation(config))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from pathlib import Path
 
 import click
@@ -11,13 +13,23 @@ from xflux_doctor import facts as facts_module
 from xflux_doctor import matrix as matrices
 from xflux_doctor.check import Case, examine
 from xflux_doctor.checks import ALL
+from xflux_doctor.deep import ask_of
 from xflux_doctor.errors import UsageError
 from xflux_doctor.files import write_atomic
 from xflux_doctor.gather.machine import gather
-from xflux_doctor.inputs import Inputs, build, probed
+from xflux_doctor.inputs import Inputs, build
 from xflux_doctor.pins import table
+from xflux_doctor.probes.level import probe
 from xflux_doctor.report import jsonreport, placement, text
 from xflux_doctor.report.summary import Summary
+
+
+def probed(case: Case, inputs: Inputs) -> Case:
+    """The case with the facts of the default level or the deep one. Recorded facts are taken as they are."""
+    if inputs.quick or inputs.facts:
+        return case
+    ask, seconds = (ask_of(case), inputs.deep_timeout) if inputs.deep else (None, inputs.timeout)
+    return dataclasses.replace(case, facts=probe(case.facts, case.job, os.environ, seconds, ask))
 
 
 def run(inputs: Inputs, *, form: str, output: str | None, strict: bool, verbose: bool) -> int:

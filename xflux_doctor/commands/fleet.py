@@ -14,14 +14,14 @@ import msgspec
 
 from xflux_doctor import matrix as matrices
 from xflux_doctor.cluster import Task, hosts_of, task
-from xflux_doctor.commands.check import summarize
+from xflux_doctor.commands.check import probed, summarize
 from xflux_doctor.errors import DoctorError, UsageError
 from xflux_doctor.files import write_atomic
 from xflux_doctor.fleet import collect, network
 from xflux_doctor.fleet.merge import merge, of_launch
 from xflux_doctor.fleet.reading import read
 from xflux_doctor.fleet.values import Broken, Fleet, Report
-from xflux_doctor.inputs import Inputs, build, probed
+from xflux_doctor.inputs import Inputs, build
 from xflux_doctor.report import fleetjson, fleettext, jsonreport
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK",

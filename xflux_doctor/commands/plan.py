@@ -35,7 +35,7 @@ _HOPPER = 9
 
 def run(inputs: Inputs, *, gpu: str | None, form: str = "text", html: str | None = None) -> int:
     """Print the bill and the alternatives; exit 1 when none fits the card."""
-    case = build(inputs, matrices.load_with(inputs.matrix))
+    case = build(inputs, matrices.load_with(inputs.matrix), to_run=False)
     if case.job.xflux is not None:
         return _xflux(case, case.job.xflux, gpu, form, html)
     config = case.job.train

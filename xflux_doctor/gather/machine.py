@@ -13,11 +13,13 @@ from xflux_doctor.gather import environment, gpus, host, interpreter, kernel_log
 
 
 def gather(
-    python: str | None = None, package_names: tuple[str, ...] = (), known_torch: Container[tuple[str, str]] = ()
-) -> Facts:
+    python: str | None = None, package_names: tuple[str, ...] = (), known_torch: Container[tuple[str, str]] = (),
+    *, logs: bool = True,
+) -> Facts:  # fmt: skip
     """Look at the machine. `python` names the interpreter whose packages count.
 
-    `known_torch`: pairs (version, build) whose GPU architectures the matrix knows.
+    `known_torch`: pairs (version, build) whose GPU architectures the matrix knows. `logs`: whether the kernel's log is
+    read, which is the slowest of all on a machine that has long been up.
     """
     timings: dict[str, float] = {}
     unknown: dict[str, str] = {}
@@ -36,11 +38,13 @@ def gather(
     if nvml.driver is None:
         unknown["driver"] = nvml.error
 
-    started = time.perf_counter()
-    xids = kernel_log.xids()
-    timings["kernel_log"] = time.perf_counter() - started
+    xids = None
+    if logs:
+        started = time.perf_counter()
+        xids = kernel_log.xids()
+        timings["kernel_log"] = time.perf_counter() - started
     if xids is None:
-        unknown["xids"] = "the kernel log cannot be read from here"
+        unknown["xids"] = "the kernel log cannot be read from here" if logs else "the kernel log was not asked for"
 
     default_config = environment.default_accelerate_config(os.environ)
     return Facts(

@@ -25,8 +25,6 @@ from xflux_doctor.probes.runner import Outcome, run
 
 HUB_SECONDS = 5.0
 """The hub's own deadline: it answers in a fraction of a second, or something is wrong."""
-DEEP_SECONDS = 180.0
-"""Deadline of the deep level, which may have to wait out a hang and try again."""
 GPU_SHARE, GPU_SECONDS = 0.6, 45.0
 """Of the deadline, and at the most: what the stages of all GPUs together may take."""
 PATIENCE = 45.0
