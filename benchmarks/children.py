@@ -99,8 +99,9 @@ def host(planned: list[Outcome], ran: list[Outcome]) -> list[Outcome]:
     """Of each rank of a run the host's memory beside what `plan --format json` foretold, in bytes."""
     found = []
     for forecast, rank in zip(planned, ran):  # noqa: B905 (a file's ranks may be more than those that run)
-        want, peak = forecast["host"]["peak_bytes"], rank["host"]["overall"]
-        found.append({"forecast": want, "measured": peak, "error": want / peak - 1})
+        want, peaks = forecast["host"]["peak_bytes"], rank["host"]
+        peak = peaks["overall"]
+        found.append({"forecast": want, "measured": peak, "error": want / peak - 1, "phases": peaks})
     return found
 
 

@@ -1,12 +1,12 @@
 """The host's memory of the trainer's process, phase by phase, beside its forecast.
 
-    python benchmarks/host_memory.py [--work DIR] [--layers 1,1] [--pixels 256] [--results DIR]
+    python benchmarks/host_memory.py [--work DIR] [--layers 1,1] [--pixels 256] [--ranks 2] [--strategy fsdp]
 
 Writes a pipeline of FLUX.1's layout with random weights (kept for the next time: 2 GB with --layers 1,1, and 34 GB at
 FLUX.1-dev's full size, --layers 19,38) and two images, and lets the trainer encode, load, take two steps and draw one
 image of two, on the GPU where there is one; then once more with everything encoded. Measured is what the run itself
-says in its metrics.json: RssAnon and RssShmem, ten times a second. Exit 1 where a phase is further than 10 % from its
-forecast.
+says in its metrics.json: RssAnon and RssShmem, ten times a second. With --ranks each rank is shown, under DDP, ZeRO-2
+(--strategy zero2) or FSDP2 (fsdp, all weights trained). Exit 1 where a phase is further than 10 % from its forecast.
 """
 
 from __future__ import annotations
@@ -26,6 +26,19 @@ import children
 
 MIB = 1 << 20
 PHASES = ("cache", "load", "train", "sample")
+SHARED: dict[str, dict[str, Any]] = {
+    "ddp": {"distributed_type": "MULTI_GPU"},
+    "zero2": {"distributed_type": "DEEPSPEED", "deepspeed_config": {
+        "zero_stage": 2, "gradient_accumulation_steps": 1, "gradient_clipping": 1.0, "offload_optimizer_device": "none",
+        "offload_param_device": "none", "zero3_init_flag": False,
+    }},
+    "fsdp": {"distributed_type": "FSDP", "fsdp_config": {
+        "fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "fsdp_reshard_after_forward": True,
+        "fsdp_state_dict_type": "SHARDED_STATE_DICT",
+        "fsdp_transformer_layer_cls_to_wrap": "FluxTransformerBlock",
+    }},
+}  # fmt: skip
+"""How ranks share the work, as accelerate's file has it."""
 
 
 def write_model(model: Path, layers: tuple[int, int], device: str) -> None:
@@ -55,36 +68,46 @@ def settings(work: Path, options: argparse.Namespace) -> dict[str, Any]:
         "max_train_steps": 2, "checkpointing_steps": 100, "heldout_samples": 0, "sample_every": 0, "sample_steps": 2,
         "sample_width": options.pixels, "sample_height": options.pixels, "mixed_precision": options.mixed_precision,
         "stream_blocks": options.stream_blocks, "report_to": "none",
+        **({"mode": "finetune", "gradient_checkpointing": True} if options.strategy == "fsdp" else {}),
     }  # fmt: skip
 
 
-def run(work: Path, config: dict[str, Any], *, on_cpu: bool) -> dict[str, Any]:
-    """The metrics of one run of the trainer, in a process of its own."""
+def run(work: Path, config: dict[str, Any], options: argparse.Namespace, *, on_cpu: bool) -> dict[str, Any]:
+    """The metrics of one run of the trainer, in processes of its own."""
     file = work / "train.yaml"
     file.write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
     environ = {**os.environ, "HF_HUB_OFFLINE": "1", **({"ACCELERATE_USE_CPU": "true"} if on_cpu else {})}
-    argv = [sys.executable, "-m", "xflux_trainer", "train", "--config", str(file)]
+    argv = [sys.executable, "-m"]
+    if options.ranks > 1:
+        launch = {
+            "compute_environment": "LOCAL_MACHINE", "num_machines": 1, "num_processes": options.ranks,
+            "mixed_precision": config["mixed_precision"], "use_cpu": on_cpu, **SHARED[options.strategy],
+        }  # fmt: skip
+        (work / "accelerate.yaml").write_text(json.dumps(launch), encoding="utf-8")
+        argv += ["accelerate.commands.launch", "--config_file", str(work / "accelerate.yaml"), "-m"]
+    argv += ["xflux_trainer", "train", "--config", str(file)]
     done = subprocess.run(argv, env=environ, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"error: the run ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     return dict(json.loads((work / "out" / "metrics.json").read_text(encoding="utf-8")))
 
 
-def measured(metrics: dict[str, Any]) -> dict[str, int]:
+def measured(peaks: dict[str, int]) -> dict[str, int]:
     """Bytes by phase. Results are written between the phases, and the forecast has that with the training."""
-    peaks = metrics["peak_host_bytes"]
     found = {phase: peaks[phase] for phase in PHASES if phase in peaks}
     found["train"] = max(found["train"], peaks["between"])
     return found
 
 
-def forecast(work: Path, config: dict[str, Any], *, on_cpu: bool, encoded: bool) -> tuple[dict[str, int], list[Any]]:
+def forecast(
+    work: Path, config: dict[str, Any], options: argparse.Namespace, *, on_cpu: bool, encoded: bool
+) -> tuple[dict[str, int], list[Any]]:
     from xflux_trainer import bfl_spec, memory
     from xflux_trainer.config import TrainConfig
 
     bill = memory.forecast(
-        TrainConfig(**config), bfl_spec.read_local(work / "model"), world_size=1, strategy="single",
-        device="cpu" if on_cpu else "cuda", encoded=encoded,
+        TrainConfig(**config), bfl_spec.read_local(work / "model"), world_size=options.ranks,
+        strategy=options.strategy, device="cpu" if on_cpu else "cuda", encoded=encoded,
     )  # fmt: skip
     return bill.host_phases, [dataclasses.asdict(term) for term in bill.host]
 
@@ -95,7 +118,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         for kind in ("measured", "forecast"):
             cells = [f"{row[kind][phase] / MIB:,.0f}" if phase in row[kind] else "-" for phase in PHASES]
             lines.append(f"{row['start']:<16}{kind:<10}" + "".join(f"{cell:>9}" for cell in cells))
-        off = [f"{row['forecast'][p] / row['measured'][p] - 1:+.1%}" for p in PHASES]
+        both = [(row["forecast"].get(phase), row["measured"].get(phase)) for phase in PHASES]
+        off = [f"{want / size - 1:+.1%}" if want and size else "-" for want, size in both]
         lines.append(f"{'':<26}" + "".join(f"{cell:>9}" for cell in off))
     return "\n".join(lines)
 
@@ -105,6 +129,7 @@ def missed(rows: list[dict[str, Any]], bar: float) -> list[str]:
         f"{row['start']}, {phase}: {row['forecast'][phase] / MIB:,.0f} MiB forecast, {size / MIB:,.0f} measured"
         for row in rows
         for phase, size in row["measured"].items()
+        if phase in row["forecast"]
         if abs(row["forecast"][phase] / size - 1) > bar
     ]
 
@@ -116,9 +141,13 @@ def main() -> int:
     parser.add_argument("--pixels", type=int, default=256, help="of the images, and of those that are drawn")
     parser.add_argument("--mixed-precision", default="bf16", choices=("bf16", "no"))
     parser.add_argument("--stream-blocks", type=int, default=0)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--strategy", default="ddp", choices=tuple(SHARED), help="how several ranks share the work")
     parser.add_argument("--use-cpu", action="store_true", help="although there is a GPU")
     parser.add_argument("--results", type=Path, default=children.RESULTS)
     options = parser.parse_args()
+    if options.ranks == 1:
+        options.strategy = "single"
     import torch
     from xflux_trainer import memory_host
 
@@ -130,15 +159,25 @@ def main() -> int:
     config = settings(work, options)
     rows = []
     for start, encoded in (("first", False), ("encoded", True)):
-        metrics = run(work, config, on_cpu=on_cpu)
-        bill, terms = forecast(work, config, on_cpu=on_cpu, encoded=encoded)
-        peaks = metrics["peak_host_bytes"]
-        rows.append({"start": start, "measured": measured(metrics), "peaks": peaks, "forecast": bill, "terms": terms})
+        metrics = run(work, config, options, on_cpu=on_cpu)
+        bill, terms = forecast(work, config, options, on_cpu=on_cpu, encoded=encoded)
+        for number, rank in enumerate(metrics["per_rank"]):
+            peaks = rank["host"]
+            name = start if options.ranks == 1 else f"{start}, rank {number}"
+            rows.append({"start": name, "measured": measured(peaks), "peaks": peaks, "forecast": bill, "terms": terms})
     print(f"{metrics['device']}, torch {metrics['versions']['torch']}, {double} + {single} blocks, {options.pixels} px")
     print(table(rows))
     shown = {key: value for key, value in config.items() if not key.endswith("_dir") and key != "pretrained_model"}
-    body = {"layers": [double, single], "device": metrics["device"], "config": shown, "rows": rows}
-    print(children.save(options.results, "host_memory", "host_memory.py", body))
+    body = {
+        "layers": [double, single],
+        "ranks": options.ranks,
+        "strategy": options.strategy,
+        "device": metrics["device"],
+        "config": shown,
+        "rows": rows,
+    }
+    of = "" if options.ranks == 1 else f"{options.ranks}-ranks-{options.strategy}"
+    print(children.save(options.results, "host_memory", "host_memory.py", body, of))
     problems = missed(rows, memory_host.ERROR_BAR)
     for line in problems:
         print(f"missed: {line}", file=sys.stderr)

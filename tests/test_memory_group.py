@@ -62,7 +62,7 @@ def test_a_limit_is_found_before_the_start(tmp_path: Path) -> None:
     # As many images as the forecast is asked for change nothing of the host's memory.
     train = TrainConfig(img_dir="x", img_size=512, gradient_accumulation_steps=2)
     made = forecast(train, FLUX_DEV, world_size=2, strategy="zero2", device="cpu", norms=installed_norms())
-    need = 2 * made.host_per_rank
+    need = made.host_together(2)
     low, high = need * 2 // 3 >> 20 << 20, need * 5 // 4 >> 20 << 20
     with limited(low) as group:
         (finding,) = judged(group, tmp_path)

@@ -60,7 +60,7 @@ PHASES = ("cache", "load", "train", "sample")
 
 @dataclass(frozen=True)
 class Bill:
-    """What a run needs. `gpu` and `host` are per rank; `disk` is for the whole run."""
+    """What a run needs. `gpu` is per rank, `host` is the first rank's, and `disk` is for the whole run."""
 
     gpu: tuple[Term, ...]
     host: tuple[Term, ...]
@@ -99,12 +99,17 @@ class Bill:
 
     @property
     def host_per_rank(self) -> int:
+        """The most of the first rank, which writes and draws for all."""
         return max(self.host_phases.values(), default=0)
 
     @property
-    def host_total(self) -> int:
-        """All ranks of one host together."""
-        return self.host_per_rank * self.world_size
+    def host_of_others(self) -> tuple[Term, ...]:
+        """The terms of any other rank."""
+        return tuple(memory_host.of_others(self.host))
+
+    def host_together(self, ranks: int) -> int:
+        """So many ranks of one host, the first among them."""
+        return self.host_per_rank + (ranks - 1) * max(_phases(self.host_of_others).values(), default=0)
 
     @property
     def disk_total(self) -> int:

@@ -23,7 +23,7 @@ ERROR_BAR = 0.10
 PROCESS = {
     # (all is to be encoded, the cache is filled)
     "cpu": {"cache": (315, 230), "load": (315, 297), "train": (355, 346), "sample": (358, 346)},
-    "cuda": {"cache": (1_370, 440), "load": (1_330, 720), "train": (1_490, 1_120), "sample": (1_530, 1_230)},
+    "cuda": {"cache": (1_370, 440), "load": (1_330, 720), "train": (1_400, 1_030), "sample": (1_530, 1_230)},
 }
 """MiB of Python, torch, diffusers and transformers; on a GPU with the CUDA context and the libraries' kernels. Encoding
 leaves some of its own behind: modules, and on a GPU the VAE's kernels.
@@ -31,9 +31,13 @@ leaves some of its own behind: modules, and on a GPU the VAE's kernels.
 Sources: on a CPU the demo's model, which has nearly no weights, by torch 2.4.0 and 2.13.0 (which differ by 25 MiB).
 On a GPU, torch 2.11.0+cu130, benchmarks/results/host_memory-nvidia-h200-2026-11-29.json, 5 + 10 blocks; at full size
 two fine-tunes with a filled cache held 1,381 and 1,394 MiB in all (limits-nvidia-h200-2026-11-29.json)."""
-NCCL, DEEPSPEED = 250 * MIB, 400 * MIB
-"""Of each of several ranks on GPUs: benchmarks/results/two-gpus-nvidia-h200-2026-11-29.json, torch 2.11, NCCL 2.28,
-DeepSpeed 0.19. Rank 0, which writes the result, held 200 to 500 MiB more than the other."""
+NCCL, NCCL_ENCODING, DEEPSPEED = 320 * MIB, 450 * MIB, 210 * MIB
+"""Of each of several ranks on GPUs, more while they encode; DeepSpeed's comes with the first step. torch 2.11, NCCL
+2.28, DeepSpeed 0.19, 2 + 4 blocks: benchmarks/results/host_memory-2-ranks-ddp-2026-11-29.json and -zero2-."""
+WRITING = 90 * MIB
+"""On a GPU, of the rank that writes the result, beside the tensors themselves."""
+BY_ONE, ALONE = ("writing", "adapter files", "a tensor on its way"), ("sample",)
+"""Terms and phases of rank 0 alone, which writes results and draws samples."""
 STAGING = 16 * (16 << 20)
 """The buffers of `readahead.Window`. Pinned memory stays torch's until the process ends."""
 AHEAD = 4 + 1
@@ -57,9 +61,14 @@ def terms(
     else:
         yield from _process(config, "cuda", "Python, torch and CUDA", encoded=encoded)
         yield from _cuda(config, spec)
-        yield from _together(config, spec, strategy)
+        yield from _together(config, spec, strategy, encoded=encoded)
     yield from _batches(config, spec, on_cpu=on_cpu)
     yield from _written(config, spec, on_cpu=on_cpu)
+
+
+def of_others(terms: Iterable[Term]) -> Iterator[Term]:
+    """What a rank holds that is not the first."""
+    yield from (term for term in terms if term.name not in BY_ONE and term.phase not in ALONE)
 
 
 def _process(config: TrainConfig, device: str, name: str, *, encoded: bool) -> Iterator[Term]:
@@ -69,13 +78,14 @@ def _process(config: TrainConfig, device: str, name: str, *, encoded: bool) -> I
         yield Term(name, sizes[encoded] * MIB, phase, "measured, nearly the same for every model")
 
 
-def _together(config: TrainConfig, spec: FluxSpec, strategy: str) -> Iterator[Term]:
+def _together(config: TrainConfig, spec: FluxSpec, strategy: str, *, encoded: bool) -> Iterator[Term]:
     """What it takes to be one of several ranks on GPUs."""
     if strategy == "single":
         return
-    for phase in _passes(config):
-        yield Term("NCCL", NCCL, phase, "its threads and buffers, as measured")
-        if strategy.startswith("zero"):
+    for phase in ("cache", *_passes(config)):
+        size = NCCL_ENCODING if phase == "cache" and not encoded else NCCL
+        yield Term("NCCL", size, phase, "its threads and buffers, as measured")
+        if strategy.startswith("zero") and phase in PASSES[1:]:
             yield Term("DeepSpeed", DEEPSPEED, phase, "its modules and buffers, as measured")
     if strategy == "fsdp" and config.mode != "lora":
         size = trained(config, spec).largest * 4
@@ -107,6 +117,8 @@ def _batches(config: TrainConfig, spec: FluxSpec, *, on_cpu: bool) -> Iterator[T
 
 def _written(config: TrainConfig, spec: FluxSpec, *, on_cpu: bool) -> Iterator[Term]:
     """Beside what is there all the time: on a CPU the activations, which have gone by then, are more."""
+    if not on_cpu:
+        yield Term("writing", WRITING, "train", "the result, at the end, by the first rank; as measured")
     if config.mode == "lora" and not on_cpu:
         size = 3 * 4 * trained(config, spec).parameters
         yield Term("adapter files", size, "train", "fp32, at the end: tensors, their bytes, and the file of them")

@@ -25,7 +25,10 @@ MEETING = 6
 """How sharply the slower of host and device decides: now one is behind and now the other, so a step takes longer than
 either alone, by 12 % where both take as long."""
 UNMEASURED_RANKS = 0.13
-"""What is added to the error where ranks share the work: no such step was timed at full size."""
+"""What is added to the error where ranks share the work: five such runs were timed at full size, all on two H200s."""
+AROUND = 1.3e-3
+"""Seconds that FSDP2 adds to each pass through a block beside what it sends: it copies weights and gradients into and
+out of buffers, and the passes wait for it. Fitted to fine-tunes on two H200s (benchmarks/two_gpus.py: 1.22 to 1.38 s)."""
 STEPPED = {"adamw": 28, "adamw8bit": 52, "adafactor": 12}
 """Bytes that the optimizer moves for a trained number. In 8 bits Adam moves 12: finding the codes of both moments takes
 the time of the others (0.17 s for FLUX.1's transformer on an H200)."""
@@ -180,4 +183,8 @@ def _once(job: Job, world_size: int) -> list[Term]:
         seconds = sent * (world_size - 1) / world_size / (job.card.bus * 1e9)
         why = f"{sent / 1e9:.1f} GB at {job.card.bus:.0f} GB/s within one host, as if nothing hid it"
         terms.append(Term("exchange between ranks", seconds, why))
+        if job.strategy == "fsdp":
+            passes = 2 * job.blocks + job.again
+            why = f"what it does around a block beside that, in {passes} passes through one"
+            terms.append(Term("FSDP2", passes * AROUND * config.gradient_accumulation_steps, why))
     return terms

@@ -290,7 +290,7 @@ def test_ranks_do_not_lower_what_a_gpu_needs_by_much() -> None:
     """ZeRO-2 shards only what is trained, which is next to nothing."""
     alone, two = bill(), bill(2, "zero2")
     assert abs(two.gpu_allocated / alone.gpu_allocated - 1) < 0.02
-    assert two.host_total == 2 * two.host_per_rank
+    assert two.host_per_rank < two.host_together(2) < 2 * two.host_per_rank
 
 
 def test_the_host_holds_no_copy_of_the_model() -> None:

@@ -6,7 +6,9 @@ that an unseen card's step is as near.
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -188,3 +190,23 @@ def test_hours() -> None:
     # 100 images at two sizes, three times, four at a time by two ranks.
     assert timing.hours(epochs, found, world_size=2, images=100) == pytest.approx(150 * found.seconds / 3600)
     assert timing.hours(epochs, found, world_size=2) is None
+
+
+TWO_GPUS = Path(__file__).parents[2] / "benchmarks" / "results" / "two-gpus-nvidia-h200-2026-11-29.json"
+
+
+@pytest.mark.parametrize(("part", "row", "strategy", "changes", "near"), [
+    ("lora", "ddp", "ddp", {"gradient_accumulation_steps": 4}, 0.05), ("lora", "zero2", "zero2", {}, 0.15),
+    ("finetune", "adamw8bit", "fsdp", {"optimizer": "adamw8bit", "weight_update": "stochastic"}, 0.15),
+    ("fp32", "fp32", "fsdp", {}, 0.15),
+])  # fmt: skip
+def test_what_two_ranks_were_measured_at(
+    part: str, row: str, strategy: str, changes: dict[str, Any], near: float
+) -> None:
+    """benchmarks/two_gpus.py: within the error that the forecast itself names, and nearer."""
+    told = json.loads(TWO_GPUS.read_text("utf-8"))[part]["rows"][row]
+    config = replace(TrainConfig("x", img_size=1024), mode="lora" if part == "lora" else "finetune", **changes)
+    made = timing.seconds_per_step(
+        config, FLUX_DEV, "NVIDIA H200", world_size=2, strategy=strategy, device="cuda", flash4=False
+    )  # fmt: skip
+    assert near < made.error and made.seconds == pytest.approx(told["seconds_per_step"], rel=near)

@@ -129,8 +129,8 @@ def host_memory(case: Case) -> Iterator[Finding]:
     host = case.facts.host
     bill, ranks = need(case), case.job.local_processes
     # As if nothing was encoded: what the cache holds may be of other images.
-    most = max(bill.host_per_rank, forecast_of(case, case.job.train, encoded=False).host_per_rank)
-    wanted = most * ranks + LAUNCHER
+    bills = (bill, forecast_of(case, case.job.train, encoded=False))
+    wanted = max(one.host_together(ranks) for one in bills) + LAUNCHER
     words = f"{ranks} ranks and their launcher need" if ranks > 1 else "1 rank and its launcher need"
     words = f"{words} about {_gib(wanted)} GiB of host memory"
     limit, used = host_room(host)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from xflux_trainer.memory import Bill
+from xflux_trainer.memory import PHASES, Bill, Term
 
 from xflux_doctor import __version__, xflux_bill
 from xflux_doctor.check import Case
@@ -19,12 +19,18 @@ SCHEMA = 1
 
 def document(case: Case, bill: Bill, cards: tuple[Card, ...], rows: list[Row], chosen: Row | None) -> dict[str, Any]:
     """The plan of the bundled trainer's job."""
-    phases = bill.host_phases
-    host = at_peak(bill.host, max(phases, key=lambda phase: phases[phase]))
+    host, others = (_most(terms) for terms in (bill.host, bill.host_of_others))
     terms = at_peak(bill.gpu, bill.peak_phase) if bill.gpu else None
     return _whole(
-        case, cards, rows, terms, bill.gpu_context, host, bill.error_bar, chosen if cards else None, bill.gpu_holes
+        case, cards, rows, terms, bill.gpu_context, (host, others), bill.error_bar, chosen if cards else None,
+        bill.gpu_holes,
     )  # fmt: skip
+
+
+def _most(terms: tuple[Term, ...]) -> dict[str, int]:
+    """{name: bytes} of the phase that needs most."""
+    found = [at_peak(terms, phase) for phase in PHASES]
+    return max(found, key=lambda each: sum(each.values()))
 
 
 def xflux_document(case: Case, found: XFlux, cards: tuple[Card, ...], rows: list[Row]) -> dict[str, Any]:
@@ -32,18 +38,18 @@ def xflux_document(case: Case, found: XFlux, cards: tuple[Card, ...], rows: list
     host = {"the whole transformer, while it loads": xflux_bill.host_bytes(found)}
     terms = None if case.job.use_cpu else rows[0].terms
     chosen = first(rows, cards)
-    return _whole(case, cards, rows, terms, rows[0].context, host, xflux_bill.ERROR_BAR, chosen)
+    return _whole(case, cards, rows, terms, rows[0].context, (host, host), xflux_bill.ERROR_BAR, chosen)
 
 
 def _whole(
     case: Case, cards: tuple[Card, ...], rows: list[Row], terms: dict[str, int] | None, context: int,
-    host: dict[str, int], error_bar: float, chosen: Row | None, holes: int = 0,
+    host: tuple[dict[str, int], dict[str, int]], error_bar: float, chosen: Row | None, holes: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     ranks: list[dict[str, Any]] = []
     for rank in range(case.job.local_processes):
         limit = cards[rank].limit if cards else None
         gpu = None if terms is None else gpu_entry(terms, context, limit, holes)
-        ranks.append({"gpu": gpu, "host": _host(case, host)})
+        ranks.append({"gpu": gpu, "host": _host(case, host, rank)})
     smallest = min((card.limit for card in cards), default=None)
     own = next((row for row in rows if not row.changes), None)
     timed = chosen or own
@@ -73,15 +79,17 @@ def _row(row: Row) -> dict[str, Any]:
     return {"label": row.label, "changes": row.changes, "lossy": row.lossy}
 
 
-def _host(case: Case, terms: dict[str, int]) -> dict[str, Any]:
-    """One rank's host memory; the limit is that of all ranks of this machine and their launcher together, less what the
-    container's processes hold already."""
-    own = sum(terms.values())
-    every = own * case.job.local_processes
+def _host(case: Case, terms: tuple[dict[str, int], dict[str, int]], rank: int) -> dict[str, Any]:
+    """One rank's host memory, by the terms of the first rank and of the others; the limit is that of all ranks of this
+    machine and their launcher together, less what the container's processes hold already."""
+    first, other = (sum(each.values()) for each in terms)
+    every = first + other * (case.job.local_processes - 1)
     limit, used = host_room(case.facts.host) if case.facts.host else (0, 0)
     verdict = fitting(every + LAUNCHER + used, limit) if limit else None
-    return {"terms": terms, "peak_bytes": own, "all_ranks_bytes": every, "limit_bytes": limit or None,
-            "verdict": verdict}  # fmt: skip
+    return {
+        "terms": terms[min(rank, 1)], "peak_bytes": other if rank else first, "all_ranks_bytes": every,
+        "limit_bytes": limit or None, "verdict": verdict,
+    }  # fmt: skip
 
 
 def first(rows: list[Row], cards: tuple[Card, ...]) -> Row | None:
