@@ -156,9 +156,10 @@ def _write(
         for name, piece in pieces:
             PULSE.tick()
             tensors[name] = list(piece)
-            for key, value in piece.items():
+            for key in piece:
                 stem = STEMS.get(key, "optimizer")
-                writers[stem].add(name if key in STEMS else f"{name}.{key}", value)
+                writers[stem].add(name if key in STEMS else f"{name}.{key}", piece[key])
+            del piece  # before the next one is made
         entries: dict[str, Any] = {}
         for rank, state in enumerate(randoms):
             path = place / f"random-rank{rank}.safetensors"

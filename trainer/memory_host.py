@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from xflux_trainer.config import TrainConfig
-from xflux_trainer.memory_terms import TRANSFORMER, Term, width
+from xflux_trainer.memory_terms import TRANSFORMER, Term, narrow, width
 from xflux_trainer.savings import held, is_block, is_modulation, stored, streamed_blocks
 from xflux_trainer.spec import FluxSpec, image_tokens
 from xflux_trainer.trained import trained
@@ -31,9 +31,9 @@ leaves some of its own behind: modules, and on a GPU the VAE's kernels.
 Sources: on a CPU the demo's model, which has nearly no weights, by torch 2.4.0 and 2.13.0 (which differ by 25 MiB).
 On a GPU, torch 2.11.0+cu130, benchmarks/results/host_memory-nvidia-h200-2026-11-29.json, 5 + 10 blocks; at full size
 two fine-tunes with a filled cache held 1,381 and 1,394 MiB in all (limits-nvidia-h200-2026-11-29.json)."""
-NCCL, NCCL_ENCODING, DEEPSPEED = 320 * MIB, 450 * MIB, 210 * MIB
-"""Of each of several ranks on GPUs, more while they encode; DeepSpeed's comes with the first step. torch 2.11, NCCL
-2.28, DeepSpeed 0.19, 2 + 4 blocks: benchmarks/results/host_memory-2-ranks-ddp-2026-11-29.json and -zero2-."""
+NCCL, NCCL_ENCODING, NCCL_CUTTING, DEEPSPEED = 320 * MIB, 450 * MIB, 200 * MIB, 210 * MIB
+"""Of each of several ranks on GPUs, more while they encode, less while FSDP2 cuts up what is loaded; DeepSpeed's comes
+with the first step. torch 2.11, NCCL 2.28, DeepSpeed 0.19: benchmarks/results/host_memory-2-ranks-*-2026-11-29.json."""
 WRITING = 90 * MIB
 """On a GPU, of the rank that writes the result, beside the tensors themselves."""
 BY_ONE, ALONE = ("writing", "adapter files", "a tensor on its way"), ("sample",)
@@ -84,12 +84,20 @@ def _together(config: TrainConfig, spec: FluxSpec, strategy: str, *, encoded: bo
         return
     for phase in ("cache", *_passes(config)):
         size = NCCL_ENCODING if phase == "cache" and not encoded else NCCL
+        size = NCCL_CUTTING if phase == "load" and strategy == "fsdp" else size
         yield Term("NCCL", size, phase, "its threads and buffers, as measured")
         if strategy.startswith("zero") and phase in PASSES[1:]:
             yield Term("DeepSpeed", DEEPSPEED, phase, "its modules and buffers, as measured")
     if strategy == "fsdp" and config.mode != "lora":
-        size = trained(config, spec).largest * 4
-        yield Term("a tensor on its way", size, "train", "whole and in fp32, on the rank that writes the result")
+        why = "whole, with its moments, on the rank that writes; the largest"
+        yield Term("a tensor on its way", _piece(config, trained(config, spec).largest), "train", why)
+
+
+def _piece(config: TrainConfig, parameters: int) -> int:
+    """Bytes of a parameter of that size under FSDP2 as it is written: weight, moments and average."""
+    weight = 4 if not narrow(config) else width(config) * (2 if config.weight_update == "kahan" else 1)
+    moments = 2 if config.optimizer == "adamw8bit" else 8
+    return parameters * (weight + moments + (4 if config.ema_decay else 0))
 
 
 def _passes(config: TrainConfig) -> tuple[str, ...]:

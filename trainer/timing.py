@@ -28,7 +28,7 @@ UNMEASURED_RANKS = 0.13
 """What is added to the error where ranks share the work: five such runs were timed at full size, all on two H200s."""
 AROUND = 1.3e-3
 """Seconds that FSDP2 adds to each pass through a block beside what it sends: it copies weights and gradients into and
-out of buffers, and the passes wait for it. Fitted to fine-tunes on two H200s (benchmarks/two_gpus.py: 1.22 to 1.38 s)."""
+out of buffers, and passes wait for it. Fitted to fine-tunes on two H200s (benchmarks/two_gpus.py: 1.22 to 1.38 s)."""
 STEPPED = {"adamw": 28, "adamw8bit": 52, "adafactor": 12}
 """Bytes that the optimizer moves for a trained number. In 8 bits Adam moves 12: finding the codes of both moments takes
 the time of the others (0.17 s for FLUX.1's transformer on an H200)."""

@@ -159,7 +159,8 @@ def _print(bill: memory.Bill) -> None:
     for title, terms in (("GPU", bill.gpu), ("host", bill.host), ("disk", bill.disk)):
         if not terms:
             continue
-        click.echo(f"{title}{' per rank' if title != 'disk' else ''}:")
+        whose = {"GPU": " per rank", "host": " of the first rank" if bill.world_size > 1 else " per rank"}
+        click.echo(f"{title}{whose.get(title, '')}:")
         for term in sorted(terms, key=lambda t: (memory.PHASES.index(t.phase), -t.bytes)):
             click.echo(f"  {term.phase:<7}{term.bytes / GIB:9.3f} GiB  {term.name}: {term.why}")
     if bill.gpu:
