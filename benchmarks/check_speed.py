@@ -4,8 +4,9 @@
 
 Cold: before each run the pages of the interpreter's library and of its packages are dropped from the page cache
 (posix_fadvise, no rights needed). Prints medians, the ten slowest checks, and the time inside NVML's start apart.
-`plan` is asked for LoRAs and a full fine-tune at 1024 px, for cards of 24 and of 80 GiB, with everything lossy allowed,
-so that it searches as widely as it can. Exit 1 when the check takes 0.5 s or more, warm or cold, or a plan 0.3 s, warm.
+`plan` is asked for LoRAs, a full fine-tune and a ControlNet at 1024 px, for cards of 24 and of 80 GiB, with everything
+lossy allowed, so that it searches as widely as it can. Exit 1 when the check takes 0.5 s or more, warm or cold, or a
+plan 0.3 s, warm.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,17 +100,21 @@ def measured(peaks: dict[str, int]) -> dict[str, int]:
     return found
 
 
-def forecast(
-    work: Path, config: dict[str, Any], options: argparse.Namespace, *, on_cpu: bool, encoded: bool
-) -> tuple[dict[str, int], list[Any]]:
+def forecast(work: Path, config: dict[str, Any], options: argparse.Namespace, *, on_cpu: bool, encoded: bool) -> Any:
+    """The bill of the same run."""
     from xflux_trainer import bfl_spec, memory
     from xflux_trainer.config import TrainConfig
 
-    bill = memory.forecast(
+    return memory.forecast(
         TrainConfig(**config), bfl_spec.read_local(work / "model"), world_size=options.ranks,
         strategy=options.strategy, device="cpu" if on_cpu else "cuda", encoded=encoded,
     )  # fmt: skip
-    return bill.host_phases, [dataclasses.asdict(term) for term in bill.host]
+
+
+def told(terms: Sequence[Any]) -> tuple[dict[str, int], list[dict[str, Any]]]:
+    """Bytes of the host by phase, and the terms that they are made of."""
+    phases = {phase: sum(term.bytes for term in terms if term.phase == phase) for phase in PHASES}
+    return {phase: size for phase, size in phases.items() if size}, [dataclasses.asdict(term) for term in terms]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -160,11 +165,14 @@ def main() -> int:
     rows = []
     for start, encoded in (("first", False), ("encoded", True)):
         metrics = run(work, config, options, on_cpu=on_cpu)
-        bill, terms = forecast(work, config, options, on_cpu=on_cpu, encoded=encoded)
+        bill = forecast(work, config, options, on_cpu=on_cpu, encoded=encoded)
         for number, rank in enumerate(metrics["per_rank"]):
             peaks = rank["host"]
+            foretold, terms = told(bill.host_of_others if number else bill.host)
             name = start if options.ranks == 1 else f"{start}, rank {number}"
-            rows.append({"start": name, "measured": measured(peaks), "peaks": peaks, "forecast": bill, "terms": terms})
+            rows.append(
+                {"start": name, "measured": measured(peaks), "peaks": peaks, "forecast": foretold, "terms": terms}
+            )
     print(f"{metrics['device']}, torch {metrics['versions']['torch']}, {double} + {single} blocks, {options.pixels} px")
     print(table(rows))
     shown = {key: value for key, value in config.items() if not key.endswith("_dir") and key != "pretrained_model"}

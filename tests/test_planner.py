@@ -57,6 +57,7 @@ def test_with_room_nothing_is_recomputed(matrix: Matrix) -> None:
         *((limit, {}) for limit in (12, 16, 24, 32, 40, 48)),
         *((limit, {"train_batch_size": 4}) for limit in (16, 24, 48)),
         *((limit, {"mode": "controlnet", "train_batch_size": 2}) for limit in (24, 40)),
+        *((limit, {"quantization": "fp8-dynamic", "train_batch_size": 8}) for limit in (16, 32)),
         *((limit, {"kernels": "diffusers", "train_batch_size": 4}) for limit in (16, 32)),
     ],
 )

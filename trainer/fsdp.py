@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from xflux_trainer import parts
+from xflux_trainer import parts, slots
 from xflux_trainer.averages import Averages
 from xflux_trainer.backward import coefficient
 from xflux_trainer.config import TrainConfig
@@ -144,12 +144,13 @@ class FsdpStepper:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: held.shape for name, held in self._shards.items()}
 
-    def pieces(self) -> Iterator[tuple[str, Piece]]:
-        """Every parameter with its moments and average, whole on rank 0's host. Every rank iterates."""
+    def pieces(self, *, result: bool = False) -> Iterator[tuple[str, Piece]]:
+        """Every parameter with its moments and average, whole on rank 0's host. Every rank iterates. `result`: what a
+        result is made of alone."""
         for name, held in self._shards.items():
             held.bind()
             if self._each:
-                yield name, self._each[name].pieces(self._steps, self._averages.get(name))
+                yield name, self._each[name].pieces(self._steps, self._averages.get(name), result=result)
                 continue
             values = {"weight": held.local.detach()}
             # A part of no rows may have had no gradient; all ranks must name the same keys.
@@ -158,6 +159,7 @@ class FsdpStepper:
             average = self._averages.get(name)
             if average is not None:
                 values["ema"] = average
+            values = slots.of_result(values) if result else values
             whole = {key: self._whole(value, held) for key, value in values.items()}
             yield name, {key: value.to("cpu", copy=True) for key, value in whole.items()} if self._ranks.main else {}
 

@@ -40,8 +40,8 @@ MIB = 1 << 20
 ERROR_BAR = 0.03
 """What is promised of one process and of DDP: 97 configurations on an H200 were within 1.6 % (benchmarks/memory.py)."""
 SHARDED_BAR = 0.05
-"""A LoRA under ZeRO-2 and a fine-tune of all weights under FSDP2, on two H200s once each: 0.5 and 2.3 % over
-(benchmarks/two_gpus.py). FSDP2's terms were taken apart since, and are within 3 % of storages of steps on the CPU."""
+"""A LoRA under ZeRO-2 and two fine-tunes of all weights under FSDP2, on two H200s once each: 0.5 to 1.2 % over
+(benchmarks/two_gpus.py). FSDP2's terms are within 3 % of the storages of steps on the CPU."""
 UNMEASURED_BAR = 0.15
 """Everything else of which a rank holds parts, what is offloaded, and the CPU."""
 _CALIBRATION = json.loads(Path(__file__).with_name("calibration.json").read_text(encoding="utf-8"))
@@ -119,7 +119,7 @@ class Bill:
 def forecast(
     config: TrainConfig, spec: FluxSpec, *, world_size: int, strategy: str, device: Device, samples: int = 0,
     offload: Collection[str] = (), triton: bool = True, encoded: bool = False, norms: Norms = "fused",
-    reshard: bool = True, whole: bool = True,
+    reshard: bool = True, gpu_only: bool = False,
 ) -> Bill:  # fmt: skip
     """The bill of one run. `samples` is the number of images, for the cache's size; 0: not known.
 
@@ -127,7 +127,7 @@ def forecast(
     `encoded`: nothing is left to encode.
     `offload` names what waits in the host's memory: `optimizer` (DeepSpeed), `param` (ZeRO-3), both for FSDP.
     `reshard`: whether FSDP cuts blocks up again after the forward pass (fsdp_reshard_after_forward).
-    `whole`: whether the host and the disk are asked for; on a CPU they always are.
+    `gpu_only`: neither the host nor the disk is asked for; on a CPU they are all the same.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy is {strategy!r}; one of {', '.join(STRATEGIES)}")
@@ -138,7 +138,7 @@ def forecast(
     on_cpu = device == "cpu"
     host: tuple[Term, ...] = ()
     written: tuple[Term, ...] = ()
-    if whole or on_cpu:
+    if on_cpu or not gpu_only:
         host = tuple(memory_host.terms(config, spec, strategy, compute, on_cpu=on_cpu, encoded=encoded))
         written = tuple(disk(config, spec, samples, strategy))
     measured = {"single": ERROR_BAR, "ddp": ERROR_BAR}

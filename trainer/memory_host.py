@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from xflux_trainer.config import TrainConfig
-from xflux_trainer.memory_terms import TRANSFORMER, Term, narrow, width
+from xflux_trainer.memory_terms import TRANSFORMER, Term, checkpoints, narrow, width
 from xflux_trainer.savings import held, is_block, is_modulation, stored, streamed_blocks
 from xflux_trainer.spec import FluxSpec, image_tokens
 from xflux_trainer.trained import trained
@@ -89,15 +89,17 @@ def _together(config: TrainConfig, spec: FluxSpec, strategy: str, *, encoded: bo
         if strategy.startswith("zero") and phase in PASSES[1:]:
             yield Term("DeepSpeed", DEEPSPEED, phase, "its modules and buffers, as measured")
     if strategy == "fsdp" and config.mode != "lora":
-        why = "whole, with its moments, on the rank that writes; the largest"
+        why = "the largest, whole on the rank that writes; in a checkpoint with its moments"
         yield Term("a tensor on its way", _piece(config, trained(config, spec).largest), "train", why)
 
 
 def _piece(config: TrainConfig, parameters: int) -> int:
     """Bytes of a parameter of that size under FSDP2 as it is written: weight, moments and average."""
     weight = 4 if not narrow(config) else width(config) * (2 if config.weight_update == "kahan" else 1)
-    moments = 2 if config.optimizer == "adamw8bit" else 8
-    return parameters * (weight + moments + (4 if config.ema_decay else 0))
+    average = 4 if config.ema_decay else 0
+    if not checkpoints(config):  # a result alone
+        return parameters * max(weight, average)
+    return parameters * (weight + (2 if config.optimizer == "adamw8bit" else 8) + average)
 
 
 def _passes(config: TrainConfig) -> tuple[str, ...]:

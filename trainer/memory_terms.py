@@ -479,6 +479,13 @@ def sampling(config: TrainConfig, spec: FluxSpec) -> Iterator[Term]:
 # The disk ------------------------------------------------------------------------------------------------
 
 
+def checkpoints(config: TrainConfig) -> int:
+    """How many a run writes; one at the least where its length is in passes over the images."""
+    if config.max_train_steps is None:
+        return 1
+    return math.ceil(config.max_train_steps / config.checkpointing_steps) - (not config.final_checkpoint)
+
+
 def disk(config: TrainConfig, spec: FluxSpec, samples: int, strategy: str = "single") -> Iterator[Term]:
     """What the run writes: cache, checkpoints, results."""
     what = trained(config, spec)
@@ -490,8 +497,7 @@ def disk(config: TrainConfig, spec: FluxSpec, samples: int, strategy: str = "sin
     edges = sum(size**2 for size in config.sizes) * channels
     known = f"{samples} images and captions" if samples else "the number of images is not known"
     yield Term("cache", samples * (latents + text + edges), "cache", known)
-    steps = config.max_train_steps or config.checkpointing_steps
-    written = math.ceil(steps / config.checkpointing_steps) - (not config.final_checkpoint)
+    written = checkpoints(config)
     kept = min(written, config.checkpoints_total_limit or written)
     full = config.mode == "finetune" and not config.train_parameters
     rounded = full and config.mixed_precision != "fp16" and config.weight_update in ("auto", "stochastic", "nearest")

@@ -59,7 +59,7 @@ class Stepper(Protocol):
     def backward(self, loss: Tensor) -> None: ...
     def step(self) -> float: ...
     def shapes(self) -> dict[str, tuple[int, ...]]: ...
-    def pieces(self) -> Iterator[tuple[str, Piece]]: ...
+    def pieces(self, *, result: bool = False) -> Iterator[tuple[str, Piece]]: ...
     def scalars(self) -> dict[str, float]: ...
     def load(self, read: Read, scalars: dict[str, float]) -> None: ...
     def averaged(self) -> AbstractContextManager[Any]: ...
@@ -213,16 +213,18 @@ class PlainStepper:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(parameter.shape) for name, parameter in self._trained.items()}
 
-    def pieces(self) -> Iterator[tuple[str, Piece]]:
-        """Every parameter's piece on the host of rank 0, one after the other; all ranks hold the same."""
+    def pieces(self, *, result: bool = False) -> Iterator[tuple[str, Piece]]:
+        """Every parameter's piece on the host of rank 0, one after the other; all ranks hold the same. `result`: what a
+        result is made of alone."""
         for slot in self._slots:
             if not self._main:
                 yield slot.name, {}
                 continue
-            piece, average = slot.piece(), self._averages.get(slot.name)
+            values, average = slot.parts(), self._averages.get(slot.name)
             if average is not None:
-                piece["ema"] = average.to("cpu", copy=True)
-            yield slot.name, piece
+                values["ema"] = average
+            values = slots.of_result(values) if result else values
+            yield slot.name, {key: value.detach().to("cpu", copy=True) for key, value in values.items()}
 
     def scalars(self) -> dict[str, float]:
         """`steps` taken, fp16's `loss_scale` and `growth_tracker`, and the `previous_norm` that clips the next step."""

@@ -42,7 +42,8 @@ def finish(run: Run, watch: Watch | None, stop: Stop) -> tuple[int, list[Path]]:
 
 def _write(run: Run) -> list[Path]:
     """Rank 0 writes what was trained, its average where there is one; every rank takes part in gathering it."""
-    weights = _told((name, piece.get("ema", piece["weight"])) for name, piece in run.stepper.pieces() if piece)
+    pieces = run.stepper.pieces(result=True)
+    weights = _told((name, value) for name, piece in pieces for value in piece.values())
     paths: list[Path] = []
     problem: UserError | None = None
     if run.ranks.main:

@@ -33,12 +33,14 @@ class Part:
     def __init__(self, slot: slots.Slot, shape: tuple[int, ...], ranks: Ranks, *, whole: bool) -> None:
         self.slot, self._shape, self._ranks, self._whole = slot, shape, ranks, whole
 
-    def pieces(self, steps: int, average: Tensor | None) -> dict[str, Tensor]:
-        """What a checkpoint holds of it, on the host of rank 0; empty on the others. Every rank asks."""
+    def pieces(self, steps: int, average: Tensor | None, *, result: bool = False) -> dict[str, Tensor]:
+        """What a checkpoint holds of it, or a result, on the host of rank 0; empty on the others. Every rank asks."""
         own = self.slot.parts()
         values = {key: own[key] for key in ("weight", "compensation") if key in own}
         if average is not None:
             values["ema"] = average
+        if result:
+            values, steps = slots.of_result(values), 0
         found = {key: self._gather(value) for key, value in values.items()}
         for key in MOMENTS if steps else ():
             found |= self._moment(key, own)

@@ -7,12 +7,15 @@ the kernels of `fusedsteps` do without the copy, for the optimizers that they kn
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from xflux_trainer import fusedsteps, optimizers, rounding
 from xflux_trainer.config import TrainConfig
+
+Value = TypeVar("Value")
 
 
 def weight_update(config: TrainConfig, dtype: torch.dtype) -> str:
@@ -28,6 +31,12 @@ def weight_update(config: TrainConfig, dtype: torch.dtype) -> str:
     if config.weight_update == "auto":
         return "stochastic" if config.mode == "finetune" and not config.train_parameters else "master"
     return config.weight_update
+
+
+def of_result(values: Mapping[str, Value]) -> dict[str, Value]:
+    """Of what a parameter's piece is made of, what its result is: the average where there is one, else the weight."""
+    key = "ema" if "ema" in values else "weight"
+    return {key: values[key]}
 
 
 class Slot:
@@ -128,13 +137,9 @@ class Slot:
             found["compensation"] = self._compensation
         return found | optimizers.tensors(self.optimizer, self._held)
 
-    def piece(self) -> dict[str, Tensor]:
-        """The same on the host, in copies that do not move with the training."""
-        return {key: value.detach().to("cpu", copy=True) for key, value in self.parts().items()}
-
     @torch.no_grad()
     def load(self, piece: dict[str, Tensor], steps: int) -> None:
-        """The inverse of `piece`; a weight in another format is taken as well, by the nearest value."""
+        """The inverse of `parts`; a weight in another format is taken as well, by the nearest value."""
         self.weight.copy_(piece["weight"])
         if self.update == "master":
             self._held.copy_(piece["weight"])

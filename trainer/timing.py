@@ -24,7 +24,7 @@ LAUNCH = 0.045e-3
 MEETING = 6
 """How sharply the slower of host and device decides: now one is behind and now the other, so a step takes longer than
 either alone, by 12 % where both take as long."""
-UNMEASURED_RANKS = 0.13
+RANKS_ERROR = 0.13
 """What is added to the error where ranks share the work: five such runs were timed at full size, all on two H200s."""
 AROUND = 1.3e-3
 """Seconds that FSDP2 adds to each pass through a block beside what it sends: it copies weights and gradients into and
@@ -87,7 +87,7 @@ def seconds_per_step(
     reasons = _reasons(job)
     every = [Term(name, seconds, reasons[name]) for name, seconds in found.items()]
     kept = tuple(term for term in (*every, *_once(job, world_size)) if term.seconds > 0)
-    error = known.error + (UNMEASURED_RANKS if world_size > 1 or strategy not in ("single", "ddp") else 0)
+    error = known.error + (RANKS_ERROR if world_size > 1 or strategy not in ("single", "ddp") else 0)
     return Forecast(sum(term.seconds for term in kept), kept, error)
 
 

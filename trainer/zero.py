@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from xflux_trainer import slots
 from xflux_trainer.averages import decay_at
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.errors import Unsupported
@@ -106,13 +107,15 @@ class ZeroStepper:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return dict(self._shapes)
 
-    def pieces(self) -> Iterator[tuple[str, Piece]]:
-        """Every parameter with its fp32 master, moments and average, whole on rank 0's host. Every rank iterates."""
+    def pieces(self, *, result: bool = False) -> Iterator[tuple[str, Piece]]:
+        """Every parameter with its fp32 master, moments and average, whole on rank 0's host. Every rank iterates.
+        `result`: what a result is made of alone."""
         parts = {"weight": self._flats}
         if self._steps:
             parts |= {key: [self._state(flat)[key] for flat in self._flats] for key in MOMENTS}
         if self._average:
             parts["ema"] = self._average
+        parts = slots.of_result(parts) if result else parts
         main = dist.get_rank() == 0
         for name in self._trained:
             values = {}

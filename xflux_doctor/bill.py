@@ -31,14 +31,14 @@ _LATEST: list[tuple[Case, memory.Bill]] = []
 
 def forecast_of(
     case: Case, config: TrainConfig | None, model: spec.FluxSpec | None = None, *, encoded: bool | None = None,
-    whole: bool = True,
+    gpu_only: bool = False,
 ) -> memory.Bill:  # fmt: skip
     """The bill of that case with another training config. Raises SkipCheck. `encoded`: whether the cache is filled;
-    None: by the number of its entries. `whole`: False asks for the GPU alone."""
+    None: by the number of its entries. `gpu_only`: neither the host nor the disk is asked for."""
     assert config is not None
     if case.job.strategy not in memory.STRATEGIES:
         raise SkipCheck(f"the forecast does not know {case.job.strategy} yet")
-    count = dataset(case).count if whole else 0
+    count = 0 if gpu_only else dataset(case).count
     return memory.forecast(
         config,
         model or spec_of(case),
@@ -50,7 +50,7 @@ def forecast_of(
         triton=has_triton(case),
         encoded=_encoded(case, config, count) if encoded is None else encoded,
         norms=norms_of(case),
-        whole=whole,
+        gpu_only=gpu_only,
         reshard=str(case.job.section("fsdp_config").get("fsdp_reshard_after_forward", True)).lower() != "false",
     )
 

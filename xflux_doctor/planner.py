@@ -237,7 +237,8 @@ class _Search:
         return self._quickest(lines, TIGHT) or self._quickest(lines, FITS)
 
     def _quickest(self, lines: list[list[TrainConfig]], percent: int) -> TrainConfig | None:
-        """The quickest that fits, of lines whose members each hold less than the one before and take longer.
+        """The quickest that fits, of lines whose members take longer each than the one before, and with everything
+        recomputed hold less; the last one does so with nothing recomputed too.
 
         Best first: the queue is ordered by the time that a member takes at the least, at first with nothing recomputed,
         then with as many blocks as the last of its line has to recompute, then with as many as it has to itself.
@@ -377,7 +378,7 @@ class _Search:
 
     def _bill(self, config: TrainConfig) -> memory.Bill:
         if config not in self._bills:
-            self._bills[config] = forecast_of(self.case, config, self.model, whole=False)
+            self._bills[config] = forecast_of(self.case, config, self.model, gpu_only=True)
         return self._bills[config]
 
     def _held(self, config: TrainConfig) -> int:

@@ -146,6 +146,10 @@ def run(folder: Path, case: str, ranks: Ranks, accumulation: int = 1) -> dict[st
     pieces: dict[str, Tensor] = {}
     for name, values in stepper.pieces():
         pieces |= {f"{name}|{key}": value.contiguous() for key, value in values.items()}
+    for name, values in stepper.pieces(result=True):  # a result has the average where there is one, and no moments
+        for key, value in values.items():
+            assert key == "ema" or f"{name}|ema" not in pieces
+            assert torch.equal(value, pieces[f"{name}|{key}"]) and len(values) == 1
     if ranks.main:
         save_file(pieces, folder / f"{case}.safetensors")
     told["scalars"] = stepper.scalars()

@@ -47,7 +47,8 @@ def _bill(plan: Plan) -> None:
         return
     on_gpu = held_by(plan.bill) if plan.bill.gpu else 0
     what = f"{on_gpu / GIB:.1f} GiB per GPU, " if on_gpu else ""
+    whose = "the first rank" if plan.bill.world_size > 1 else "the rank"
     click.echo(
         f"  forecast (±{plan.bill.error_bar:.0%}): {what}{plan.bill.host_per_rank / GIB:.1f} GiB of host memory "
-        f"per rank, {plan.bill.disk_total / GIB:.2f} GiB of disk"
+        f"for {whose}, {plan.bill.disk_total / GIB:.2f} GiB of disk"
     )

@@ -170,7 +170,7 @@ def _ranks(body: Element, ranks: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _bill(body: Element, document: Mapping[str, Any], why: Mapping[str, Mapping[str, str]]) -> None:
-    """The terms of the job as it is, largest first; all ranks' are the same."""
+    """The terms of the job as it is, largest first; of the first rank, which writes and draws."""
     gpu, host = document["ranks"][0]["gpu"], document["ranks"][0]["host"]
     add(body, "h2", "The bill of the job as it is")
     if gpu is not None:
@@ -182,12 +182,13 @@ def _bill(body: Element, document: Mapping[str, Any], why: Mapping[str, Mapping[
         _terms(body, "GPU memory of each rank at its peak.", own, ends)
     own = [(name, size, why.get("host", {}).get(name, "")) for name, size in host["terms"].items()]
     ends = [("together", host["peak_bytes"], "")]
-    if host["all_ranks_bytes"] != host["peak_bytes"]:
+    several = host["all_ranks_bytes"] != host["peak_bytes"]
+    if several:
         ends.append(("all ranks of this machine", host["all_ranks_bytes"], ""))
     limit = host["limit_bytes"]
     word = "is tight" if host["verdict"] == "tight" else host["verdict"]
     against = f" This machine has {gib(limit)}: it {word}." if limit else ""
-    _terms(body, f"Host memory of each rank at its peak.{against}", own, ends)
+    _terms(body, f"Host memory of {'the first' if several else 'each'} rank at its peak.{against}", own, ends)
 
 
 def _terms(body: Element, caption: str, terms: list[_Item], ends: list[_Item]) -> None:
