@@ -31,7 +31,7 @@ leaves some of its own behind: modules, and on a GPU the VAE's kernels.
 Sources: on a CPU the demo's model, which has nearly no weights, by torch 2.4.0 and 2.13.0 (which differ by 25 MiB).
 On a GPU, torch 2.11.0+cu130, benchmarks/results/host_memory-nvidia-h200-2026-11-29.json, 5 + 10 blocks; at full size
 two fine-tunes with a filled cache held 1,381 and 1,394 MiB in all (limits-nvidia-h200-2026-11-29.json)."""
-NCCL, NCCL_ENCODING, NCCL_CUTTING, DEEPSPEED = 320 * MIB, 450 * MIB, 200 * MIB, 210 * MIB
+NCCL, NCCL_ENCODING, NCCL_CUTTING, DEEPSPEED = 320 * MIB, 520 * MIB, 200 * MIB, 210 * MIB
 """Of each of several ranks on GPUs, more while they encode, less while FSDP2 cuts up what is loaded; DeepSpeed's comes
 with the first step. torch 2.11, NCCL 2.28, DeepSpeed 0.19: benchmarks/results/host_memory-2-ranks-*-2026-11-29.json."""
 WRITING = 90 * MIB
