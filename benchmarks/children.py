@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import os
 import re
@@ -17,6 +18,19 @@ from typing import Any
 
 REPO = Path(__file__).resolve().parent.parent
 RESULTS = REPO / "benchmarks" / "results"
+SHARED: dict[str, dict[str, Any]] = {
+    "ddp": {"distributed_type": "MULTI_GPU"},
+    "zero2": {"distributed_type": "DEEPSPEED", "deepspeed_config": {
+        "zero_stage": 2, "gradient_accumulation_steps": 1, "gradient_clipping": 1.0, "offload_optimizer_device": "none",
+        "offload_param_device": "none", "zero3_init_flag": False,
+    }},
+    "fsdp": {"distributed_type": "FSDP", "fsdp_config": {
+        "fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "fsdp_reshard_after_forward": True,
+        "fsdp_state_dict_type": "SHARDED_STATE_DICT",
+        "fsdp_transformer_layer_cls_to_wrap": "FluxTransformerBlock",
+    }},
+}  # fmt: skip
+"""How ranks share the work, as accelerate's file has it."""
 GIB = 1 << 30
 Outcome = dict[str, Any]
 _TOLD = "told: "
@@ -128,7 +142,7 @@ def save(folder: Path, kind: str, script: str, body: dict[str, Any], of: str = "
 
 def _folders() -> dict[str, str]:
     """Of this machine and this call, and what stands for them in a result: the longest first."""
-    given = dict(zip(sys.argv[1:], sys.argv[2:]))  # noqa: B905 (each word with the next)
+    given = dict(itertools.pairwise(sys.argv[1:]))
     found = {sys.executable: "python", str(REPO): "REPO"}
     for word, name in (("--work", "DIR"), ("--out", "OUT")):
         if word in given:

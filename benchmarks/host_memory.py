@@ -27,19 +27,6 @@ import children
 
 MIB = 1 << 20
 PHASES = ("cache", "load", "train", "sample")
-SHARED: dict[str, dict[str, Any]] = {
-    "ddp": {"distributed_type": "MULTI_GPU"},
-    "zero2": {"distributed_type": "DEEPSPEED", "deepspeed_config": {
-        "zero_stage": 2, "gradient_accumulation_steps": 1, "gradient_clipping": 1.0, "offload_optimizer_device": "none",
-        "offload_param_device": "none", "zero3_init_flag": False,
-    }},
-    "fsdp": {"distributed_type": "FSDP", "fsdp_config": {
-        "fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "fsdp_reshard_after_forward": True,
-        "fsdp_state_dict_type": "SHARDED_STATE_DICT",
-        "fsdp_transformer_layer_cls_to_wrap": "FluxTransformerBlock",
-    }},
-}  # fmt: skip
-"""How ranks share the work, as accelerate's file has it."""
 
 
 def write_model(model: Path, layers: tuple[int, int], device: str) -> None:
@@ -82,7 +69,7 @@ def run(work: Path, config: dict[str, Any], options: argparse.Namespace, *, on_c
     if options.ranks > 1:
         launch = {
             "compute_environment": "LOCAL_MACHINE", "num_machines": 1, "num_processes": options.ranks,
-            "mixed_precision": config["mixed_precision"], "use_cpu": on_cpu, **SHARED[options.strategy],
+            "mixed_precision": config["mixed_precision"], "use_cpu": on_cpu, **children.SHARED[options.strategy],
         }  # fmt: skip
         (work / "accelerate.yaml").write_text(json.dumps(launch), encoding="utf-8")
         argv += ["accelerate.commands.launch", "--config_file", str(work / "accelerate.yaml"), "-m"]
@@ -147,7 +134,9 @@ def main() -> int:
     parser.add_argument("--mixed-precision", default="bf16", choices=("bf16", "no"))
     parser.add_argument("--stream-blocks", type=int, default=0)
     parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--strategy", default="ddp", choices=tuple(SHARED), help="how several ranks share the work")
+    parser.add_argument(
+        "--strategy", default="ddp", choices=tuple(children.SHARED), help="how several ranks share the work"
+    )
     parser.add_argument("--use-cpu", action="store_true", help="although there is a GPU")
     parser.add_argument("--results", type=Path, default=children.RESULTS)
     options = parser.parse_args()

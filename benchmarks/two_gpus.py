@@ -46,15 +46,7 @@ MEMORY, BALANCE, SCALING = 0.03, 0.01, 1.9
 ENDLESS = 100_000
 STARTED = 150.0
 """Seconds that a run may take to its third step, on a machine that imports torch for the first time."""
-FSDP = {"distributed_type": "FSDP", "fsdp_config": {
-    "fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "fsdp_reshard_after_forward": True,
-    "fsdp_state_dict_type": "SHARDED_STATE_DICT", "fsdp_transformer_layer_cls_to_wrap": "FluxTransformerBlock",
-}}  # fmt: skip
-ZERO = {"distributed_type": "DEEPSPEED", "deepspeed_config": {
-    "zero_stage": 2, "gradient_accumulation_steps": 1, "gradient_clipping": 1.0, "offload_optimizer_device": "none",
-    "offload_param_device": "none", "zero3_init_flag": False,
-}}  # fmt: skip
-DDP = {"distributed_type": "MULTI_GPU"}
+DDP, ZERO, FSDP = (children.SHARED[name] for name in ("ddp", "zero2", "fsdp"))
 
 
 class Bench:

@@ -203,7 +203,7 @@ def most_saved(config: TrainConfig, spec: FluxSpec) -> int:
     """The most by which a block's recomputing may lower the peak: what it need not keep."""
     side = max(config.sizes)
     whole, inputs = _ways(config, spec, image_tokens(side, side) + config.max_text_tokens, 0)
-    return max((one.kept - other.kept for one, other in zip(whole, inputs)), default=1)  # noqa: B905 (of one length)
+    return max((one.kept - other.kept for one, other in zip(whole, inputs, strict=True)), default=1)
 
 
 def _blocks(config: TrainConfig, spec: FluxSpec, tokens: int, growing: int = 0) -> list[Passed]:

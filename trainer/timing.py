@@ -34,10 +34,10 @@ STEPPED = {"adamw": 28, "adamw8bit": 52, "adafactor": 12}
 the time of the others (0.17 s for FLUX.1's transformer on an H200)."""
 STEP_LAUNCHES = {"adamw": 2, "adamw8bit": 2, "adafactor": 4}
 """Launches that step one tensor of 16 bits alone, and what the host does between them."""
-MEASURING, LINK, HOST = "measuring", "waiting for the link", "waiting for the host"
-"""Terms of a micro-step beside those of `WHY`."""
 NORM_LAUNCHES = 5
 """The same for a gradient's norm, in a pass that only measures."""
+MEASURING, LINK, HOST = "measuring", "waiting for the link", "waiting for the host"
+"""Terms of a micro-step beside those of `WHY`."""
 
 
 class NoForecast(Exception):
@@ -115,7 +115,7 @@ def _micro_step(job: Job, side: int) -> dict[str, float]:
     first = found[MEASURING] = sum(behind.values()) + _read(job) if _measures(job) else 0.0
     link = job.card.link * 1e9
     busy = [sum(part.values()) for part in parts]
-    late = [max(0.0, size / link - time) for size, time in zip(arriving(job), busy)]  # noqa: B905 (two each)
+    late = [max(0.0, size / link - time) for size, time in zip(arriving(job), busy, strict=True)]
     found[LINK] = sum(late)
     if not job.recorded:
         launching = _launches(job) * LAUNCH
