@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -42,3 +44,20 @@ def test_every_package_is_listed() -> None:
     for init in (ROOT / "xflux_doctor").rglob("__init__.py"):
         name = ".".join(init.parent.relative_to(ROOT).parts)
         assert f'"{name}"' in listed, name
+
+
+def test_no_benchmark_bears_the_name_of_a_package() -> None:
+    """A script's folder is the first on the path: transformers took our kernels.py for the hub's package `kernels`."""
+    scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
+    assert not scripts & sys.stdlib_module_names
+    optional = set()
+    for library in ("transformers", "diffusers", "accelerate", "peft"):
+        found = importlib.util.find_spec(library)
+        for folder in (found and found.submodule_search_locations) or ():
+            for file in (
+                Path(folder) / "utils/import_utils.py",
+                Path(folder) / "utils/imports.py",
+                Path(folder) / "import_utils.py",
+            ):
+                optional |= set(re.findall(r"def is_(\w+)_available", file.read_text())) if file.exists() else set()
+    assert not scripts & optional

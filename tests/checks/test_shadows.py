@@ -22,6 +22,13 @@ def test_files_and_whole_packages_are_seen_and_plain_folders_are_not(tmp_path: P
     assert shadows(tmp_path / "nowhere") == ()
 
 
+def test_what_a_library_imports_unasked_wherever_it_finds_it(tmp_path: Path) -> None:
+    """transformers dies of a kernels.py, the hub's library of a click.py; neither is imported by the job itself."""
+    for name in ("kernels.py", "click.py", "torchvision.py", "helpers.py"):
+        (tmp_path / name).touch()
+    assert shadows(tmp_path) == ("click.py", "kernels.py", "torchvision.py")
+
+
 def test_what_every_start_imports_is_an_error(matrix: Matrix) -> None:
     facts = machine(matrix, shadows=("datasets", "torch.py"))
     one, two = findings(case(matrix, facts, job()), software.shadowed_here)

@@ -141,6 +141,13 @@ MORE: dict[str, list[str]] = {
         crash("ImportError: cannot import name 'Tensor' from 'torch' (/home/me/job/torch.py)"),
         crash("AttributeError: module 'torch' has no attribute 'nn' (consider renaming '/home/me/job/torch.py' since it has the same name as the library you intended to import)"),
         crash("ModuleNotFoundError: No module named 'torch.nn'; 'torch' is not a package"),
+        crash(
+            "ModuleNotFoundError: No module named 'helpers'",
+            "/venv/lib/python3.11/site-packages/transformers/integrations/hub_kernels.py:83:<module>: if is_kernels_available():",
+            "/venv/lib/python3.11/site-packages/transformers/utils/import_utils.py:97:_is_package_available: package = importlib.import_module(pkg_name)",
+            "/usr/lib/python3.11/importlib/__init__.py:126:import_module: return _bootstrap._gcd_import(name[level:], package, level)",
+            "/home/me/job/kernels.py:1:<module>: from helpers import fast",
+        ),
     ],
     "setting-refused": said(
         "The accelerate config asks for MEGATRON_LM, which this trainer does not do. Set distributed_type to NO.",

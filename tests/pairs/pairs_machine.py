@@ -132,6 +132,13 @@ def _shadowed(place: Place) -> None:
     (place.folder / "torch.py").write_text("# my notes on torch\n")
 
 
+def _optional_shadowed(place: Place) -> None:
+    """transformers imports the hub's package `kernels` wherever it finds a module of that name."""
+    if int(version("transformers").split(".")[0]) < 5:
+        skip("this transformers does not look for it")
+    (place.folder / "kernels.py").write_text("from my_helpers import fast_attention\n")
+
+
 def bare_path(place: Place, *without: str) -> None:
     """A PATH with links to what the system's folders hold, but for some."""
     folder = place.folder / "bin"
@@ -211,6 +218,13 @@ PAIRS: tuple[Pair, ...] = (
     Pair("disk-full", "disk-full", "DA102", _disk_full),
     Pair("output-read-only", "output-not-writable", "DA102", _read_only),
     Pair("torch-shadowed", "module-shadowed", "SW118", _shadowed, quick=True),
+    Pair(
+        "kernels-shadowed",
+        "module-shadowed",
+        "SW118",
+        _optional_shadowed,
+        needs=("torch", "accelerate", "transformers"),
+    ),
     Pair("no-compiler", "compiler-missing", "TC103", _no_compiler),
     Pair("no-ninja", "ninja-missing", "TC104", _no_ninja),
     Pair("cuda-home", "cuda-home-not-set", "TC101", _cuda_home),

@@ -9,6 +9,11 @@ _WEIGHTS = r"(?:pytorch_model|model|diffusion_pytorch_model|flux\w*|ae)[\w.-]*\.
 _NOT_WRITTEN = r"(?:PermissionError|OSError|NotADirectoryError|FileExistsError): \[Errno (?:1|13|17|20|30)\]"
 _FOLDERS = "(torch|accelerate|diffusers|transformers|datasets|deepspeed|peft|numpy|safetensors|PIL|yaml|tokenizers)"
 """Packages that are folders: a single file of that name is another's."""
+_OPTIONAL = (
+    r'import_utils\.py", line \d+, in _is_package_available(?:.*\n)+?'
+    r'\s*File "(?!\S*-packages/)\S+\.py", line \d+, in <module>'
+)
+"""A library looks whether a package is there, imports it, and comes to a file that is no package's."""
 _SAVES = r"save|makedirs|mkdir|open\(|Writer|checkpoint|log"
 
 RULES: tuple[Rule, ...] = (
@@ -83,6 +88,7 @@ RULES: tuple[Rule, ...] = (
         (
             Sign("cannot import name", rf"from (?:partially initialized module )?'{_FOLDERS}' \(\S+/\1\.py\)"),
             Sign("consider renaming", rf"(?:AttributeError|ImportError): .*consider renaming '\S+/{_FOLDERS}\.py'"),
+            Sign("Error: ", r"^\w*Error: ", within=_OPTIONAL),
             Sign("is not a package", rf"No module named '{_FOLDERS}\.[\w.]+'; '\w+' is not a package"),
         ),
         "Python looks into the script's or the working folder first: a torch.py there wins over the real torch.",

@@ -1,6 +1,6 @@
 """How fast the trainer's Triton kernels run on this GPU at FLUX's sizes, and how far they are from their meaning.
 
-    python benchmarks/kernels.py [--tokens 4608 1536] [--batch 1] [--json FILE]
+    python benchmarks/pointwise_kernels.py [--tokens 4608 1536] [--batch 1] [--json FILE]
 
 A line for each kernel: microseconds on the device (a CUDA graph over several sets of tensors, more than any cache
 holds), GB/s of the bytes that must move, their share of what a copy on this device moves, microseconds that the call
