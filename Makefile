@@ -41,4 +41,4 @@ docs: .venv/ok
 	.venv/bin/python docs/generate.py
 
 clean:
-	rm -rf .venv $(VENVS) build dist *.egg-info
+	rm -rf .venv $(VENVS)/* $(VENVS) build dist *.egg-info

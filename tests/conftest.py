@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,10 @@ from xflux_doctor.facts import Driver, Facts, Gpu, Host, Package, PythonFacts, t
 from xflux_doctor.finding import Edit, Finding, Verdict
 from xflux_doctor.gather.folders import with_folders
 from xflux_doctor.job import Job
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A script without job control starts its background jobs so; all that a test starts would ignore Ctrl-C too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GIB = 1 << 30
 ROOT = Path(__file__).resolve().parent.parent

@@ -5,6 +5,7 @@ set -eu
 set -m # else a job in the background ignores Ctrl-C, and so would all that its tests start
 cd "$(dirname "$0")/.."
 . tests/stack_venv.sh
+place_venvs
 made=""
 for stack in $1; do
     rc=0

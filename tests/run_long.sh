@@ -5,6 +5,7 @@
 set -u
 cd "$(dirname "$0")/.."
 . tests/stack_venv.sh
+place_venvs
 pythons=${PYTHONS:-$(for n in 10 11 12 13 14; do command -v "python3.$n"; done)}
 export PYTHONS=$pythons # a skew of another Python looks for it here
 all="soaks trainer skews pythons"
@@ -14,6 +15,16 @@ out=benchmarks/results/$name-$(date -u +%Y-%m-%d).txt
 failed=0
 stack_venv cpu || exit 1
 stack_venv xflux-2024 || [ $? = 1 ] || exit 1 # not for every Python; its skews are skipped then
+
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+
+long_tests() { # PYTHON ARGUMENTS: the end of what pytest said, and of a run that failed what is needed to see why
+    local lines=15 rc=0
+    "$1" -m pytest -m long "${@:2}" >"$log" 2>&1 || { rc=1 lines=400; }
+    tail -n "$lines" "$log" | grep -v "WARNING: Location"
+    return $rc
+}
 
 wanted() { case " $parts " in *" $1 "*) return 0 ;; esac; return 1; }
 
@@ -31,14 +42,12 @@ wanted() { case " $parts " in *" $1 "*) return 0 ;; esac; return 1; }
     done) > "$others" 2>&1 &
     if wanted soaks; then
         echo "== soaks and fuzzing"
-        .venvs/cpu/bin/python -m pytest -m long -s tests --ignore tests/test_skews.py --ignore tests/trainer 2>&1 | tail -15
-        [ "${PIPESTATUS[0]}" = 0 ] || failed=1
+        long_tests .venvs/cpu/bin/python -s tests --ignore tests/test_skews.py --ignore tests/trainer || failed=1
     fi
     for stack in cpu xflux-2024; do
         wanted trainer && [ -e ".venvs/$stack/ok" ] || continue
         echo "== the trainer: kill loops and strategies on stack $stack"
-        ".venvs/$stack/bin/python" -m pytest -m long --durations=6 tests/trainer tests/pairs 2>&1 | tail -15
-        [ "${PIPESTATUS[0]}" = 0 ] || failed=1
+        long_tests ".venvs/$stack/bin/python" --durations=6 tests/trainer tests/pairs || failed=1
     done
     if wanted skews; then
         echo "== real skews: foretold before import, and the true error"

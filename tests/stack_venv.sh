@@ -3,11 +3,33 @@
 # Returns 1 and says why where this Python has no such stack, 2 where something failed.
 pip="-m pip install --quiet --disable-pip-version-check"
 
+free_gib() { df -Pk "$1" 2>/dev/null | awk 'NR == 2 {print int($4 / 1048576)}'; }
+
+# Both stacks fill 8 GiB, and the wheels 2.5 more while pip fetches them. Where the disk has no room for that and memory
+# has, the venvs go into memory.
+place_venvs() {
+    local need=11 here there
+    [ ! -e .venvs ] || return 0
+    here=$(free_gib .) there=$(free_gib /dev/shm)
+    [ "${here:-$need}" -lt $need ] || return 0
+    if [ "${there:-0}" -lt $need ]; then
+        echo "This disk has $here GiB free and the venvs take $need: pip may end in 'No space left on device'. Free some room." >&2
+        return 0
+    fi
+    echo "This disk has $here GiB free and the venvs take $need: they go to /dev/shm, which has $there."
+    ln -sfn "$(mktemp -d /dev/shm/xflux-doctor-venvs.XXXXXX)" .venvs
+}
+
 stack_venv() {
     local venv=.venvs/$1 why fits=0
     if [ -e "$venv/ok" ] && [ ! pyproject.toml -nt "$venv/ok" ] && [ ! compat_matrix.yaml -nt "$venv/ok" ] &&
         [ ! "tests/extras/$1.txt" -nt "$venv/ok" ] && [ ! "tests/extras/$1-aside.txt" -nt "$venv/ok" ]; then
         return 0
+    fi
+    if [ -L .venvs ]; then # pip unpacks beside them
+        local TMPDIR
+        TMPDIR=$(realpath .venvs)
+        export TMPDIR
     fi
     "${PYTHON:-python3}" -m venv "$venv" || return 2
     "$venv/bin/python" $pip --editable '.[dev]' || return 2
