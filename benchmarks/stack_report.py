@@ -1,6 +1,6 @@
 """In a stack's venv: import every pinned package, run every toy, write what was seen.
 
-Arguments: the stack's name, torch's build, the requirements file, the result file.
+Arguments: the stack's name, torch's build, the requirements file, the result file, the report that pip wrote.
 """
 
 import datetime
@@ -12,6 +12,7 @@ import time
 from importlib.metadata import distributions
 from pathlib import Path
 
+import stack_room
 import torch
 import toys
 
@@ -49,7 +50,11 @@ def is_build(build):
     return torch.__version__
 
 
-def main(name, build, requirements, result):
+def main(name, build, requirements, result, report):
+    room = {
+        "download_bytes": stack_room.downloads(Path(report)),
+        "installed_bytes": stack_room.filled(Path(sys.prefix)),
+    }
     steps = {}
     for package in pinned(requirements):
         title = f"import {package}"
@@ -68,6 +73,7 @@ def main(name, build, requirements, result):
         "gpu_archs": (torch._C._cuda_getArchFlags() or "").split() if cuda else [],
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if nccl else None,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
+        **room,
         "steps": steps,
         "requirements": Path(requirements).read_text().splitlines(),
         "packages": dict(sorted((d.metadata["Name"], d.version) for d in distributions())),

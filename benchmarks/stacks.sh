@@ -15,6 +15,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 if [ "${1:-}" = breaks ]; then
     . tests/stack_venv.sh
+    place_venvs
     for name in cpu xflux-2024; do stack_venv "$name"; done
     exec .venvs/cpu/bin/python -m pytest -m long -s tests/test_skews.py
 fi
@@ -32,8 +33,9 @@ install() { # a stack into an empty $work/NAME, from its own exported file
     local venv=$work/$1 begin=$SECONDS
     "$doctor" matrix export "$1" >"$work/$1.txt" || return 1
     "$python" -m venv --clear "$venv" || return 1
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$work/$1.txt" || return 1
-    echo "== $1: installed in $((SECONDS - begin)) s, $(du -sh "$venv" | cut -f1)"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --retries 1 --report "$work/$1.report.json" \
+        -r "$work/$1.txt" || return 1
+    echo "== $1: installed in $((SECONDS - begin)) s, $("$venv/bin/python" benchmarks/stack_room.py "$work/$1.report.json")"
     "$venv/bin/python" -m pip check
 }
 
@@ -44,7 +46,7 @@ for name in "$@"; do
     build=$("$doctor" matrix show "$name" | awk '/^  torch:/ {torch = 1} torch && /build:/ {print $2; exit}')
     if install "$name"; then
         TORCH_EXTENSIONS_DIR=$work/$name.ops "$work/$name/bin/python" benchmarks/stack_report.py "$name" "$build" \
-            "$work/$name.txt" "$results/stack-$name-py$minor.json" 2>"$work/$name.log" ||
+            "$work/$name.txt" "$results/stack-$name-py$minor.json" "$work/$name.report.json" 2>"$work/$name.log" ||
             { failed=1; tail -n 20 "$work/$name.log"; }
     else
         echo "FAIL $name could not be installed with Python $minor" && failed=1

@@ -29,12 +29,15 @@ def checks() -> str:
 
 
 def stacks() -> str:
-    rows = ["| stack | torch | Python | driver | run on CPU ranks | run on a GPU |", "| --- | --- | --- | --- | --- | --- |"]
+    rows = [
+        "| stack | torch | Python | driver | GiB fetched, filled | run on CPU ranks | run on a GPU |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
     for stack in matrix.load().stacks:
         torch = stack.packages["torch"]
         rows.append(
             f"| `{stack.name}` | {torch.version}+{torch.build} | {stack.python} | {stack.driver or 'none'} "
-            f"| {stack.tested.cpu} | {stack.tested.gpu} |"
+            f"| {stack.download_gib}, {stack.installed_gib} | {stack.tested.cpu} | {stack.tested.gpu} |"
         )
     return "\n".join(rows)
 

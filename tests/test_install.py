@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import venv
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import pytest
 
 MODULE = [sys.executable, "-m", "xflux_doctor.cli", "fix", "--install", "--cpu"]
 
 
-def install(folder: Path, python: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def install(folder: Path, python: Path, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
     argv = [*MODULE, "--python", str(python), *options]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")} | variables
     return subprocess.run(
         argv, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL
     )
@@ -60,3 +65,80 @@ def test_offline_fetches_nothing(tmp_path: Path) -> None:
     done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "--no-index" in done.stdout and "--find-links" not in done.stdout
     assert "pip ended with 1" in done.stderr
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[str, int], Path]]:
+    """Makes folders that are file systems of so many MiB."""
+    mounted: list[Path] = []
+
+    def make(name: str, mib: int) -> Path:
+        (tmp_path / name).mkdir()
+        words = ["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(tmp_path / name)]
+        if subprocess.run(words, capture_output=True, check=False).returncode != 0:
+            pytest.skip("needs the right to mount")
+        mounted.append(tmp_path / name)
+        return tmp_path / name
+
+    yield make
+    for place in mounted:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+BALLAST_MIB = 60
+
+
+def ballast(folder: Path, **sizes: float) -> tuple[str, ...]:
+    """Options that install a stack of one wheel of 60 MiB, from a folder; the matrix says its `sizes` or does not."""
+    meta = "Metadata-Version: 2.1\nName: ballast\nVersion: 1.0\n"
+    with zipfile.ZipFile(folder / "ballast-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("ballast/data", os.urandom(BALLAST_MIB << 20))
+        wheel.writestr("ballast-1.0.dist-info/METADATA", meta)
+        wheel.writestr("ballast-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr("ballast-1.0.dist-info/RECORD", "")
+    stack = {
+        "name": "ballast", "summary": "one wheel", "python": ">=3.10", "cuda": None, "driver": None,
+        "tested": {"cpu": "never", "gpu": "never"}, "packages": {"ballast": {"version": "1.0"}}, "source": ["https://example.org/ballast"],
+        **sizes,
+    }  # fmt: skip
+    (folder / "matrix.yaml").write_text(json.dumps({"schema": 1, "stacks": [stack]}))
+    return ("--matrix", str(folder / "matrix.yaml"), "--stack", "ballast", "--offline", "--yes")
+
+
+def packages(place: Path) -> list[str]:
+    return sorted(os.listdir(next((place / "lib").glob("python*/site-packages"))))
+
+
+def test_a_disk_too_small_for_the_stack_is_told_before_pip_starts(tmp_path: Path, disk: Callable[..., Path]) -> None:
+    place = disk("volume", 64)
+    venv.create(place / "venv", with_pip=True, symlinks=True)
+    before = packages(place / "venv")
+    options = ballast(tmp_path, installed_gib=BALLAST_MIB / 1024)
+    done = install(tmp_path, place / "venv/bin/python", *options, PIP_FIND_LINKS=str(tmp_path))
+    assert done.returncode == 1 and f"{place}/venv is on a disk with 0.0 GiB free" in done.stderr, done.stderr
+    assert "Free some room" in done.stderr and "pip install" not in done.stdout
+    assert packages(place / "venv") == before
+
+
+def test_a_disk_that_runs_full_is_told_in_a_sentence(tmp_path: Path, disk: Callable[..., Path]) -> None:
+    """A site's matrix need not know the sizes, and a quota is seen by nobody: pip itself finds out."""
+    place = disk("volume", 64)
+    venv.create(place / "venv", with_pip=True, symlinks=True)
+    done = install(tmp_path, place / "venv/bin/python", *ballast(tmp_path), PIP_FIND_LINKS=str(tmp_path))
+    assert done.returncode == 1 and "[Errno 28]" in done.stderr, done.stderr
+    assert "A disk, or your share of it, is full: pip ended with 1" in done.stderr and "df -h" in done.stderr
+
+
+def test_downloads_go_beside_the_packages_where_tmp_is_small(tmp_path: Path, disk: Callable[..., Path]) -> None:
+    """A container's own disk is small, the volume with the venv is not: pip gets another TMPDIR, and no cache."""
+    place, tmp = disk("volume", 256), disk("tmp", 4)
+    venv.create(place / "venv", with_pip=True, symlinks=True)
+    options = ballast(tmp_path, installed_gib=BALLAST_MIB / 1024, download_gib=BALLAST_MIB / 1024)
+    shown = [option for option in options if option not in ("--yes", "--offline")]
+    python = place / "venv/bin/python"
+    done = install(tmp_path, python, *shown, TMPDIR=str(tmp), PIP_CACHE_DIR=str(tmp / "cache"))
+    assert done.returncode == 2 and "Give --yes" in done.stderr, done.stderr
+    command = f"$ TMPDIR={place}/venv {python} -m pip install --disable-pip-version-check --no-cache-dir ballast==1.0"
+    assert command in done.stdout
+    done = install(tmp_path, python, *options, TMPDIR=str(tmp), PIP_FIND_LINKS=str(tmp_path))
+    assert done.returncode == 0 and "ballast" in packages(place / "venv"), done.stderr

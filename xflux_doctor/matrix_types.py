@@ -78,6 +78,10 @@ class Stack(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     nccl: str | None = None
     cudnn: str | None = None
     triton: str | None = None
+    download_gib: float | None = None
+    """GiB of wheels that pip fetches for all of it."""
+    installed_gib: float | None = None
+    """GiB that they fill once unpacked; None: not known, and no disk is asked for room."""
     source: tuple[str, ...] = ()
 
     @property

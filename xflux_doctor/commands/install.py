@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,13 +13,18 @@ from types import MappingProxyType
 
 import click
 
-from xflux_doctor import choose, pins
+from xflux_doctor import choose, install_room, pins
 from xflux_doctor import matrix as matrices
 from xflux_doctor.check import Case
 from xflux_doctor.commands.check import summarize
 from xflux_doctor.commands.fix import confirm
 from xflux_doctor.errors import DoctorError, UsageError
+from xflux_doctor.facts import PythonFacts
 from xflux_doctor.inputs import Inputs, build
+
+_NO_ROOM = re.compile(r"No space left on device|Disk quota exceeded|Errno (?:28|122)\b")
+_KEPT = 40
+"""Last lines of pip's errors that are looked at."""
 
 
 def run(inputs: Inputs, *, yes: bool) -> int:
@@ -46,16 +53,17 @@ def run(inputs: Inputs, *, yes: bool) -> int:
         )
     if not python.venv and not python.conda:
         click.echo(f"! {python.executable} is no venv: other programs of {python.prefix} will use these packages too.")
-    with tempfile.TemporaryDirectory(prefix="xflux-doctor-") as folder:
-        commands = pip_commands(case.stack, python.executable, Path(folder), broken(case), offline=inputs.offline)
+    anew = broken(case)
+    room = _room(case, python, anew, offline=inputs.offline)
+    with tempfile.TemporaryDirectory(prefix="xflux-doctor-", dir=room.temporary or None) as folder:
+        commands = pip_commands(case.stack, python.executable, Path(folder), anew, room, offline=inputs.offline)
         click.echo(f"Stack {case.stack.name} ({case.stack_because}) into {python.prefix}:")
         for _, shown in commands:
             click.echo(f"  $ {shown}")
         confirm(yes, "Run these commands?")
+        environment = {**os.environ, **({"TMPDIR": room.temporary} if room.temporary else {})}
         for argv, shown in commands:
-            code = subprocess.call(argv, stdin=subprocess.DEVNULL)
-            if code != 0:
-                raise DoctorError(f"pip ended with {code}: {shown}", "Its last lines above say why.")
+            _pip(argv, shown, environment, python)
     after = summarize(build(inputs, matrices.load_with(inputs.matrix)))
     wrong = [v for v in after.verdicts if v.check.startswith("SW") and v.status in ("error", "crashed")]
     for verdict in wrong:
@@ -63,6 +71,69 @@ def run(inputs: Inputs, *, yes: bool) -> int:
             click.echo(click.style(f"✗ {finding.code} {finding.seen}", fg="red"))
     click.echo("The packages are the stack's." if not wrong else "Some packages are still not the stack's.")
     return 1 if wrong else 0
+
+
+def _pip(argv: list[str], shown: str, environment: Mapping[str, str], python: PythonFacts) -> None:
+    """Run pip, its words passed on as they come. Raises DoctorError where it fails."""
+    last: list[str] = []
+    with subprocess.Popen(
+        argv, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment, text=True, errors="replace"
+    ) as pip:
+        for line in pip.stderr or ():
+            sys.stderr.write(line)
+            sys.stderr.flush()
+            last = [*last, line][-_KEPT:]
+    if pip.returncode == 0:
+        return
+    if _NO_ROOM.search("".join(last)):
+        places = f"{python.prefix} and {environment.get('TMPDIR') or tempfile.gettempdir()}"
+        raise DoctorError(
+            f"A disk, or your share of it, is full: pip ended with {pip.returncode}: {shown}",
+            f"Look at `df -h` and `quota` for {places}; free some room, or make a venv on a larger disk.",
+        )
+    raise DoctorError(f"pip ended with {pip.returncode}: {shown}", "Its last lines above say why.")
+
+
+def _room(case: Case, python: PythonFacts, anew: Mapping[str, str], *, offline: bool) -> install_room.Arrangement:
+    """How pip is called so that the stack fits on this machine's disks. Raises DoctorError where it does not fit.
+
+    torch and its CUDA libraries are nine tenths of a stack: where they are as they should be, nothing is asked.
+    """
+    assert case.stack is not None
+    pin, torch = case.stack.packages.get("torch"), (case.facts.packages or {}).get("torch")
+    if case.stack.installed_gib is None or (
+        pin and torch and "torch" not in anew and pins.judge(pin, torch) == "exact"
+    ):
+        return install_room.Arrangement()
+    disks = _disks(python)
+    download = 0 if offline else int((case.stack.download_gib or 0) * install_room.GIB)
+    installed = int(case.stack.installed_gib * install_room.GIB)
+    found = disks and install_room.arrange(download, installed, disks)
+    if disks is None or found:
+        return found or install_room.Arrangement()
+    raise DoctorError(
+        f"{install_room.shortage(download, installed, disks)}: pip would end in 'No space left on device'.",
+        f"Free some room, or make a venv on a larger disk (`df -h` shows them) and name its Python by --python. "
+        f"By hand it can still be tried: `xflux-doctor matrix export {case.stack.name}` writes what pip takes.",
+    )
+
+
+def _disks(python: PythonFacts) -> install_room.Disks | None:
+    """The three places of pip. None where one of them cannot be looked at: pip will say what it finds."""
+    argv = [python.executable, "-m", "pip", "cache", "dir"]
+    try:
+        asked = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False)
+        # pip refuses to say where its cache is switched off, and before 20.1 does not know the question.
+        cache = asked.stdout.strip() if asked.returncode == 0 else ""
+        return install_room.Disks(_disk(python.prefix), _disk(tempfile.gettempdir()), _disk(cache) if cache else None)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def _disk(path: str) -> install_room.Disk:
+    existing = next(place for place in (Path(path), *Path(path).parents) if place.exists())
+    stat = os.statvfs(existing)
+    return install_room.Disk(path, existing.stat().st_dev, stat.f_bavail * stat.f_frsize)
 
 
 def broken(case: Case) -> dict[str, str]:
@@ -87,6 +158,7 @@ def pip_commands(
     python: str,
     folder: Path,
     anew: Mapping[str, str] = MappingProxyType({}),
+    room: install_room.Arrangement = install_room.Arrangement(),  # noqa: B008 - frozen
     *,
     offline: bool = False,
 ) -> list[tuple[list[str], str]]:
@@ -96,6 +168,8 @@ def pip_commands(
     Asking the second index only for the packages that need it keeps everything else off it.
     """
     pip = [python, "-m", "pip", "install", "--disable-pip-version-check", *(["--no-index"] if offline else [])]
+    pip += [] if room.cache else ["--no-cache-dir"]
+    set_before = [f"TMPDIR={room.temporary}"] if room.temporary else []
     commands: list[tuple[list[str], str]] = []
     for name in dict.fromkeys((*stack.packages, *anew)):
         pin = stack.packages.get(name)
@@ -104,10 +178,10 @@ def pip_commands(
         forced = ["--force-reinstall"] if name in anew else []
         if elsewhere or forced:
             argv = [*pip, "--no-deps", *forced, *elsewhere, f"{name}=={pin.exact if pin else anew[name]}"]
-            commands.append((argv, " ".join(argv)))
+            commands.append((argv, " ".join([*set_before, *argv])))
     file = folder / f"{stack.name}.txt"
     lines = [line for line in matrices.requirements(stack) if not line.startswith("--")]
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     argv = [*pip, "--requirement", str(file)]
-    commands.append((argv, " ".join([*pip, *lines])))
+    commands.append((argv, " ".join([*set_before, *pip, *lines])))
     return commands
