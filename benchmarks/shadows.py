@@ -3,14 +3,15 @@
     CUDA_VISIBLE_DEVICES= VENV/bin/python benchmarks/shadows.py
 
 Notes every top-level name that the stack's packages look for, lays a file of that name that cannot be imported over
-each that is not there, and takes away one after the other those that end the imports. Some minutes; prints the names
-(xflux_doctor/gather/shadows.py has those of both CPU stacks).
+each that is not there, takes away one after the other those that end the imports, and tries each alone. Prints the
+names after some minutes (xflux_doctor/gather/shadows.py has those of both CPU stacks).
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -38,30 +39,43 @@ NO_PACKAGES = {"libtorchsplit", "_remote_module_non_scriptable"}
 """What torch makes or looks for itself."""
 
 
-def imports(program: str, folder: str, hits: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": folder, "HITS": str(hits)}
+def imports(program: str, folder: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": folder}
     argv = [sys.executable, "-c", program]
     return subprocess.run(argv, env=environment, cwd=folder, capture_output=True, text=True, check=False)
 
 
+def lay(folder: str, name: str) -> Path:
+    file = Path(folder, f"{name}.py")
+    file.write_text(f"raise ImportError('{name} is shadowed')\n")
+    return file
+
+
 def main() -> int:
-    with tempfile.TemporaryDirectory() as empty, tempfile.TemporaryDirectory() as folder:
-        hits = Path(empty) / "hits"
-        sound = imports(SEEK, empty, hits)
+    with tempfile.TemporaryDirectory() as alone, tempfile.TemporaryDirectory() as folder:
+        sound = imports(SEEK, alone)
         if sound.returncode:
             print(sound.stderr[-2000:])
             return 1
         sought = set(sound.stdout.splitlines()[-1].split()) - NO_PACKAGES
         for name in sorted(name for name in sought if importlib.util.find_spec(name) is None):
-            content = (
-                f"import os\nopen(os.environ['HITS'], 'a').write('{name} ')\nraise ImportError('{name} is shadowed')\n"
-            )
-            Path(folder, f"{name}.py").write_text(content)
+            lay(folder, name)
+        suspects = []
+        while (done := imports(IMPORTS, folder)).returncode:
+            # The last that speaks: what a library has caught stands above.
+            said = [name for name in re.findall(r"ImportError: (\w+) is shadowed", done.stderr) if name not in suspects]
+            if not said:
+                print(done.stderr[-2000:])
+                return 1
+            suspects.append(said[-1])
+            Path(folder, f"{said[-1]}.py").unlink()
         fatal = []
-        while imports(IMPORTS, folder, hits).returncode:
-            fatal.append(hits.read_text().split()[-1])
-            Path(folder, f"{fatal[-1]}.py").unlink()
-        print(*sorted(fatal))
+        for name in sorted(suspects):
+            file = lay(alone, name)
+            if imports(IMPORTS, alone).returncode:
+                fatal.append(name)
+            file.unlink()
+        print(*fatal)
     return 0
 
 

@@ -51,10 +51,6 @@ def is_build(build):
 
 
 def main(name, build, requirements, result, report):
-    room = {
-        "download_bytes": stack_room.downloads(Path(report)),
-        "installed_bytes": stack_room.filled(Path(sys.prefix)),
-    }
     steps = {}
     for package in pinned(requirements):
         title = f"import {package}"
@@ -62,6 +58,9 @@ def main(name, build, requirements, result, report):
     steps["torch's build"] = step("torch's build", is_build, build)
     for toy in TOYS:
         steps[toy] = step(toy, getattr(toys, toy))
+    sizes = {"installed_bytes": stack_room.filled(Path(sys.prefix))}
+    title = "what pip fetched"
+    steps[title] = step(title, lambda: sizes.update(download_bytes=stack_room.downloads(Path(report))))
     cuda = torch.version.cuda
     nccl = torch.distributed.is_nccl_available()
     seen = {
@@ -73,16 +72,16 @@ def main(name, build, requirements, result, report):
         "gpu_archs": (torch._C._cuda_getArchFlags() or "").split() if cuda else [],
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if nccl else None,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
-        **room,
+        **sizes,
         "steps": steps,
         "requirements": Path(requirements).read_text().splitlines(),
         "packages": dict(sorted((d.metadata["Name"], d.version) for d in distributions())),
     }
     Path(result).write_text(json.dumps(seen, indent=1) + "\n")
     archs = " ".join(seen["gpu_archs"]) or "no cubins"
-    print(
-        f"{name}: Python {seen['python']}, torch {seen['torch']}, NCCL {seen['nccl']}, cuDNN {seen['cudnn']}, {archs}"
-    )
+    room = ", ".join(f"{key.removesuffix('_bytes')} {size / 2**30:.2f} GiB" for key, size in sizes.items())
+    versions = f"Python {seen['python']}, torch {seen['torch']}, NCCL {seen['nccl']}, cuDNN {seen['cudnn']}"
+    print(f"{name}: {room}, {versions}, {archs}")
     return not all(step["ok"] for step in steps.values())
 
 

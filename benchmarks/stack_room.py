@@ -1,18 +1,15 @@
-"""How much pip fetched for a stack, and how much room it fills in the venv whose Python runs this.
+"""How much pip fetched for a stack, and how much room a folder fills.
 
-    python benchmarks/stack_room.py REPORT      where `pip install --report REPORT` made the venv
-
-The matrix's `download_gib` and `installed_gib` are these, 3 % more, rounded up to a tenth.
+The matrix's `download_gib` and `installed_gib` are these of the stack's venv, 3 % more, rounded up to a tenth.
 """
 
 import json
-import sys
 import urllib.request
 from pathlib import Path
 
 
 def downloads(report: Path) -> int:
-    """Bytes of the files that pip's installation report names."""
+    """Bytes of the files that `pip install --report` names."""
     return sum(_size(item["download_info"]["url"]) for item in json.loads(report.read_text())["install"])
 
 
@@ -27,11 +24,3 @@ def _size(url: str) -> int:
     asked = urllib.request.Request(url, method="HEAD")
     with urllib.request.urlopen(asked, timeout=60) as answer:
         return int(answer.headers["content-length"])
-
-
-def words(report: Path) -> str:
-    return f"{downloads(report) / 2**30:.2f} GiB fetched, {filled(Path(sys.prefix)) / 2**30:.2f} GiB filled"
-
-
-if __name__ == "__main__":
-    print(words(Path(sys.argv[1])))

@@ -9,7 +9,7 @@
 #   PYTHON        interpreter of the venvs (python3)
 #   XFLUX_DOCTOR  the doctor's command (.venv/bin/xflux-doctor)
 #   WORK          where the venvs go (a new temporary folder, removed at the end)
-# A stack takes 1 to 6 GB and some minutes. No GPU is used. Exit 1 when any step fails.
+# A stack takes 1 to 8 GB and some minutes. No GPU is used. Exit 1 when any step fails.
 set -eu
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -33,9 +33,10 @@ install() { # a stack into an empty $work/NAME, from its own exported file
     local venv=$work/$1 begin=$SECONDS
     "$doctor" matrix export "$1" >"$work/$1.txt" || return 1
     "$python" -m venv --clear "$venv" || return 1
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check 'pip>=22.2' || return 1 # for --report
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --retries 1 --report "$work/$1.report.json" \
         -r "$work/$1.txt" || return 1
-    echo "== $1: installed in $((SECONDS - begin)) s, $("$venv/bin/python" benchmarks/stack_room.py "$work/$1.report.json")"
+    echo "== $1: installed in $((SECONDS - begin)) s"
     "$venv/bin/python" -m pip check
 }
 

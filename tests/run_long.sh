@@ -59,5 +59,5 @@ wanted() { case " $parts " in *" $1 "*) return 0 ;; esac; return 1; }
     grep -q "^FAILED" "$others" && failed=1
     rm -f "$others"
     [ "$failed" = 0 ] && echo "all passed" || echo "FAILED"
-} | sed "s|$PWD/||g" | tee "$out" # paths of one machine are nobody else's business
+} | sed -e "s|$PWD/||g" -e "s|/tmp/pytest-of-[^/]*|/tmp/pytest|g" -e "s|$HOME/|~/|g" | tee "$out" # paths of one machine are nobody else's business
 tail -1 "$out" | grep -q "all passed"

@@ -10,7 +10,9 @@ free_gib() { df -Pk "$1" 2>/dev/null | awk 'NR == 2 {print int($4 / 1048576)}'; 
 place_venvs() {
     local need=11 here there
     [ ! -e .venvs ] || return 0
+    rm -f .venvs # a link into a memory that a restart has emptied
     here=$(free_gib .) there=$(free_gib /dev/shm)
+    if grep -q '^[^ ]* /dev/shm [^ ]* [^ ]*noexec' /proc/mounts; then there=0; fi # in containers, often
     [ "${here:-$need}" -lt $need ] || return 0
     if [ "${there:-0}" -lt $need ]; then
         echo "This disk has $here GiB free and the venvs take $need: pip may end in 'No space left on device'. Free some room." >&2

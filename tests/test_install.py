@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 import venv
@@ -11,6 +13,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 MODULE = [sys.executable, "-m", "xflux_doctor.cli", "fix", "--install", "--cpu"]
@@ -22,6 +25,14 @@ def install(folder: Path, python: Path, *options: str, **variables: str) -> subp
     return subprocess.run(
         argv, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL
     )
+
+
+@pytest.fixture(scope="module")
+def with_pip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A venv to copy: pip takes seconds to be unpacked."""
+    folder = tmp_path_factory.mktemp("venv") / "venv"
+    venv.create(folder, with_pip=True, symlinks=True)
+    return folder
 
 
 def test_an_interpreter_that_the_system_manages(tmp_path: Path) -> None:
@@ -42,8 +53,8 @@ def test_a_venv_without_pip(tmp_path: Path) -> None:
     assert done.returncode == 1 and "has no pip" in done.stderr and "ensurepip" in done.stderr
 
 
-def test_the_commands_are_shown_and_nothing_runs_without_an_answer(tmp_path: Path) -> None:
-    venv.create(tmp_path / "venv", with_pip=True, symlinks=True)
+def test_the_commands_are_shown_and_nothing_runs_without_an_answer(with_pip: Path, tmp_path: Path) -> None:
+    shutil.copytree(with_pip, tmp_path / "venv", symlinks=True)
     site = next((tmp_path / "venv/lib").glob("python*/site-packages"))
     before = sorted(os.listdir(site))
     done = install(
@@ -54,9 +65,9 @@ def test_the_commands_are_shown_and_nothing_runs_without_an_answer(tmp_path: Pat
     assert "is no venv" not in done.stdout and sorted(os.listdir(site)) == before
 
 
-def test_offline_fetches_nothing(tmp_path: Path) -> None:
+def test_offline_fetches_nothing(with_pip: Path, tmp_path: Path) -> None:
     """A folder of wheels is the only place that pip may look at."""
-    venv.create(tmp_path / "venv", with_pip=True, symlinks=True)
+    shutil.copytree(with_pip, tmp_path / "venv", symlinks=True)
     stack = "cpu" if sys.version_info >= (3, 11) else "xflux-2024"
     refused = install(tmp_path, tmp_path / "venv/bin/python", "--stack", stack, "--offline", "--yes")
     assert refused.returncode == 2 and "PIP_FIND_LINKS" in refused.stderr
@@ -75,7 +86,7 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str, int], Path]]:
     def make(name: str, mib: int) -> Path:
         (tmp_path / name).mkdir()
         words = ["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(tmp_path / name)]
-        if subprocess.run(words, capture_output=True, check=False).returncode != 0:
+        if not shutil.which("mount") or subprocess.run(words, capture_output=True, check=False).returncode != 0:
             pytest.skip("needs the right to mount")
         mounted.append(tmp_path / name)
         return tmp_path / name
@@ -109,9 +120,11 @@ def packages(place: Path) -> list[str]:
     return sorted(os.listdir(next((place / "lib").glob("python*/site-packages"))))
 
 
-def test_a_disk_too_small_for_the_stack_is_told_before_pip_starts(tmp_path: Path, disk: Callable[..., Path]) -> None:
+def test_a_disk_too_small_for_the_stack_is_told_before_pip_starts(
+    with_pip: Path, tmp_path: Path, disk: Callable[..., Path]
+) -> None:
     place = disk("volume", 64)
-    venv.create(place / "venv", with_pip=True, symlinks=True)
+    shutil.copytree(with_pip, place / "venv", symlinks=True)
     before = packages(place / "venv")
     options = ballast(tmp_path, installed_gib=BALLAST_MIB / 1024)
     done = install(tmp_path, place / "venv/bin/python", *options, PIP_FIND_LINKS=str(tmp_path))
@@ -120,19 +133,34 @@ def test_a_disk_too_small_for_the_stack_is_told_before_pip_starts(tmp_path: Path
     assert packages(place / "venv") == before
 
 
-def test_a_disk_that_runs_full_is_told_in_a_sentence(tmp_path: Path, disk: Callable[..., Path]) -> None:
+def test_nobody_is_refused_for_what_is_there_already(with_pip: Path, tmp_path: Path, disk: Callable[..., Path]) -> None:
+    """pip leaves torch's libraries behind when a disk runs full; only the rest is missing at the next try."""
+    place = disk("volume", 64)
+    shutil.copytree(with_pip, place / "venv", symlinks=True)
+    there = next((place / "venv/lib").glob("python*/site-packages")) / "torch-2.0.dist-info"
+    there.mkdir()
+    (there / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.0\n")
+    options = ballast(tmp_path, installed_gib=BALLAST_MIB / 1024)
+    done = install(tmp_path, place / "venv/bin/python", *options, PIP_FIND_LINKS=str(tmp_path))
+    assert "less what is there already" in done.stdout and "pip install" in done.stdout
+    assert done.returncode == 1 and "A disk, or your share of it, is full" in done.stderr
+
+
+def test_a_disk_that_runs_full_is_told_in_a_sentence(with_pip: Path, tmp_path: Path, disk: Callable[..., Path]) -> None:
     """A site's matrix need not know the sizes, and a quota is seen by nobody: pip itself finds out."""
     place = disk("volume", 64)
-    venv.create(place / "venv", with_pip=True, symlinks=True)
+    shutil.copytree(with_pip, place / "venv", symlinks=True)
     done = install(tmp_path, place / "venv/bin/python", *ballast(tmp_path), PIP_FIND_LINKS=str(tmp_path))
     assert done.returncode == 1 and "[Errno 28]" in done.stderr, done.stderr
     assert "A disk, or your share of it, is full: pip ended with 1" in done.stderr and "df -h" in done.stderr
 
 
-def test_downloads_go_beside_the_packages_where_tmp_is_small(tmp_path: Path, disk: Callable[..., Path]) -> None:
+def test_downloads_go_beside_the_packages_where_tmp_is_small(
+    with_pip: Path, tmp_path: Path, disk: Callable[..., Path]
+) -> None:
     """A container's own disk is small, the volume with the venv is not: pip gets another TMPDIR, and no cache."""
-    place, tmp = disk("volume", 256), disk("tmp", 4)
-    venv.create(place / "venv", with_pip=True, symlinks=True)
+    place, tmp = disk("volume", 190), disk("tmp", 4)
+    shutil.copytree(with_pip, place / "venv", symlinks=True)
     options = ballast(tmp_path, installed_gib=BALLAST_MIB / 1024, download_gib=BALLAST_MIB / 1024)
     shown = [option for option in options if option not in ("--yes", "--offline")]
     python = place / "venv/bin/python"
@@ -142,3 +170,22 @@ def test_downloads_go_beside_the_packages_where_tmp_is_small(tmp_path: Path, dis
     assert command in done.stdout
     done = install(tmp_path, python, *options, TMPDIR=str(tmp), PIP_FIND_LINKS=str(tmp_path))
     assert done.returncode == 0 and "ballast" in packages(place / "venv"), done.stderr
+
+
+def test_pip_ends_with_the_doctor(with_pip: Path, tmp_path: Path) -> None:
+    """`docker stop` sends SIGTERM to the doctor alone. The index takes the connection and never answers."""
+    shutil.copytree(with_pip, tmp_path / "venv", symlinks=True)
+    python = tmp_path / "venv/bin/python"
+    options = [option for option in ballast(tmp_path) if option != "--offline"]
+    with socket.create_server(("127.0.0.1", 0)) as index:
+        argv = [*MODULE, "--python", str(python), *options]
+        environment = {**os.environ, "PIP_INDEX_URL": f"http://127.0.0.1:{index.getsockname()[1]}/simple"}
+        doctor = subprocess.Popen(argv, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+        index.settimeout(60)
+        connection, _ = index.accept()  # pip is at work
+        (pip,) = [child.pid for child in psutil.Process(doctor.pid).children() if "pip" in child.cmdline()]
+        doctor.terminate()
+        _, said = doctor.communicate(timeout=20)
+        connection.close()
+    assert doctor.returncode != 0 and "Traceback" not in said, said
+    assert not psutil.pid_exists(pip)

@@ -23,18 +23,21 @@ def disks(packages: float, temporary: float | None = None, cache: float | None =
 
 
 @pytest.mark.parametrize(("place", "expected"), [
-    (disks(14), AS_IT_IS),  # one disk: the packages, their wheels in /tmp, and in the cache
-    (disks(13.9), Arrangement(cache=False)),
+    (disks(15), AS_IT_IS),  # one disk: packages, wheels in /tmp and in the cache, one more on its way there
+    (disks(14.9), Arrangement(cache=False)),
     (disks(11), Arrangement(cache=False)),
     (disks(10.9), None),
     (disks(11, cached=False), AS_IT_IS),
-    (disks(8, 6), AS_IT_IS),  # the venv on a volume, the rest on the container's disk
+    (disks(8, 7), AS_IT_IS),  # the venv on a volume, the rest on the container's disk
+    (disks(8, 6.9), Arrangement(cache=False)),
     (disks(8, 3), Arrangement(cache=False)),
     (disks(11, 2.9), Arrangement(cache=False, temporary="/volume/venv")),
-    (disks(11, 2.9, 3), Arrangement(temporary="/volume/venv")),
+    (disks(12, 2.9, 3), Arrangement(temporary="/volume/venv")),
+    (disks(11, 2.9, 3), Arrangement(cache=False, temporary="/volume/venv")),
     (disks(10.9, 2.9), None),
     (disks(7.9, 100, 100), None),
-    (disks(8, 3, 0), Arrangement(cache=False)),
+    (disks(8, 4, 0), AS_IT_IS),  # a full cache on a disk of its own ends nothing
+    (disks(8, 3.9, 0), Arrangement(cache=False)),
 ])  # fmt: skip
 def test_the_first_way_that_fits(place: Disks, expected: Arrangement | None) -> None:
     assert arrange(DOWNLOAD, INSTALLED, place) == expected

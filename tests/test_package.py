@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +9,8 @@ import zipfile
 from pathlib import Path
 
 from conftest import ROOT
+
+from xflux_doctor.gather.shadows import shadows
 
 
 def test_wheel(tmp_path: Path) -> None:
@@ -47,17 +47,5 @@ def test_every_package_is_listed() -> None:
 
 
 def test_no_benchmark_bears_the_name_of_a_package() -> None:
-    """A script's folder is the first on the path: transformers took our kernels.py for the hub's package `kernels`."""
-    scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
-    assert not scripts & sys.stdlib_module_names
-    optional = set()
-    for library in ("transformers", "diffusers", "accelerate", "peft"):
-        found = importlib.util.find_spec(library)
-        for folder in (found and found.submodule_search_locations) or ():
-            for file in (
-                Path(folder) / "utils/import_utils.py",
-                Path(folder) / "utils/imports.py",
-                Path(folder) / "import_utils.py",
-            ):
-                optional |= set(re.findall(r"def is_(\w+)_available", file.read_text())) if file.exists() else set()
-    assert not scripts & optional
+    """A script's folder is the first on the path: transformers took a kernels.py of ours for the hub's `kernels`."""
+    assert not shadows(ROOT / "benchmarks")

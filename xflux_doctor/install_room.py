@@ -1,8 +1,9 @@
 """Where pip's downloads, cache and packages find room. pip itself finds out after minutes, by Errno 28.
 
-pip holds each wheel three times while it works: in a folder of TMPDIR until all are there, in its own cache, and
-unpacked among the packages (pip/_internal/operations/prepare.py, network/cache.py). On rented machines the first two
-lie on a small container disk, the venv on a volume.
+pip holds the wheels three times while it works: in a folder of TMPDIR until all are there, in its own cache, and
+unpacked among the packages; what goes into the cache is written to TMPDIR once more, a wheel at a time (pip 23.2,
+_internal/operations/prepare.py and _vendor/cachecontrol/filewrapper.py). On rented machines TMPDIR and the cache lie on
+a small container disk, the venv on a volume.
 """
 
 from __future__ import annotations
@@ -10,11 +11,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 GIB = 2**30
+_LARGEST = GIB
+"""Bytes of the largest wheel: torch's and cuDNN's have 0.7 to 0.9 GiB."""
 
 
 @dataclass(frozen=True)
 class Disk:
-    """A folder that pip writes to, and the free bytes of its file system. Folders with one `device` share them."""
+    """A folder that pip writes to, and the free bytes of its file system.
+
+    Folders with one `device` share them. Some that share a pool have two (btrfs, ZFS, a container's root beside a bind
+    mount): then too much is taken to fit, and pip tells.
+    """
 
     path: str
     device: int
@@ -47,7 +54,11 @@ def arrange(download: int, installed: int, disks: Disks) -> Arrangement | None:
     """
     for temporary in (disks.temporary, disks.packages):
         for cache in (disks.cache, None):
-            wanted = [(disks.packages, installed), (temporary, download), *([(cache, download)] if cache else [])]
+            spooled = min(download, _LARGEST) if cache else 0
+            wanted = [(disks.packages, installed), (temporary, download + spooled)]
+            # On a disk of its own a full cache does no harm: pip goes on without it.
+            if cache and cache.device in (disks.packages.device, temporary.device):
+                wanted.append((cache, download))
             if all(sum(b for d, b in wanted if d.device == disk.device) <= disk.free for disk, _ in wanted):
                 elsewhere = temporary.path if temporary is not disks.temporary else ""
                 return Arrangement(cache is not None or disks.cache is None, elsewhere)

@@ -17,8 +17,28 @@ def said(*sentences: str) -> list[str]:
     return [f"error: {sentence}\n" for sentence in sentences]
 
 
+def looked_for(error: str, *frames: str) -> str:
+    """A package that transformers finds and imports ends in an error, and transformers in one of its own."""
+    inside = crash(
+        error,
+        "/venv/lib/python3.11/site-packages/transformers/integrations/hub_kernels.py:83:<module>: if is_kernels_available():",
+        "/venv/lib/python3.11/site-packages/transformers/utils/import_utils.py:97:_is_package_available: package = importlib.import_module(pkg_name)",
+        "/usr/lib/python3.11/importlib/__init__.py:126:import_module: return _bootstrap._gcd_import(name[level:], package, level)",
+        *frames,
+    )
+    said = "Could not import module 'CLIPTextModel'. Are this object's requirements defined correctly?"
+    outside = crash(
+        f"ModuleNotFoundError: {said}", "/home/me/my job/train.py:3:<module>: from transformers import CLIPTextModel"
+    )
+    return f"{inside}\nThe above exception was the direct cause of the following exception:\n\n{outside}"
+
+
 MORE: dict[str, list[str]] = {
+    "torchvision-mismatch": [
+        looked_for("RuntimeError: operator torchvision::nms does not exist", "/venv/lib/python3.11/site-packages/torchvision/__init__.py:10:<module>: from torchvision import _meta_registrations"),
+    ],
     "version-skew-import": [
+        looked_for("ImportError: cannot import name 'x' from 'huggingface_hub' (/venv/lib/python3.11/site-packages/huggingface_hub/__init__.py)", "/venv/lib/python3.11/site-packages/kernels/__init__.py:1:<module>: from kernels.layer import Device"),
         crash("ImportError: cannot import name 'LocalEntryNotFoundError' from 'huggingface_hub.errors' (/x/huggingface_hub/errors.py)"),
         crash("ImportError: Found an incompatible version of torchao. Found version 0.15.0, but only versions above 0.16.0 are supported"),
         crash("TypeError: scaled_dot_product_attention() got an unexpected keyword argument 'enable_gqa'"),
@@ -91,6 +111,7 @@ MORE: dict[str, list[str]] = {
         "black-forest-labs/FLUX.1-dev is not on this machine and the hub may not be asked (HF_HUB_OFFLINE is set). Unset it."),
     ],
     "module-missing": [
+        looked_for("ModuleNotFoundError: No module named '_lzma'", "/venv/lib/python3.11/site-packages/soundfile.py:12:<module>: import lzma", "/usr/lib/python3.11/lzma.py:27:<module>: from _lzma import *"),
         *said("quantization nf4 needs bitsandbytes, which is not installed. Install it with `pip install bitsandbytes`, or set another quantization.",
               "optimizer is adamw8bit, but torchao cannot be imported: No module. Run `pip install 'torchao'`, or set optimizer to adamw or adafactor.",
               "train.parquet is a table. Run `pip install pyarrow`.",
@@ -141,13 +162,7 @@ MORE: dict[str, list[str]] = {
         crash("ImportError: cannot import name 'Tensor' from 'torch' (/home/me/job/torch.py)"),
         crash("AttributeError: module 'torch' has no attribute 'nn' (consider renaming '/home/me/job/torch.py' since it has the same name as the library you intended to import)"),
         crash("ModuleNotFoundError: No module named 'torch.nn'; 'torch' is not a package"),
-        crash(
-            "ModuleNotFoundError: No module named 'helpers'",
-            "/venv/lib/python3.11/site-packages/transformers/integrations/hub_kernels.py:83:<module>: if is_kernels_available():",
-            "/venv/lib/python3.11/site-packages/transformers/utils/import_utils.py:97:_is_package_available: package = importlib.import_module(pkg_name)",
-            "/usr/lib/python3.11/importlib/__init__.py:126:import_module: return _bootstrap._gcd_import(name[level:], package, level)",
-            "/home/me/job/kernels.py:1:<module>: from helpers import fast",
-        ),
+        looked_for("ModuleNotFoundError: No module named 'helpers'", "/home/me/my job/kernels.py:1:<module>: from helpers import fast"),
     ],
     "setting-refused": said(
         "The accelerate config asks for MEGATRON_LM, which this trainer does not do. Set distributed_type to NO.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -63,7 +64,7 @@ def run(inputs: Inputs, *, yes: bool) -> int:
         confirm(yes, "Run these commands?")
         environment = {**os.environ, **({"TMPDIR": room.temporary} if room.temporary else {})}
         for argv, shown in commands:
-            _pip(argv, shown, environment, python)
+            _pip(argv, shown, environment, (python.prefix, environment.get("TMPDIR") or tempfile.gettempdir()))
     after = summarize(build(inputs, matrices.load_with(inputs.matrix)))
     wrong = [v for v in after.verdicts if v.check.startswith("SW") and v.status in ("error", "crashed")]
     for verdict in wrong:
@@ -73,23 +74,26 @@ def run(inputs: Inputs, *, yes: bool) -> int:
     return 1 if wrong else 0
 
 
-def _pip(argv: list[str], shown: str, environment: Mapping[str, str], python: PythonFacts) -> None:
+def _pip(argv: list[str], shown: str, environment: Mapping[str, str], places: tuple[str, ...]) -> None:
     """Run pip, its words passed on as they come. Raises DoctorError where it fails."""
     last: list[str] = []
     with subprocess.Popen(
         argv, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment, text=True, errors="replace"
     ) as pip:
-        for line in pip.stderr or ():
-            sys.stderr.write(line)
-            sys.stderr.flush()
-            last = [*last, line][-_KEPT:]
+        try:
+            for line in pip.stderr or ():
+                sys.stderr.write(line)
+                sys.stderr.flush()
+                last = [*last, line][-_KEPT:]
+        except BaseException:  # a signal ends pip too, as it would have without us
+            pip.kill()
+            raise
     if pip.returncode == 0:
         return
     if _NO_ROOM.search("".join(last)):
-        places = f"{python.prefix} and {environment.get('TMPDIR') or tempfile.gettempdir()}"
         raise DoctorError(
             f"A disk, or your share of it, is full: pip ended with {pip.returncode}: {shown}",
-            f"Look at `df -h` and `quota` for {places}; free some room, or make a venv on a larger disk.",
+            f"Look at `df -h {shlex.join(places)}` and `quota`; free some room, or make a venv on a larger disk.",
         )
     raise DoctorError(f"pip ended with {pip.returncode}: {shown}", "Its last lines above say why.")
 
@@ -97,29 +101,39 @@ def _pip(argv: list[str], shown: str, environment: Mapping[str, str], python: Py
 def _room(case: Case, python: PythonFacts, anew: Mapping[str, str], *, offline: bool) -> install_room.Arrangement:
     """How pip is called so that the stack fits on this machine's disks. Raises DoctorError where it does not fit.
 
-    torch and its CUDA libraries are nine tenths of a stack: where they are as they should be, nothing is asked.
+    torch and its CUDA libraries are nine tenths of a stack: where torch is the stack's, nothing is asked; where another
+    torch or some of those libraries are there (from a try that ran out of room), nobody is refused.
     """
     assert case.stack is not None
-    pin, torch = case.stack.packages.get("torch"), (case.facts.packages or {}).get("torch")
-    if case.stack.installed_gib is None or (
-        pin and torch and "torch" not in anew and pins.judge(pin, torch) == "exact"
-    ):
+    packages = case.facts.packages or {}
+    pin, torch = case.stack.packages.get("torch"), packages.get("torch")
+    right = pin is not None and torch is not None and "torch" not in anew and pins.judge(pin, torch) == "exact"
+    if case.stack.installed_gib is None or right:
         return install_room.Arrangement()
     disks = _disks(python)
+    if disks is None:
+        return install_room.Arrangement()
     download = 0 if offline else int((case.stack.download_gib or 0) * install_room.GIB)
     installed = int(case.stack.installed_gib * install_room.GIB)
-    found = disks and install_room.arrange(download, installed, disks)
-    if disks is None or found:
-        return found or install_room.Arrangement()
+    found = install_room.arrange(download, installed, disks)
+    if found:
+        return found
+    missing = install_room.shortage(download, installed, disks)
+    if any(name == "torch" or name.startswith("nvidia-") for name in packages):
+        click.echo(f"! {missing}, less what is there already.")
+        return install_room.Arrangement()
     raise DoctorError(
-        f"{install_room.shortage(download, installed, disks)}: pip would end in 'No space left on device'.",
+        f"{missing}: pip would end in 'No space left on device'.",
         f"Free some room, or make a venv on a larger disk (`df -h` shows them) and name its Python by --python. "
         f"By hand it can still be tried: `xflux-doctor matrix export {case.stack.name}` writes what pip takes.",
     )
 
 
 def _disks(python: PythonFacts) -> install_room.Disks | None:
-    """The three places of pip. None where one of them cannot be looked at: pip will say what it finds."""
+    """The three places of pip. None where one of them is not known: pip will say what it finds."""
+    elsewhere = [name for name in ("PIP_USER", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT") if os.environ.get(name)]
+    if elsewhere or not os.access(python.prefix, os.W_OK):  # then pip takes the user's own folder
+        return None
     argv = [python.executable, "-m", "pip", "cache", "dir"]
     try:
         asked = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False)
@@ -133,7 +147,9 @@ def _disks(python: PythonFacts) -> install_room.Disks | None:
 def _disk(path: str) -> install_room.Disk:
     existing = next(place for place in (Path(path), *Path(path).parents) if place.exists())
     stat = os.statvfs(existing)
-    return install_room.Disk(path, existing.stat().st_dev, stat.f_bavail * stat.f_frsize)
+    # File systems over object storage, and a tmpfs without a limit, tell no size.
+    free = stat.f_bavail * stat.f_frsize if stat.f_blocks else sys.maxsize
+    return install_room.Disk(path, existing.stat().st_dev, free)
 
 
 def broken(case: Case) -> dict[str, str]:

@@ -10,10 +10,11 @@ _NOT_WRITTEN = r"(?:PermissionError|OSError|NotADirectoryError|FileExistsError):
 _FOLDERS = "(torch|accelerate|diffusers|transformers|datasets|deepspeed|peft|numpy|safetensors|PIL|yaml|tokenizers)"
 """Packages that are folders: a single file of that name is another's."""
 _OPTIONAL = (
-    r'import_utils\.py", line \d+, in _is_package_available(?:.*\n)+?'
-    r'\s*File "(?!\S*-packages/)\S+\.py", line \d+, in <module>'
+    r'import_utils\.py", line \d+, in _is_package_available\n(?:(?!\s*File ").*\n)*'
+    r'(?:\s*File "[^"]*(?:importlib/__init__\.py|importlib\._bootstrap\w*>)".*\n(?:(?!\s*File ").*\n)*)*'
+    r'\s*File "(?![^"]*(?:-packages/|/lib(?:64)?/python3))[^"]+\.py", line \d+, in <module>'
 )
-"""A library looks whether a package is there, imports it, and comes to a file that is no package's."""
+"""A library looks whether a package is there and imports it, and the first file that runs is in no package's place."""
 _SAVES = r"save|makedirs|mkdir|open\(|Writer|checkpoint|log"
 
 RULES: tuple[Rule, ...] = (
