@@ -15,7 +15,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "files", "redact", "facts", "finding", "conditions", "matrix_types", "matrix_lint", "matrix", "choose",
      "pins",     "accelerate_sections", "accelerate_keys", "known_variables", "visible", "xflux_config", "xflux_images",
      "xflux", "shellwords", "command", "deepspeed_keys", "deepspeed_file", "job", "cluster", "placement", "batch",
-     "launched", "topology", "floors"),
+     "launched", "topology", "floors", "install_room"),
     (
         "gather.deadline", "gather.cluster", "gather.environment", "gather.hub_cache", "gather.mounts",
         "gather.folders",

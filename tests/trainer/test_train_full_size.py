@@ -74,7 +74,7 @@ def test_every_row_is_a_config() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU")
-@pytest.mark.parametrize("script", ["kernels", "lora_kernels"])
+@pytest.mark.parametrize("script", ["pointwise_kernels", "lora_kernels"])
 def test_kernels_are_not_measured_without_a_gpu(script: str) -> None:
     """A sentence, also where Triton, whose kernels are measured, is not installed."""
     done = run(script=script)
