@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from kernels import device_seconds, host_seconds, opened, save
+from pointwise_kernels import device_seconds, host_seconds, opened, save
 from xflux_trainer import fastops, pointwise
 from xflux_trainer.pointwise import Part
 
