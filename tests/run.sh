@@ -6,10 +6,18 @@ set -m # else a job in the background ignores Ctrl-C, and so would all that its 
 cd "$(dirname "$0")/.."
 . tests/stack_venv.sh
 place_venvs
+logs=$(mktemp -d)
+# Whatever ends this ends what it started.
+trap 'for job in $(cat "$logs"/*.pid 2>/dev/null); do kill -- "-$job" 2>/dev/null || true; done; rm -rf "$logs"' EXIT
+for stack in $1; do
+    (stack_venv "$stack") &
+    echo $! >"$logs/$stack.pid"
+done
 made=""
 for stack in $1; do
     rc=0
-    stack_venv "$stack" || rc=$?
+    wait "$(cat "$logs/$stack.pid")" || rc=$?
+    rm "$logs/$stack.pid"
     [ "$rc" = 1 ] && continue # not for this Python
     [ "$rc" = 0 ] || exit 1
     made="$made $stack"
@@ -24,10 +32,6 @@ bin=.venvs/${first%% *}/bin
 "$bin/ruff" check .
 "$bin/ruff" format --check .
 "$bin/mypy"
-logs=$(mktemp -d)
-jobs=""
-# Whatever ends this ends the tests.
-trap 'for job in $(cat "$logs"/*.pid 2>/dev/null); do kill -- "-$job" 2>/dev/null || true; done; rm -rf "$logs"' EXIT
 test_stack() {
     local python=.venvs/$1/bin/python rc=0
     "$python" -m pytest -m "not long" --share "$2" --durations=8 -p no:cacheprovider || rc=1

@@ -34,7 +34,8 @@ stack_venv() {
         export TMPDIR
     fi
     "${PYTHON:-python3}" -m venv "$venv" || return 2
-    "$venv/bin/python" $pip --editable '.[dev]' || return 2
+    # Two at once would build in the same folder.
+    flock .venvs/editable.lock "$venv/bin/python" $pip --editable '.[dev]' || return 2
     why=$("$venv/bin/python" tests/stack_fits.py "$1") || fits=$?
     if [ "$fits" = 3 ]; then
         echo "Stack $1 is not tested: it $why."

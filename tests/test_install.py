@@ -99,6 +99,13 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str, int], Path]]:
 BALLAST_MIB = 60
 
 
+def pretend(place: Path, name: str, version: str) -> None:
+    """The metadata of a package, as pip leaves it."""
+    folder = next((place / "lib").glob("python*/site-packages")) / f"{name.replace('-', '_')}-{version}.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
 def ballast(folder: Path, **sizes: float) -> tuple[str, ...]:
     """Options that install a stack of one wheel of 60 MiB, from a folder; the matrix says its `sizes` or does not."""
     meta = "Metadata-Version: 2.1\nName: ballast\nVersion: 1.0\n"
@@ -125,6 +132,7 @@ def test_a_disk_too_small_for_the_stack_is_told_before_pip_starts(
 ) -> None:
     place = disk("volume", 64)
     shutil.copytree(with_pip, place / "venv", symlinks=True)
+    pretend(place / "venv", "nvidia-ml-py", "13.615.71")  # the doctor's own, which lies in the same venv
     before = packages(place / "venv")
     options = ballast(tmp_path, installed_gib=BALLAST_MIB / 1024)
     done = install(tmp_path, place / "venv/bin/python", *options, PIP_FIND_LINKS=str(tmp_path))
@@ -137,9 +145,7 @@ def test_nobody_is_refused_for_what_is_there_already(with_pip: Path, tmp_path: P
     """pip leaves torch's libraries behind when a disk runs full; only the rest is missing at the next try."""
     place = disk("volume", 64)
     shutil.copytree(with_pip, place / "venv", symlinks=True)
-    there = next((place / "venv/lib").glob("python*/site-packages")) / "torch-2.0.dist-info"
-    there.mkdir()
-    (there / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.0\n")
+    pretend(place / "venv", "nvidia-cudnn-cu12", "9.1.0.70")
     options = ballast(tmp_path, installed_gib=BALLAST_MIB / 1024)
     done = install(tmp_path, place / "venv/bin/python", *options, PIP_FIND_LINKS=str(tmp_path))
     assert "less what is there already" in done.stdout and "pip install" in done.stdout

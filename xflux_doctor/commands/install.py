@@ -119,7 +119,7 @@ def _room(case: Case, python: PythonFacts, anew: Mapping[str, str], *, offline: 
     if found:
         return found
     missing = install_room.shortage(download, installed, disks)
-    if any(name == "torch" or name.startswith("nvidia-") for name in packages):
+    if any(name.startswith(("torch", "nvidia-cudnn", "nvidia-nccl")) for name in packages):
         click.echo(f"! {missing}, less what is there already.")
         return install_room.Arrangement()
     raise DoctorError(
