@@ -6,7 +6,8 @@ set -u
 cd "$(dirname "$0")/.."
 . tests/stack_venv.sh
 place_venvs
-pythons=${PYTHONS:-$(for n in 10 11 12 13 14; do command -v "python3.$n"; done)}
+# A shim that starts nothing is no Python.
+pythons=${PYTHONS:-$(for n in 10 11 12 13 14; do "python3.$n" -c "" 2>/dev/null && command -v "python3.$n"; done)}
 export PYTHONS=$pythons # a skew of another Python looks for it here
 all="soaks trainer skews pythons"
 parts=${PARTS:-$all}

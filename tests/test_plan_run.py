@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from conftest import GIB, XFLUX_ACCELERATE, gpus, machine, packages, record
-from PIL import Image
 
 from xflux_doctor.cli import main
 from xflux_doctor.commands import lighter
@@ -24,13 +25,24 @@ ONE = XFLUX_ACCELERATE.replace("num_processes: 8", "num_processes: 1").replace("
 USUAL = ["--config", "train.yaml", "--accelerate-config", "accelerate.yaml", "--facts", "facts.json"]
 
 
+def black(edge: int) -> bytes:
+    """A whole PNG, by no imaging library: the doctor's tests run without the trainer's packages."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", edge, edge, 8, 2, 0, 0, 0))
+    rows = chunk(b"IDAT", zlib.compress(bytes((3 * edge + 1) * edge)))
+    return b"\x89PNG\r\n\x1a\n" + header + rows + chunk(b"IEND", b"")
+
+
 @pytest.fixture
 def place(tmp_path: Path, matrix: Matrix, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The seed's job beside one H100."""
     found = packages(matrix, "cuda13", triton="3.6.0")
     record(tmp_path / "facts.json", machine(matrix, gpus=gpus("H100", 1, memory_free=79 * GIB), packages=found))
     (tmp_path / "images").mkdir()
-    Image.new("RGB", (1024, 1024)).save(tmp_path / "images" / "a.png")
+    (tmp_path / "images" / "a.png").write_bytes(black(1024))
     (tmp_path / "images" / "a.json").write_text('{"caption": "a"}')
     (tmp_path / "accelerate.yaml").write_text(ONE)
     monkeypatch.chdir(tmp_path)
