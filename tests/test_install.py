@@ -135,7 +135,7 @@ def test_a_disk_too_small_for_the_stack_is_told_before_pip_starts(
     before = packages(place / "venv")
     options = ballast(tmp_path, installed_gib=BALLAST_MIB / 1024)
     done = install(tmp_path, place / "venv/bin/python", *options, PIP_FIND_LINKS=str(tmp_path))
-    assert done.returncode == 1 and f"{place}/venv is on a disk with 0.0 GiB free" in done.stderr, done.stderr
+    assert done.returncode == 1 and f"{place}/venv is on a disk with 0." in done.stderr, done.stderr
     assert "Free some room" in done.stderr and "pip install" not in done.stdout
     assert packages(place / "venv") == before
 

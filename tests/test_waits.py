@@ -22,11 +22,11 @@ from xflux_doctor.heartbeat import Beat, state
 from xflux_doctor.waits import Thread
 
 SITS = """
-import os, sys, threading, time
+import ctypes, os, sys, threading
 def futex(_): lock = threading.Lock(); lock.acquire(); lock.acquire()
 def read(name): os.read(os.open(name, os.O_RDWR), 1)
 def opens(name): open(name)
-def sleep(_): time.sleep(60)
+def sleep(_): ctypes.CDLL(None).sleep(60)  # Python's own is another call before 3.11
 def beside(name):  # a thread and a child that wait, and a main thread that does too
     if os.fork() == 0:
         read(name)
