@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from pointwise_kernels import device_seconds, host_seconds, opened, save
+from pointwise_kernels import device_seconds, finish, host_seconds, opened
 from xflux_trainer import fastops, pointwise
 from xflux_trainer.pointwise import Part
 
@@ -185,10 +185,7 @@ def main() -> int:
                 for key in ("microseconds", "torch_microseconds")
             )
             print(f"a step at 1024 px, rank {rank}, 12 targets: {ours:.1f} ms on the device, by torch {plain:.1f} ms")
-    print(f"{time.perf_counter() - started:.0f} s")
-    if args.json:
-        save(args.json, ceiling, lines)
-    return 0
+    return finish(started, args.json, ceiling, lines)
 
 
 if __name__ == "__main__":

@@ -176,9 +176,14 @@ def opened() -> float | None:
     return ceiling
 
 
-def save(file: Path, ceiling: float, lines: Sequence[Any]) -> None:
+def finish(started: float, file: Path | None, ceiling: float, lines: Sequence[Any]) -> int:
+    """Say how long it took, write the lines where they are wanted; the exit code."""
+    print(f"{time.perf_counter() - started:.0f} s")
+    if file is None:
+        return 0
     about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "copy_bytes_per_second": ceiling}
     file.write_text(json.dumps({**about, "lines": [asdict(line) for line in lines]}, indent=1) + "\n")
+    return 0
 
 
 def main() -> int:
@@ -199,10 +204,7 @@ def main() -> int:
                 f"{line.of_copy:9.0%}{line.host_microseconds:9.1f}{line.times_torch:9.1f}{line.places:8.2f}"
             )
             lines.append(line)
-    print(f"{time.perf_counter() - started:.0f} s")
-    if args.json:
-        save(args.json, ceiling, lines)
-    return 0
+    return finish(started, args.json, ceiling, lines)
 
 
 if __name__ == "__main__":

@@ -246,6 +246,8 @@ def tree(root: Path, files: dict[str, str]) -> Path:
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A FLUX of random weights in the hub's own layout, made once; nobody writes into it."""
+    for needed in ("torch", "diffusers"):
+        pytest.importorskip(needed)
     folder = tmp_path_factory.mktemp("model") / "tiny"
     subprocess.run(
         [sys.executable, str(ROOT / "examples/demo/make_tiny_flux.py"), str(folder)], check=True, timeout=300

@@ -184,7 +184,9 @@ def test_pip_ends_with_the_doctor(with_pip: Path, tmp_path: Path) -> None:
     options = [option for option in ballast(tmp_path) if option != "--offline"]
     with socket.create_server(("127.0.0.1", 0)) as index:
         argv = [*MODULE, "--python", str(python), *options]
+        (tmp_path / "tmp").mkdir()
         environment = {**os.environ, "PIP_INDEX_URL": f"http://127.0.0.1:{index.getsockname()[1]}/simple"}
+        environment["TMPDIR"] = str(tmp_path / "tmp")
         doctor = subprocess.Popen(argv, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
         index.settimeout(60)
         connection, _ = index.accept()  # pip is at work
@@ -194,4 +196,4 @@ def test_pip_ends_with_the_doctor(with_pip: Path, tmp_path: Path) -> None:
         _, said = doctor.communicate(timeout=20)
         connection.close()
     assert doctor.returncode != 0 and "Traceback" not in said, said
-    assert not pip.exists()
+    assert not pip.exists() and not list((tmp_path / "tmp").iterdir())  # what it had fetched is gone too

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from xflux_doctor.install_room import GIB, Arrangement, Disk, Disks, arrange, shortage
+from xflux_doctor.install_room import AS_IT_IS, GIB, Arrangement, Disk, Disks, arrange, shortage
 
 DOWNLOAD, INSTALLED = 3 * GIB, 8 * GIB
-AS_IT_IS = Arrangement()
 
 
 def disks(packages: float, temporary: float | None = None, cache: float | None = None, *, cached: bool = True) -> Disks:
     """Free GiB of the venv's disk, of /tmp's and of the cache's; None: the same disk as the one before."""
     venv = Disk("/volume/venv", 1, int(packages * GIB))
     tmp = Disk("/tmp", 1, venv.free) if temporary is None else Disk("/tmp", 2, int(temporary * GIB))
-    kept = (
-        Disk("/root/.cache/pip", tmp.device, tmp.free)
-        if cache is None
-        else Disk("/root/.cache/pip", 3, int(cache * GIB))
-    )
+    kept = Disk("/cache/pip", tmp.device, tmp.free) if cache is None else Disk("/cache/pip", 3, int(cache * GIB))
     return Disks(venv, tmp, kept if cached else None)
 
 

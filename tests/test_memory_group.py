@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +82,7 @@ def train(group: Path, file: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(argv, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=280, check=False)
 
 
-@pytest.mark.skipif(find_spec("diffusers") is None, reason="needs the trainer's packages")
 def test_a_run_lives_a_little_above_its_forecast_and_dies_below(tmp_path: Path, model: Path) -> None:
-    pytest.importorskip("torch")
-    pytest.importorskip("diffusers")
     pytest.importorskip("transformers")
     settings: dict[str, Any] = {
         "pretrained_model": str(model), "img_dir": str(ROOT / "examples" / "demo" / "photos"), "img_size": 64,

@@ -46,6 +46,9 @@ class Arrangement:
     """The folder for TMPDIR; empty: as it is."""
 
 
+AS_IT_IS = Arrangement()
+
+
 def arrange(download: int, installed: int, disks: Disks) -> Arrangement | None:
     """The first of four ways that fits: as it is, without a cache, with downloads beside the packages, with both.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,8 @@ from xflux_doctor.inputs import Inputs, build
 _NO_ROOM = re.compile(r"No space left on device|Disk quota exceeded|Errno (?:28|122)\b")
 _KEPT = 40
 """Last lines of pip's errors that are looked at."""
+_CLEARING = 5.0
+"""Seconds in which pip, told to end, removes its own folders."""
 
 
 def run(inputs: Inputs, *, yes: bool) -> int:
@@ -85,8 +88,13 @@ def _pip(argv: list[str], shown: str, environment: Mapping[str, str], places: tu
                 sys.stderr.write(line)
                 sys.stderr.flush()
                 last = [*last, line][-_KEPT:]
-        except BaseException:  # a signal ends pip too, as it would have without us
-            pip.kill()
+        except BaseException as ended:  # a signal ends pip too, as it would have without us
+            if not isinstance(ended, KeyboardInterrupt):  # the terminal sends that one to both
+                pip.send_signal(signal.SIGINT)  # of this one alone does pip remove the gigabytes that it has fetched
+            try:
+                pip.wait(_CLEARING)
+            except subprocess.TimeoutExpired:
+                pip.kill()
             raise
     if pip.returncode == 0:
         return
@@ -109,10 +117,10 @@ def _room(case: Case, python: PythonFacts, anew: Mapping[str, str], *, offline: 
     pin, torch = case.stack.packages.get("torch"), packages.get("torch")
     right = pin is not None and torch is not None and "torch" not in anew and pins.judge(pin, torch) == "exact"
     if case.stack.installed_gib is None or right:
-        return install_room.Arrangement()
+        return install_room.AS_IT_IS
     disks = _disks(python)
     if disks is None:
-        return install_room.Arrangement()
+        return install_room.AS_IT_IS
     download = 0 if offline else int((case.stack.download_gib or 0) * install_room.GIB)
     installed = int(case.stack.installed_gib * install_room.GIB)
     found = install_room.arrange(download, installed, disks)
@@ -121,7 +129,7 @@ def _room(case: Case, python: PythonFacts, anew: Mapping[str, str], *, offline: 
     missing = install_room.shortage(download, installed, disks)
     if any(name.startswith(("torch", "nvidia-cudnn", "nvidia-nccl")) for name in packages):
         click.echo(f"! {missing}, less what is there already.")
-        return install_room.Arrangement()
+        return install_room.AS_IT_IS
     raise DoctorError(
         f"{missing}: pip would end in 'No space left on device'.",
         f"Free some room, or make a venv on a larger disk (`df -h` shows them) and name its Python by --python. "
@@ -174,7 +182,7 @@ def pip_commands(
     python: str,
     folder: Path,
     anew: Mapping[str, str] = MappingProxyType({}),
-    room: install_room.Arrangement = install_room.Arrangement(),  # noqa: B008 - frozen
+    room: install_room.Arrangement = install_room.AS_IT_IS,
     *,
     offline: bool = False,
 ) -> list[tuple[list[str], str]]:
