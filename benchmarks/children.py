@@ -110,7 +110,8 @@ def _run(argv: list[str], deadline: float, environment: dict[str, str]) -> Outco
 
 
 def host(planned: list[Outcome], ran: list[Outcome]) -> list[Outcome]:
-    """Of each rank of a run the host's memory beside what `plan --format json` foretold, in bytes."""
+    """Of each rank of a run the host's memory beside what `plan --format json` foretold (its ranks, or for one rank the
+    plan that was taken), in bytes."""
     found = []
     for forecast, rank in zip(planned, ran):  # noqa: B905 (a file's ranks may be more than those that run)
         want, peaks = forecast["host"]["peak_bytes"], rank["host"]

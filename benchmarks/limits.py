@@ -88,7 +88,7 @@ def under(work: Path, mode: str, limit: int, allow: list[str], options: argparse
     return {
         **found, "outcome": "trained", "seconds_per_step": metrics["seconds_per_step"], "peak": peaks,
         "nvml_gib": most / GIB, "within": most <= limit * GIB, "notes": metrics.get("notes"),
-        "host": children.host(document["ranks"], metrics["per_rank"]),
+        "host": children.host([plan], metrics["per_rank"]),
     }  # fmt: skip
 
 

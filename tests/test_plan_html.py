@@ -124,9 +124,10 @@ def test_a_table_has_the_bars_numbers(job: Planned) -> None:
     other = next(table for table in read.tables if "lossy" in table[0])
     for cells, row in zip(other[1:], ordered, strict=True):
         assert cells[1:3] == [row.verdict(job.cards) or "unknown", f"{row.device / GIB:.1f} GiB"]
-        assert cells[3] == ("unknown" if row.seconds is None else f"{row.seconds:.2f} s")
-        assert cells[4] == ("yes" if row.lossy else "no")
-        assert all(f"{key}: " in cells[5] for key in row.changes) and (row.changes or cells[5] == "none")
+        assert row.host and cells[3] == f"{row.host / GIB:.1f} GiB"
+        assert cells[4] == ("unknown" if row.seconds is None else f"{row.seconds:.2f} s")
+        assert cells[5] == ("yes" if row.lossy else "no")
+        assert all(f"{key}: " in cells[6] for key in row.changes) and (row.changes or cells[6] == "none")
 
 
 def test_it_stands_alone(job: Planned) -> None:

@@ -17,10 +17,9 @@ from torch import Tensor
 from xflux_trainer import kohya, xlabs
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.errors import CheckpointError
-from xflux_trainer.files import write_bytes
 from xflux_trainer.fused import A, B, Pair, complete, explode, flat, fuse, pairs
 from xflux_trainer.targets import FILES, unplaced
-from xflux_trainer.tensorfile import to_bytes
+from xflux_trainer.tensorfile import write_whole
 
 ADAPTER_FILE = FILES["diffusers"]
 PREFIX = "transformer."
@@ -56,7 +55,10 @@ def write(
     `weights` are by inner names; their products count `scale` times. Raises `CheckpointError` for layers that the
     format has no place for, `WriteError` where the file cannot be written.
     """
-    adapters = {name: (down.float(), up.float() * scale) for name, (down, up) in pairs(weights).items()}
+    adapters = {
+        name: (down.float(), up.float() if scale == 1 else up.float() * scale)
+        for name, (down, up) in pairs(weights).items()
+    }
     tensors = to_format(adapters, form)
     ranks = [tensor.shape[0] for name, tensor in tensors.items() if _is_down(name)]
     metadata = {
@@ -69,7 +71,7 @@ def write(
     }
     # Adapters that share an A have a copy each, as every reader of a file expects.
     whole = {name: tensor if name.endswith(".alpha") else tensor.to(dtype) for name, tensor in tensors.items()}
-    write_bytes(path, to_bytes(whole, metadata))
+    write_whole(path, whole, metadata)
     return max(ranks)
 
 

@@ -32,6 +32,7 @@ from xflux_trainer.memory_terms import (
     weights,
     width,
 )
+from xflux_trainer.savings import held
 from xflux_trainer.spec import FluxSpec
 from xflux_trainer.trained import trained
 
@@ -114,6 +115,11 @@ class Bill:
     @property
     def disk_total(self) -> int:
         return sum(term.bytes for term in self.disk)
+
+
+def pinned(config: TrainConfig, spec: FluxSpec) -> int:
+    """Bytes of streamed weights that one rank holds of the host's memory, for a GPU."""
+    return held(config, spec, width(config)).host
 
 
 def forecast(

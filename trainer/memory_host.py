@@ -36,6 +36,8 @@ NCCL, NCCL_ENCODING, NCCL_CUTTING, DEEPSPEED = 320 * MIB, 520 * MIB, 200 * MIB, 
 with the first step. torch 2.11, NCCL 2.28, DeepSpeed 0.19: benchmarks/results/host_memory-2-ranks-*-2026-11-29.json."""
 WRITING = 90 * MIB
 """On a GPU, of the rank that writes the result, beside the tensors themselves."""
+JOINED = 2
+"""Times the adapters that another format's tensors take beside them: measured for kohya's and X-Flux's at rank 16."""
 BY_ONE, ALONE = ("writing", "adapter files", "a tensor on its way"), ("sample",)
 """Terms and phases of rank 0 alone, which writes results and draws samples."""
 STAGING = 16 * (16 << 20)
@@ -130,8 +132,17 @@ def _written(config: TrainConfig, spec: FluxSpec, *, on_cpu: bool) -> Iterator[T
     if not on_cpu:
         yield Term("writing", WRITING, "train", "the result, at the end, by the first rank; as measured")
     if config.mode == "lora" and not on_cpu:
-        size = 3 * 4 * trained(config, spec).parameters
-        yield Term("adapter files", size, "train", "fp32, at the end: tensors, their bytes, and the file of them")
+        yield _adapters(config, spec)
+
+
+def _adapters(config: TrainConfig, spec: FluxSpec) -> Term:
+    """Beyond diffusers' format they are laid together anew; B is multiplied by a scale that is not 1. In fp32."""
+    joined = any(form != "diffusers" for form in config.formats)
+    scaled = config.alpha != config.rank
+    size = 4 * trained(config, spec).parameters
+    size += (JOINED * size if joined else 0) + (size // 2 if scaled else 0)
+    why = ", ".join(["fp32, at the end", *["laid together"] * joined, *["scaled"] * scaled])
+    return Term("adapter files", size, "train", why)
 
 
 # A run on the CPU ----------------------------------------------------------------------------------------

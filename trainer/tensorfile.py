@@ -12,6 +12,7 @@ import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,11 +37,10 @@ class TensorFile:
             self._start[name] = end
             end += dtype.itemsize * torch.Size(shape).numel()
             header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [self._start[name], end]}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self._data = 8 + len(text)
+        head = _head(header)
+        self._data = len(head)
         self._file = path.open("wb")
-        self._file.write(struct.pack("<Q", len(text)) + text)
+        self._file.write(head)
         self._file.truncate(self._data + end)
 
     def put(self, name: str, tensor: Tensor, row: int = 0) -> None:
@@ -50,8 +50,7 @@ class TensorFile:
         if tuple(tensor.shape[1:]) != shape[1:] or row + rows > _rows(shape):
             raise ValueError(f"{name}: {tuple(tensor.shape)} at row {row} does not fit into {shape}")
         self._file.seek(self._data + self._start[name] + row * width * self.dtype.itemsize)
-        raw = tensor.detach().to("cpu", self.dtype).contiguous().reshape(-1).view(torch.uint8)
-        self._file.write(raw.numpy())
+        self._file.write(_raw(tensor.detach().to("cpu", self.dtype)))
         self._left[name] -= rows
 
     def close(self) -> None:
@@ -93,24 +92,38 @@ def write_placed(
     return path
 
 
-def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """A whole file of tensors that the host holds anyway, of any of `NAMES`' formats.
+def write_whole(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a file of tensors that the host holds anyway, of any of `NAMES`' formats, without a copy of them.
 
     Equal tensors and metadata give equal bytes. safetensors' own writer puts the metadata into another order in every
-    process, so that no hash of a file could be compared.
+    process, so that no hash of a file could be compared. Raises `WriteError`.
     """
     # The widest first, as safetensors has them: each lies at a multiple of its own size.
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
-    parts, end = [], 0
+    end = 0
     for name in order:
-        tensor = tensors[name].detach().to("cpu").contiguous()
-        parts.append(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-        start, end = end, end + len(parts[-1])
+        tensor = tensors[name]
+        start, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    with new_file(path) as temporary, temporary.open("wb") as file:
+        file.write(_head(header))
+        for name in order:
+            file.write(_raw(tensors[name]))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _head(header: Mapping[str, object]) -> bytes:
+    """What stands before the tensors' bytes: the length of the JSON, and the JSON, filled up to eight bytes."""
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return b"".join([struct.pack("<Q", len(text)), text, *parts])
+    return struct.pack("<Q", len(text)) + text
+
+
+def _raw(tensor: Tensor) -> Any:
+    """The bytes of a tensor, row by row; its own memory where that lies so on the host."""
+    return tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def swap_halves(tensor: Tensor) -> Tensor:

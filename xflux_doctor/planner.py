@@ -27,6 +27,7 @@ from xflux_doctor.bill import forecast_of, fused, has_triton, multiplies_fp8, sp
 from xflux_doctor.check import Case, SkipCheck
 from xflux_doctor.facts import Gpu
 from xflux_doctor.finding import Edit
+from xflux_doctor.hostroom import host_room_of, pinned
 from xflux_doctor.plans import Card, Row, at_peak, describe, lossy_keys, recomputing
 from xflux_doctor.refused import refusals
 from xflux_doctor.verdict import FITS, TIGHT, held_by, reserved
@@ -78,7 +79,7 @@ def _shared_otherwise(case: Case, cards: tuple[Card, ...], visible: tuple[Gpu, .
                 changes = {edits[0].key[0]: edits[0].value, **row.changes}
                 more.append(dataclasses.replace(row, label=label, changes=changes, sharing=edits))
     ranked = sorted([*found.rows, *more], key=lambda row: (not row.fits, _order(row)))
-    allowed = [row for row in ranked if row in more and row.allowed]
+    allowed = [row for row in ranked if row in more and row.allowed and not row.lacks]
     taken = next((row for word in ("fits", "tight") for row in allowed if row.verdict(cards) == word), found.chosen)
     return Found(ranked, taken, found.own)
 
@@ -124,6 +125,7 @@ class _Search:
         self.fp8 = multiplies_fp8(case, visible)
         self.strategy = case.job.strategy
         self.limit = min((card.limit for card in cards), default=0)
+        self.host = None if case.job.use_cpu else host_room_of(case, self.config, self.model)
         self._bills: dict[TrainConfig, memory.Bill] = {}
         self._needs: dict[TrainConfig, int] = {}
         self._orders: dict[TrainConfig, float] = {}
@@ -144,10 +146,19 @@ class _Search:
         return self._row("as it is", self.config)
 
     def _chosen(self, rows: list[Row], own: Row) -> Row | None:
-        """The quickest that fits among those that may be taken; the job as it is where none is quicker by much. The
-        images' size changes only where nothing else fits, and as little as it can."""
+        """The quickest that fits among those that may be taken; what lacks host memory last, and not at all in a
+        container, whose limit kills."""
+        allowed = [row for row in rows if row.allowed]
+        found = self._of([row for row in allowed if not row.lacks], own)
+        if found is None and not (self.host and self.host.hard):
+            found = self._of(allowed, own)
+        return found
+
+    def _of(self, rows: list[Row], own: Row) -> Row | None:
+        """The quickest that fits; the job as it is where none is quicker by much. The images' size changes only where
+        nothing else fits, and as little as it can."""
         for word in ("fits", "tight"):
-            there = [row for row in rows if row.allowed and row.verdict(self.cards) == word]
+            there = [row for row in rows if row.verdict(self.cards) == word]
             for some in ([row for row in there if "img_size" not in row.changes], there):
                 if not some:
                     continue
@@ -163,8 +174,12 @@ class _Search:
             changes["gradient_accumulation_steps"] = self._accumulation(config)
         seconds, order = self._seconds(config), self._order(config)
         terms = at_peak(bill.gpu, bill.peak_phase)
-        row = Row(label, changes, terms, bill.gpu_context, seconds, order, holes=bill.gpu_holes)
-        fits = bool(self.cards) and row.verdict(self.cards) == "fits"
+        waiting = pinned(config, self.model)
+        row = Row(
+            label, changes, terms, bill.gpu_context, seconds, order, holes=bill.gpu_holes,
+            host=self.host.first + waiting if self.host else None, lacks=self.host.lacks(waiting) if self.host else 0,
+        )  # fmt: skip
+        fits = bool(self.cards) and row.verdict(self.cards) == "fits" and not row.lacks
         return dataclasses.replace(row, allowed=lossy_keys(changes) <= set(self.config.allow), fits=fits)
 
     # What is tried --------------------------------------------------------------------------------------
@@ -234,7 +249,12 @@ class _Search:
         lossy = lossy_keys({key: getattr(base, key) for key in changes})
         streamed = STREAMED if lossy <= set(self.config.allow) else COARSE
         lines = list(self._lines(base, streamed))
-        return self._quickest(lines, TIGHT) or self._quickest(lines, FITS)
+        # The host holds the first so many members of each line; where none of them fits, the rest are shown.
+        held = [some for line in lines if (some := [one for one in line if self._has_room(one)])]
+        for some in (held, lines) if held != lines else (lines,):
+            if found := self._quickest(some, TIGHT) or self._quickest(some, FITS):
+                return found
+        return None
 
     def _quickest(self, lines: list[list[TrainConfig]], percent: int) -> TrainConfig | None:
         """The quickest that fits, of lines whose members take longer each than the one before, and with everything
@@ -373,6 +393,9 @@ class _Search:
                 dataclasses.replace(self.case, job=dataclasses.replace(self.case.job, train=config))
             )
         return self._ours[key]
+
+    def _has_room(self, config: TrainConfig) -> bool:
+        return self.host is None or not self.host.lacks(pinned(config, self.model))
 
     # What it needs and takes ------------------------------------------------------------------------------
 

@@ -68,7 +68,7 @@ def test_what_a_start_at_full_size_was_measured_at() -> None:
 ])  # fmt: skip
 def test_what_two_ranks_were_measured_at(row: tuple[str, str], strategy: str, config: dict[str, Any]) -> None:
     """benchmarks/two_gpus.py on two H200s at full size, with a filled cache and no samples."""
-    told = json.loads((RESULTS / "two-gpus-nvidia-h200-2026-11-29.json").read_text("utf-8"))[row[0]]["rows"][row[1]]
+    told = json.loads((RESULTS / "two-gpus-nvidia-h200-2026-11-30.json").read_text("utf-8"))[row[0]]["rows"][row[1]]
     wanted = replace(BASE, mixed_precision="bf16", disable_sampling=True, **config)
     made = forecast(wanted, FLUX_DEV, world_size=2, strategy=strategy, device="cuda", encoded=True)
     first, second = (rank["measured"] for rank in told["host"])

@@ -192,7 +192,7 @@ def test_hours() -> None:
     assert timing.hours(epochs, found, world_size=2) is None
 
 
-TWO_GPUS = Path(__file__).parents[2] / "benchmarks" / "results" / "two-gpus-nvidia-h200-2026-11-29.json"
+TWO_GPUS = Path(__file__).parents[2] / "benchmarks" / "results" / "two-gpus-nvidia-h200-2026-11-30.json"
 
 
 @pytest.mark.parametrize(("part", "row", "strategy", "changes", "near"), [

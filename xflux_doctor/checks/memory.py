@@ -58,9 +58,17 @@ def _plan(case: Case) -> tuple[tuple[Edit, ...], str]:
     return planner.plan_edits(case, chosen), chosen.label
 
 
+def _with_less_pinned(case: Case) -> tuple[tuple[Edit, ...], str]:
+    """The plan for which the host has room, where it has none for what the job streams."""
+    found = planner.known(case)
+    if found is None or not found.own.lacks or found.chosen is None or found.chosen.lacks:
+        return (), ""
+    return planner.plan_edits(case, found.chosen), found.chosen.label
+
+
 def _does_not_fit(case: Case, gpu: Gpu, bill: memory.Bill, total: int) -> Finding:
     edits, label = _plan(case)
-    hint = f"{_less(case)}, or use a larger card."
+    hint = f"{_less(case)}, or use a larger card.{_crowded(case)}"
     if edits:
         words = ", ".join(f"{edit.key[-1]} to {_word(edit.value)}" for edit in edits)
         hint = f"Take the plan that fits ({label}): set {words}."
@@ -73,6 +81,14 @@ def _does_not_fit(case: Case, gpu: Gpu, bill: memory.Bill, total: int) -> Findin
         hint,
         edits=edits,
     )
+
+
+def _crowded(case: Case) -> str:
+    """A sentence where the host's memory is all that a plan lacks."""
+    found = planner.known(case)
+    rows = [row for row in found.rows if row.lacks and row.allowed] if found and found.chosen is None else []
+    least = min((row.lacks for row in rows if row.verdict(planner.of_case(case)) != "does not fit"), default=0)
+    return f" Blocks could be streamed with {_gib(least)} GiB more of the host's memory." if least else ""
 
 
 def _word(value: Scalar) -> str:
@@ -139,10 +155,13 @@ def host_memory(case: Case) -> Iterator[Finding]:
     there = f"{what} {_gib(limit)} GiB" + (f", of which {_gib(used)} are in use" if used > LAUNCHER else "")
     if limit and wanted * (1 - bill.host_error_bar) > limit - used:
         make = error if by_container else warning  # MemTotal alone may be small now and grow
+        edits, label = _with_less_pinned(case)
+        less = f"Take the plan that holds less there ({label}), start" if edits else "Start"
         yield make(
             f"{words}; {there}.",
             "The kernel kills ranks without a word: exit code -9.",
-            "Start fewer ranks, or give the container more memory.",
+            f"{less} fewer ranks, or give the container more memory.",
+            edits=edits,
         )
     elif by_container and limit and wanted > limit - used:
         yield warning(

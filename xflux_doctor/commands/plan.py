@@ -52,7 +52,9 @@ def run(inputs: Inputs, *, gpu: str | None, form: str = "text", html: str | None
     name = cards[0].name if cards else ""
     visible = selected(case.facts.gpus or (), case.facts.environment, case.job.gpu_ids) if gpu is None else ()
     found = planner.search(case, cards, visible)
-    fits = not cards or any(row.verdict(cards) != "does not fit" for row in found.rows)
+    fitting = [row for row in found.rows if row.verdict(cards) != "does not fit"]
+    crowded = bool(fitting) and found.chosen is None and any(row.lacks and row.allowed for row in fitting)
+    fits = not cards or (bool(fitting) and not crowded)
     document = planjson.document(case, bill, cards, found.rows if bill.gpu else [], found.chosen)
     if html:
         _page(html, document, config.img_dir, cards, found.chosen, bill)
@@ -68,7 +70,15 @@ def run(inputs: Inputs, *, gpu: str | None, form: str = "text", html: str | None
         click.echo("No GPU to hold it against: name one with --gpu NAME:GIB.")
         return 0
     _alternatives(found.rows if bill.gpu else [], cards, found.chosen)
-    if not fits:
+    if found.chosen is not None and found.chosen.host is not None and found.chosen is not found.own:
+        click.echo(f"The plan takes {found.chosen.host / GIB:.1f} GiB of the host's memory for the first rank.")
+    if crowded:
+        least = min(row.lacks for row in fitting if row.lacks and row.allowed)
+        click.echo(
+            f"What fits this card streams blocks from the host's memory, of which {least / GIB:.1f} GiB are missing: "
+            "give the container more, start fewer ranks, or use a larger card."
+        )
+    elif not fits:
         click.echo("Nothing fits this card: use a larger one, or several under FSDP2 or ZeRO-3.")
     elif found.chosen is None:
         click.echo("Nothing that fits may be taken: name what may be lost in the training file's allow.")

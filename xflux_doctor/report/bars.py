@@ -154,6 +154,7 @@ def _numbers(row: Row, cards: tuple[Card, ...], *, timed: bool, width: int) -> s
 def _label(row: Row, chosen: bool, width: int, signs: _Signs) -> str:
     """The plan's name; what is said of it stays when the name is cut."""
     ending = (" (lossy)" if row.lossy else "") + (" (chosen)" if chosen else "")
+    ending += f" (the host lacks {gib(row.lacks)})" if row.lacks else ""
     text = _fit(row.label, width - 2 - len(ending), signs) + ending
     return click.style(f"{signs.mark} {text}", bold=True) if chosen else f"  {text}"
 

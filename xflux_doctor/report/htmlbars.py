@@ -33,6 +33,8 @@ class Drawn:
     """An entry of the document; None where the document does not have it."""
     seconds: float | None
     chosen: bool = False
+    host: Mapping[str, Any] | None = None
+    """Of the document, as `gpu`."""
 
     @property
     def sizes(self) -> tuple[int, ...]:

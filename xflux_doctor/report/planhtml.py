@@ -72,7 +72,7 @@ def _plans(document: Mapping[str, Any], chosen: Row | None) -> list[Drawn]:
     """The chosen one first, the others in the document's order."""
     plan = document["plan"]
     others = [
-        Drawn(row["label"], row["changes"], row["lossy"], row["gpu"], row["seconds_per_step"])
+        Drawn(row["label"], row["changes"], row["lossy"], row["gpu"], row["seconds_per_step"], host=row.get("host"))
         for row in document["alternatives"]
     ]
     if plan is None:
@@ -84,8 +84,8 @@ def _plans(document: Mapping[str, Any], chosen: Row | None) -> list[Drawn]:
                     and entry["gpu"]["limit_bytes"] == min(limits)), None)  # fmt: skip
     elif gpu is None and chosen is not None:
         gpu = gpu_entry(chosen.terms, chosen.context, min(limits, default=None), chosen.holes)
-    own = Drawn(plan["label"], plan["changes"], plan["lossy"], gpu, document["seconds_per_step"], chosen=True)
-    return [own, *others]
+    seconds, host = document["seconds_per_step"], plan.get("host")
+    return [Drawn(plan["label"], plan["changes"], plan["lossy"], gpu, seconds, chosen=True, host=host), *others]
 
 
 def _summary(document: Mapping[str, Any]) -> str:
@@ -106,6 +106,8 @@ def _choice(body: Element, document: Mapping[str, Any], plans: Sequence[Drawn], 
             text = "The job runs on the CPU: there is no card to choose for."
         elif reach.limit is None:
             text = "No card is known to hold the job against, so nothing was chosen."
+        elif any(plan.host and plan.host["lacks_bytes"] and not plan.lossy for plan in plans):
+            text = "What fits this card takes more of the host's memory than there is: see the alternatives."
         elif any(plan.gpu and plan.gpu["verdict"] != "does not fit" for plan in plans):
             text = "Nothing fits this card that computes what the job asks for: what does is lossy, or trains on less."
         else:
@@ -132,16 +134,24 @@ def _choice(body: Element, document: Mapping[str, Any], plans: Sequence[Drawn], 
 
 def _alternatives(body: Element, plans: Sequence[Drawn]) -> None:
     add(body, "h2", "The alternatives")
-    rows, _ = table(body, "Each plan as a whole, against the card that has least.",
-                  ("plan", "verdict", "memory", "a step", "lossy", "settings that differ"), numbers=(2, 3))  # fmt: skip
+    heads = ("plan", "verdict", "GPU", "host", "a step", "lossy", "settings that differ")
+    rows, _ = table(body, "Each plan as a whole, against the card that has least.", heads, numbers=(2, 3, 4))
     for plan in plans:
         row = _row(rows, plan)
         judged(add(row, "td", "", "verdict"), plan.gpu)
         add(row, "td", gib(plan.gpu["device_bytes"]) if plan.gpu else "not in this file", "num")
+        add(row, "td", _hosts(plan.host), "num")
         add(row, "td", "unknown" if plan.seconds is None else f"{plan.seconds:.2f} s", "num")
         add(row, "td", "yes" if plan.lossy else "no")
         _settings(add(row, "td", "" if plan.changes else "none"), plan.changes)
     add(body, "p", "A lossy plan changes the numbers that are computed.", "soft")
+
+
+def _hosts(host: Mapping[str, Any] | None) -> str:
+    """The first rank's memory of the host, and what is missing of it."""
+    if host is None or host["peak_bytes"] is None:
+        return "unknown"
+    return gib(host["peak_bytes"]) + (f", {gib(host['lacks_bytes'])} too much" if host["lacks_bytes"] else "")
 
 
 def _groups(body: Element, drawn: Sequence[Drawn]) -> None:

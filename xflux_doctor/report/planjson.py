@@ -76,7 +76,8 @@ def _whole(
 
 
 def _row(row: Row) -> dict[str, Any]:
-    return {"label": row.label, "changes": row.changes, "lossy": row.lossy}
+    host = {"peak_bytes": row.host, "lacks_bytes": row.lacks}
+    return {"label": row.label, "changes": row.changes, "lossy": row.lossy, "host": host}
 
 
 def _host(case: Case, terms: tuple[dict[str, int], dict[str, int]], rank: int) -> dict[str, Any]:
