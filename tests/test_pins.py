@@ -26,6 +26,11 @@ PIN = Pin("2.4.0", accepts=">=2.4.0,<=2.4.1", build="cu121")
     ({"version": "2.3.1"}, "too old"),
     ({"version": "2.4.0rc1"}, "too old"),
     ({"version": "2.13.0", "build": "cu130"}, "too new"),
+    ({"version": "2.4.2"}, "later patch"),
+    ({"version": "2.4.1+cu121"}, "compatible"),
+    ({"version": "2.4.2", "build": "cu118"}, "wrong build"),
+    ({"version": "2.4.2rc1"}, "too new"),
+    ({"version": "2.5.0"}, "too new"),
     ({"version": "nightly"}, "unreadable"),
     ({"files": False}, "broken"),
     ({"damaged": ("torch/lib/libtorch.so",)}, "broken"),
@@ -42,6 +47,10 @@ def test_missing() -> None:
 
 def test_a_pin_without_a_build_takes_any() -> None:
     assert judge(Pin("0.14.4"), Package("deepspeed", "0.14.4")) == "exact"
+
+
+def test_a_later_patch_of_a_pin_that_stands_alone_is_another_version() -> None:
+    assert judge(Pin("0.14.4"), Package("deepspeed", "0.14.5")) == "too new"
 
 
 @pytest.mark.parametrize("stack", ["xflux-2024", "cuda12", "cuda13", "cpu"])

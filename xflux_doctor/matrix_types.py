@@ -53,6 +53,15 @@ class Pin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return True
         return bool(self.accepts) and SpecifierSet(self.accepts).contains(public, prereleases=True)
 
+    def patched(self, version: Version) -> bool:
+        """Whether it is a later bug-fix release (x.y.Z) of the newest that was tested, of a package of which several
+        were fine."""
+        public = Version(version.public)
+        bounds = [Version(one.version) for one in SpecifierSet(self.accepts) if one.operator == "<="]
+        return not public.is_prerelease and any(
+            bound.release[:2] == public.release[:2] and public > bound for bound in bounds
+        )
+
 
 class Tested(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """When the stack was last installed and run; `never` is an honest answer."""

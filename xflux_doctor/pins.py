@@ -15,6 +15,7 @@ Word = Literal[
     "editable",
     "shadowed",
     "wrong build",
+    "later patch",
     "too old",
     "too new",
     "missing",
@@ -43,6 +44,10 @@ def judge(pin: Pin, package: Package | None) -> Word:
         return "unreadable"
     if not package.files or package.damaged:
         return "broken"
+    if pin.patched(version):
+        if pin.build and package.build and package.build != pin.build:
+            return "wrong build"
+        return "later patch"
     if not pin.allows(version):
         return "too old" if Version(version.public) < Version(pin.version) else "too new"
     if pin.build and package.build and package.build != pin.build:

@@ -42,7 +42,7 @@ def python_in_range(case: Case) -> Iterator[Finding]:
 
 @check("SW103", "the packages are the stack's", needs=("stack", "packages"))
 def pins(case: Case) -> Iterator[Finding]:
-    """Each package is exact, compatible, the wrong build, too old, too new, missing or broken."""
+    """Each package is exact, compatible, a later patch, the wrong build, too old, too new, missing or broken."""
     assert case.stack and case.facts.packages is not None
     judged = {name: pin for name, pin in case.stack.packages.items() if not pin.install_only}
     missing = [n for n, pin in judged.items() if n not in case.facts.packages and role_needed(case, pin)]
@@ -77,8 +77,12 @@ def judge(name: str, pin: Pin, package: Package, needed: bool, *, cpu: bool = Fa
         return make(seen, "A half-removed install: its import fails.", f"Run `{_INSTALL}`.")
     if package.build == "cpu" and pin.build not in ("", "cpu") and not cpu:
         return _wrong_build(name, pin, package, cpu)  # its version is the smaller fault
+    span = f"{pins_of.wanted(pin)}, or {pin.accepts}" if pin.accepts else pins_of.wanted(pin)
+    if word == "later patch":  # whatever is known to break is SW105's
+        because = f"It is newer than what was tested in this stack ({span}); nothing is known against it."
+        return warning(f"{name} is {package.version}; the stack has {pins_of.wanted(pin)}.", because,
+                       f"If it makes trouble, run `{_INSTALL}`.")  # fmt: skip
     if word in ("too old", "too new"):
-        span = f"{pins_of.wanted(pin)}, or {pin.accepts}" if pin.accepts else pins_of.wanted(pin)
         because = f"It is {word}: only {span} was tested in this stack."
         return make(f"{name} is {package.version}; the stack has {pins_of.wanted(pin)}.", because, f"Run `{_INSTALL}`.")
     return _wrong_build(name, pin, package, cpu) if word == "wrong build" else None
