@@ -480,6 +480,16 @@ def under(case: Case, limit: int) -> Row | None:
 
 def known(case: Case) -> Found | None:
     """The plans on the visible cards; None where there is no bill, or no card."""
+    if not _LATEST or _LATEST[0][0] is not case:
+        _LATEST[:] = [(case, _known(case))]
+    return _LATEST[0][1]
+
+
+_LATEST: list[tuple[Case, Found | None]] = []
+"""Of the case that was asked last: each of eight cards that are too small asks for one plan, and a case never changes."""
+
+
+def _known(case: Case) -> Found | None:
     if case.job.train is None or case.job.use_cpu or not case.job.bundled:
         return None
     try:
