@@ -49,8 +49,12 @@ def test_a_pin_without_a_build_takes_any() -> None:
     assert judge(Pin("0.14.4"), Package("deepspeed", "0.14.4")) == "exact"
 
 
-def test_a_later_patch_of_a_pin_that_stands_alone_is_another_version() -> None:
+def test_what_is_no_later_patch() -> None:
+    """A pin that stands alone, one above its own span, and a patch that is left out."""
     assert judge(Pin("0.14.4"), Package("deepspeed", "0.14.5")) == "too new"
+    assert judge(Pin("2.3.9", accepts=">=2.3.0,<=2.3.5"), Package("numpy", "2.3.9")) == "exact"
+    assert judge(Pin("2.3.5", accepts=">=2.3.0,<=2.3.5,!=2.3.7"), Package("numpy", "2.3.7")) == "too new"
+    assert judge(Pin("2.3.5", accepts=">=2.3.0,<=2.3.5,!=2.3.7"), Package("numpy", "2.3.8")) == "later patch"
 
 
 @pytest.mark.parametrize("stack", ["xflux-2024", "cuda12", "cuda13", "cpu"])

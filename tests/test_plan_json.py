@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import msgspec
 import pytest
 import xflux_kit as kit
 import yaml
@@ -178,3 +179,44 @@ def test_neither_torch_nor_much_time_is_taken(place: Path, form: str) -> None:
     ]
     assert [done.returncode for done in runs] == [0, 0, 0], runs[0].stderr
     assert min(float(done.stderr.split()[-1]) for done in runs) < 0.6
+
+
+def test_what_the_host_lacks(place: Path, matrix: Matrix, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a container of 7 GiB nothing lossless fits 16 GiB of a card: every form says what is missing."""
+    facts = machine(matrix, gpus=gpus("H100", 1), packages=packages(matrix, "cuda13", triton="3.6.0"))
+    assert facts.host
+    host = msgspec.structs.replace(facts.host, memory_limit=7 * GIB)
+    record(place / "facts.json", msgspec.structs.replace(facts, host=host))
+    train(place, disable_sampling=True)
+    found = planned(capsys, "--gpu-limit", "16", "--html", "plan.html")
+    rows = [row for row in found["alternatives"] if row["gpu"]["verdict"] == "fits" and not row["lossy"]]
+    assert found["plan"] is None and rows and all(row["host"]["lacks_bytes"] > 5 * GIB for row in rows)
+    usual = ["--config", "train.yaml", "--accelerate-config", "accelerate.yaml", "--facts", "facts.json"]
+    assert main(["plan", *usual, "--gpu-limit", "16"]) == 0
+    out = capsys.readouterr().out
+    assert "Nothing that fits may be taken: name what may be lost in the training file's allow." in out
+    least = min(row["host"]["lacks_bytes"] for row in rows) / GIB
+    assert f"(the host lacks {least:.1f} GiB)" in out and f"may be taken lacks {least:.1f} GiB of the host's" in out
+    assert "start fewer ranks" not in out and f"{least:.1f} GiB too much" in (place / "plan.html").read_text()
+    # Where what is lossy lacks it too, nothing fits.
+    record(place / "facts.json", msgspec.structs.replace(facts, host=msgspec.structs.replace(host, memory_limit=GIB)))
+    assert main(["plan", *usual, "--gpu-limit", "16", "--html", "plan.html"]) == 1
+    out = capsys.readouterr().out
+    assert "may be taken lacks" in out and "Nothing that fits" not in out
+    assert "What fits this card takes more of the host" in (place / "plan.html").read_text()
+    record(place / "facts.json", msgspec.structs.replace(facts, host=host))
+    # With more of the card it is chosen, and says what it takes.
+    takes = planned(capsys, "--gpu-limit", "24")["plan"]["host"]["peak_bytes"]
+    assert 3 * GIB < takes < 7 * GIB and main(["plan", *usual, "--gpu-limit", "24"]) == 0
+    assert f"The plan takes {takes / GIB:.1f} GiB of the host's memory for the rank." in capsys.readouterr().out
+
+
+def test_a_card_that_is_not_here_is_not_held_against_this_machine(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(place, disable_sampling=True)
+    monkeypatch.setattr("xflux_doctor.verdict.host_room", lambda host: (GIB, 0))
+    files = ["--config", "train.yaml", "--accelerate-config", "accelerate.yaml", "--offline"]
+    assert main(["plan", "--format", "json", *files, "--gpu", "H100:24"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["plan"] and found["ranks"][0]["host"]["limit_bytes"] is None

@@ -25,20 +25,27 @@ def need(case: Case) -> memory.Bill:
     return _LATEST[0][1]
 
 
+def surveyed(case: Case) -> bool:
+    """Whether the images of the case that was asked last are this one's."""
+    return bool(_LATEST) and _LATEST[0][0].facts is case.facts
+
+
 _LATEST: list[tuple[Case, memory.Bill]] = []
 """Of the case that was asked last: five checks ask for one bill, and a case never changes."""
 
 
 def forecast_of(
     case: Case, config: TrainConfig | None, model: spec.FluxSpec | None = None, *, encoded: bool | None = None,
-    gpu_only: bool = False,
+    count: int | None = None, gpu_only: bool = False,
 ) -> memory.Bill:  # fmt: skip
     """The bill of that case with another training config. Raises SkipCheck. `encoded`: whether the cache is filled;
-    None: by the number of its entries. `gpu_only`: neither the host nor the disk is asked for."""
+    None: by the number of its entries. `count`: of the images; None: they are looked at. `gpu_only`: neither the host
+    nor the disk is asked for."""
     assert config is not None
     if case.job.strategy not in memory.STRATEGIES:
         raise SkipCheck(f"the forecast does not know {case.job.strategy} yet")
-    count = 0 if gpu_only else dataset(case).count
+    if count is None:
+        count = 0 if gpu_only else dataset(case).count
     return memory.forecast(
         config,
         model or spec_of(case),

@@ -56,8 +56,10 @@ class Pin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def patched(self, version: Version) -> bool:
         """Whether it is a later bug-fix release (x.y.Z) of the newest that was tested, of a package of which several
         were fine."""
-        public = Version(version.public)
-        bounds = [Version(one.version) for one in SpecifierSet(self.accepts) if one.operator == "<="]
+        public, spans = Version(version.public), SpecifierSet(self.accepts)
+        if self.allows(version) or any(one.operator == "!=" and not one.contains(public) for one in spans):
+            return False
+        bounds = [Version(one.version) for one in spans if one.operator == "<="]
         return not public.is_prerelease and any(
             bound.release[:2] == public.release[:2] and public > bound for bound in bounds
         )

@@ -27,7 +27,7 @@ from xflux_doctor.bill import forecast_of, fused, has_triton, multiplies_fp8, sp
 from xflux_doctor.check import Case, SkipCheck
 from xflux_doctor.facts import Gpu
 from xflux_doctor.finding import Edit
-from xflux_doctor.hostroom import host_room_of, pinned
+from xflux_doctor.hostroom import host_bill, host_room_of, pinned
 from xflux_doctor.plans import Card, Row, at_peak, describe, lossy_keys, recomputing
 from xflux_doctor.refused import refusals
 from xflux_doctor.verdict import FITS, TIGHT, held_by, reserved
@@ -64,7 +64,8 @@ def search(case: Case, cards: tuple[Card, ...], visible: tuple[Gpu, ...] = ()) -
     Without cards there is nothing to fit, and the job as it is alone. Raises SkipCheck where there is no bill.
     """
     found = _Search(case, cards, visible).run()
-    if not cards or (found.chosen is not None and "img_size" not in found.chosen.changes):
+    chosen = found.chosen
+    if not cards or (chosen is not None and "img_size" not in chosen.changes and not chosen.lacks):
         return found
     return _shared_otherwise(case, cards, visible, found)
 
@@ -125,7 +126,8 @@ class _Search:
         self.fp8 = multiplies_fp8(case, visible)
         self.strategy = case.job.strategy
         self.limit = min((card.limit for card in cards), default=0)
-        self.host = None if case.job.use_cpu else host_room_of(case, self.config, self.model)
+        ranks = len(cards) or case.job.local_processes
+        self.host = None if case.job.use_cpu else host_room_of(case, self.config, self.model, ranks)
         self._bills: dict[TrainConfig, memory.Bill] = {}
         self._needs: dict[TrainConfig, int] = {}
         self._orders: dict[TrainConfig, float] = {}
@@ -174,10 +176,10 @@ class _Search:
             changes["gradient_accumulation_steps"] = self._accumulation(config)
         seconds, order = self._seconds(config), self._order(config)
         terms = at_peak(bill.gpu, bill.peak_phase)
-        waiting = pinned(config, self.model)
+        whole = host_bill(self.case, config, self.model) if self.host else None
         row = Row(
             label, changes, terms, bill.gpu_context, seconds, order, holes=bill.gpu_holes,
-            host=self.host.first + waiting if self.host else None, lacks=self.host.lacks(waiting) if self.host else 0,
+            host=whole.host_per_rank if whole else None, lacks=self.host.lacks(whole) if self.host and whole else 0,
         )  # fmt: skip
         fits = bool(self.cards) and row.verdict(self.cards) == "fits" and not row.lacks
         return dataclasses.replace(row, allowed=lossy_keys(changes) <= set(self.config.allow), fits=fits)
@@ -249,8 +251,8 @@ class _Search:
         lossy = lossy_keys({key: getattr(base, key) for key in changes})
         streamed = STREAMED if lossy <= set(self.config.allow) else COARSE
         lines = list(self._lines(base, streamed))
-        # The host holds the first so many members of each line; where none of them fits, the rest are shown.
-        held = [some for line in lines if (some := [one for one in line if self._has_room(one)])]
+        # What the host has no room for is left out, and shown where nothing else fits.
+        held = [some for line in lines if (some := self._with_room(line))]
         for some in (held, lines) if held != lines else (lines,):
             if found := self._quickest(some, TIGHT) or self._quickest(some, FITS):
                 return found
@@ -315,7 +317,7 @@ class _Search:
                 yield [altered(split, cuda_graphs=False)]
             if split.mode == "finetune":
                 continue
-            for modulation in dict.fromkeys((split.modulation, "stream")):
+            for modulation in dict.fromkeys((split.modulation, "stream", *["keep"] * (split.modulation == "stream"))):
                 counts = [count for count in streamed if (modulation, count) != (split.modulation, split.stream_blocks)]
                 line = [altered(split, modulation=modulation, stream_blocks=count) for count in counts]
                 if counts[0] == 0:  # none needs no room for what arrives
@@ -394,8 +396,12 @@ class _Search:
             )
         return self._ours[key]
 
-    def _has_room(self, config: TrainConfig) -> bool:
-        return self.host is None or not self.host.lacks(pinned(config, self.model))
+    def _with_room(self, line: list[TrainConfig]) -> list[TrainConfig]:
+        """Of a line, whose members stream more and more, the first so many that the host has room for."""
+        host = self.host
+        if host is None or host.holds(pinned(line[-1], self.model)):
+            return line
+        return [one for one in line if host.holds(pinned(one, self.model))]
 
     # What it needs and takes ------------------------------------------------------------------------------
 
@@ -486,7 +492,7 @@ def known(case: Case) -> Found | None:
 
 
 _LATEST: list[tuple[Case, Found | None]] = []
-"""Of the case that was asked last: each of eight cards that are too small asks for one plan, and a case never changes."""
+"""Of the case that was asked last: eight cards that are too small ask for one plan, and a case never changes."""
 
 
 def _known(case: Case) -> Found | None:

@@ -56,7 +56,7 @@ class Row:
     host: int | None = None
     """Bytes of the first rank's host memory; None where they are not known."""
     lacks: int = 0
-    """Bytes of the host's memory that are missing for the blocks that it streams."""
+    """Bytes of the host's memory that are missing for all ranks."""
     sharing: tuple[Edit, ...] = ()
     """What makes the ranks share the work as this plan has it, where that is not as the job's file says."""
 

@@ -58,8 +58,8 @@ def _plan(case: Case) -> tuple[tuple[Edit, ...], str]:
     return planner.plan_edits(case, chosen), chosen.label
 
 
-def _with_less_pinned(case: Case) -> tuple[tuple[Edit, ...], str]:
-    """The plan for which the host has room, where it has none for what the job streams."""
+def _with_less_there(case: Case) -> tuple[tuple[Edit, ...], str]:
+    """The plan for which the host has room, where it has none for the job as it is."""
     found = planner.known(case)
     if found is None or not found.own.lacks or found.chosen is None or found.chosen.lacks:
         return (), ""
@@ -88,7 +88,7 @@ def _crowded(case: Case) -> str:
     found = planner.known(case)
     rows = [row for row in found.rows if row.lacks and row.allowed] if found and found.chosen is None else []
     least = min((row.lacks for row in rows if row.verdict(planner.of_case(case)) != "does not fit"), default=0)
-    return f" Blocks could be streamed with {_gib(least)} GiB more of the host's memory." if least else ""
+    return f" What fits the card lacks {_gib(least)} GiB of the host's memory." if least else ""
 
 
 def _word(value: Scalar) -> str:
@@ -155,13 +155,17 @@ def host_memory(case: Case) -> Iterator[Finding]:
     there = f"{what} {_gib(limit)} GiB" + (f", of which {_gib(used)} are in use" if used > LAUNCHER else "")
     if limit and wanted * (1 - bill.host_error_bar) > limit - used:
         make = error if by_container else warning  # MemTotal alone may be small now and grow
-        edits, label = _with_less_pinned(case)
-        less = f"Take the plan that holds less there ({label}), start" if edits else "Start"
+        edits, label = _with_less_there(case)
+        ways = [f"take the plan that holds less there ({label})"] if edits else []
+        ways += ["start fewer ranks"] if ranks > 1 else []
+        ways.append(f"give the {'container' if by_container else 'machine'} more memory")
+        hint = (", ".join(ways[:-1]) + ", or " if ways[:-1] else "") + f"{ways[-1]}."
         yield make(
             f"{words}; {there}.",
             "The kernel kills ranks without a word: exit code -9.",
-            f"{less} fewer ranks, or give the container more memory.",
-            edits=edits,
+            hint[0].upper() + hint[1:],
+            edits=edits if by_container else (),
+            offers=() if by_container else edits,
         )
     elif by_container and limit and wanted > limit - used:
         yield warning(

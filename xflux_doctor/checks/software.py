@@ -79,9 +79,9 @@ def judge(name: str, pin: Pin, package: Package, needed: bool, *, cpu: bool = Fa
         return _wrong_build(name, pin, package, cpu)  # its version is the smaller fault
     span = f"{pins_of.wanted(pin)}, or {pin.accepts}" if pin.accepts else pins_of.wanted(pin)
     if word == "later patch":  # whatever is known to break is SW105's
-        because = f"It is newer than what was tested in this stack ({span}); nothing is known against it."
+        because = f"It is a later patch than what was tested in this stack: {span}."
         return warning(f"{name} is {package.version}; the stack has {pins_of.wanted(pin)}.", because,
-                       f"If it makes trouble, run `{_INSTALL}`.")  # fmt: skip
+                       f"It should do. If it makes trouble, run `{_INSTALL}`.")  # fmt: skip
     if word in ("too old", "too new"):
         because = f"It is {word}: only {span} was tested in this stack."
         return make(f"{name} is {package.version}; the stack has {pins_of.wanted(pin)}.", because, f"Run `{_INSTALL}`.")

@@ -7,10 +7,12 @@ import importlib
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 from xflux_trainer import memory, timing
 from xflux_trainer.config import TrainConfig
 
@@ -38,6 +40,8 @@ def run(inputs: Inputs, *, gpu: str | None, form: str = "text", html: str | None
     case = build(inputs, matrices.load_with(inputs.matrix), to_run=False)
     if case.job.xflux is not None:
         return _xflux(case, case.job.xflux, gpu, form, html)
+    if gpu is not None and not inputs.facts:  # a card that is not here: this machine's memory says nothing of its own
+        case = dataclasses.replace(case, facts=msgspec.structs.replace(case.facts, host=None))
     config = case.job.train
     if config is None:
         problem = next((p for p in case.job.problems if p.file == "train"), None)
@@ -53,8 +57,7 @@ def run(inputs: Inputs, *, gpu: str | None, form: str = "text", html: str | None
     visible = selected(case.facts.gpus or (), case.facts.environment, case.job.gpu_ids) if gpu is None else ()
     found = planner.search(case, cards, visible)
     fitting = [row for row in found.rows if row.verdict(cards) != "does not fit"]
-    crowded = bool(fitting) and found.chosen is None and any(row.lacks and row.allowed for row in fitting)
-    fits = not cards or (bool(fitting) and not crowded)
+    fits = not cards or found.chosen is not None or any(not row.lacks for row in fitting)
     document = planjson.document(case, bill, cards, found.rows if bill.gpu else [], found.chosen)
     if html:
         _page(html, document, config.img_dir, cards, found.chosen, bill)
@@ -70,21 +73,31 @@ def run(inputs: Inputs, *, gpu: str | None, form: str = "text", html: str | None
         click.echo("No GPU to hold it against: name one with --gpu NAME:GIB.")
         return 0
     _alternatives(found.rows if bill.gpu else [], cards, found.chosen)
-    if found.chosen is not None and found.chosen.host is not None and found.chosen is not found.own:
-        click.echo(f"The plan takes {found.chosen.host / GIB:.1f} GiB of the host's memory for the first rank.")
-    if crowded:
-        least = min(row.lacks for row in fitting if row.lacks and row.allowed)
-        click.echo(
-            f"What fits this card streams blocks from the host's memory, of which {least / GIB:.1f} GiB are missing: "
-            "give the container more, start fewer ranks, or use a larger card."
-        )
-    elif not fits:
-        click.echo("Nothing fits this card: use a larger one, or several under FSDP2 or ZeRO-3.")
-    elif found.chosen is None:
-        click.echo("Nothing that fits may be taken: name what may be lost in the training file's allow.")
+    for line in _verdict(found, fitting, len(cards)):
+        click.echo(line)
     if advice := faster_attention(case):
         click.echo(f"{advice}.")
     return 0 if fits else 1
+
+
+def _verdict(found: planner.Found, fitting: list[Row], ranks: int) -> Iterator[str]:
+    """What the chosen plan takes of the host; or why none was chosen, and what would do. `fitting`: on the card."""
+    if found.chosen is not None:
+        if found.chosen.host is not None and found.chosen is not found.own:
+            whose = "the first rank" if ranks > 1 else "the rank"
+            yield f"The plan takes {found.chosen.host / GIB:.1f} GiB of the host's memory for {whose}."
+        return
+    if not fitting:
+        yield "Nothing fits this card: use a larger one, or several under FSDP2 or ZeRO-3."
+    if any(not row.lacks for row in fitting):
+        yield "Nothing that fits may be taken: name what may be lost in the training file's allow."
+    least = min((row.lacks for row in fitting if row.lacks and row.allowed), default=0)
+    if least:
+        fewer = ", start fewer ranks" if ranks > 1 else ""
+        yield (
+            f"What fits the card and may be taken lacks {least / GIB:.1f} GiB of the host's memory: give the container "
+            f"more{fewer}, or use a larger card."
+        )
 
 
 def faster_attention(case: Case) -> str:

@@ -106,9 +106,11 @@ def _choice(body: Element, document: Mapping[str, Any], plans: Sequence[Drawn], 
             text = "The job runs on the CPU: there is no card to choose for."
         elif reach.limit is None:
             text = "No card is known to hold the job against, so nothing was chosen."
-        elif any(plan.host and plan.host["lacks_bytes"] and not plan.lossy for plan in plans):
+        elif (fitting := [plan for plan in plans if plan.gpu and plan.gpu["verdict"] != "does not fit"]) and all(
+            plan.host and plan.host["lacks_bytes"] for plan in fitting
+        ):
             text = "What fits this card takes more of the host's memory than there is: see the alternatives."
-        elif any(plan.gpu and plan.gpu["verdict"] != "does not fit" for plan in plans):
+        elif fitting:
             text = "Nothing fits this card that computes what the job asks for: what does is lossy, or trains on less."
         else:
             text = "Nothing fits this card: a larger one is needed, or several that share the weights."

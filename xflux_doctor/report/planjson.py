@@ -103,6 +103,8 @@ def first(rows: list[Row], cards: tuple[Card, ...]) -> Row | None:
 
 
 def _why(row: Row, cards: tuple[Card, ...]) -> str:
+    if row.lacks:
+        return "nothing that this machine says to have the memory for fits the card"
     if row.verdict(cards) != "fits":
         return "it is tight, and nothing else that may be taken fits"
     if not row.changes:
