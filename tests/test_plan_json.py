@@ -220,3 +220,43 @@ def test_a_card_that_is_not_here_is_not_held_against_this_machine(
     assert main(["plan", "--format", "json", *files, "--gpu", "H100:24"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["plan"] and found["ranks"][0]["host"]["limit_bytes"] is None
+
+
+@pytest.mark.parametrize(("card", "free", "values"), [
+    ("H100", 23, {}), ("H100", 23, {"mode": "controlnet"}),
+    ("A100", 79, {"mode": "finetune", "allow": ["optimizer", "backward_clip"]}), ("H100", 40, {}),
+])  # fmt: skip
+def test_fix_plans_for_the_launch_that_it_writes(
+    place: Path, matrix: Matrix, capsys: pytest.CaptureFixture[str], card: str, free: int, values: dict[str, Any]
+) -> None:
+    """Two cards and no accelerate file: the plan was one process's, and the file that came with it FSDP's."""
+    cards = gpus(card, 2, memory_total=(free + 1) * GIB, memory_free=free * GIB)
+    record(place / "facts.json", machine(matrix, gpus=cards, packages=packages(matrix, "cuda13", triton="3.6.0")))
+    (place / "accelerate.yaml").unlink()
+    train(place, disable_sampling=True, **values)
+    words = ["--config", "train.yaml", "--facts", "facts.json"]
+    accepted = [word for code in ("DA101", "ST103", "WE102", "WE103") for word in ("--accept", code)]
+    main(["fix", *words, *accepted])
+    shown = capsys.readouterr().out
+    main(["fix", *words, *accepted, "--write-config", "--yes"])
+    written = capsys.readouterr().out
+    assert "does not come to rest" not in written and "LA116" not in written, written
+    wanted = {line for line in shown.splitlines() if line.startswith("+")}
+    assert wanted == {line for line in written.splitlines() if line.startswith("+")}
+    assert yaml.safe_load((place / "accelerate_config.yaml").read_text())["num_processes"] == 2
+
+
+def test_no_launch_is_written_that_stops_a_job_which_can_start(
+    place: Path, matrix: Matrix, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second card is held by others: one process is none of its business."""
+    cards = (gpus("H100", 2)[0], gpus("H100", 2, memory_free=9 * GIB)[1])
+    record(place / "facts.json", machine(matrix, gpus=cards, packages=packages(matrix, "cuda13", triton="3.6.0")))
+    (place / "accelerate.yaml").unlink()
+    train(place, disable_sampling=True)
+    words = ["--config", "train.yaml", "--facts", "facts.json", "--accept", "DA101", "--accept", "WE102"]
+    main(["check", *words, "--quick"])
+    before = capsys.readouterr().out
+    main(["fix", *words, "--write-config", "--yes"])
+    said = capsys.readouterr().out
+    assert "ME101" not in said and not (place / "accelerate_config.yaml").exists(), before + said

@@ -13,6 +13,7 @@ from typing import Any
 
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.memory import Bill
+from xflux_trainer.rules import between
 
 from xflux_doctor.bill import need
 from xflux_doctor.check import Case, SkipCheck
@@ -53,22 +54,38 @@ def make(case: Case, examine: Examine) -> Plan:
         case = dataclasses.replace(case, job=job)
         verdicts = examine(case)
     blockers = tuple(f for v in verdicts for f in v.findings if f.severity == "error")
-    again = {edit.key: edit for edit in _edits(verdicts) if changed(case.job, lay(case.job, [edit]))}
+    again = {edit.key: edit for edit in _edits(verdicts) if _asks(case.job, edit)}
     return Plan(tuple(_last_of_each(edits)), blockers, case.job, verdicts, _bill(case), tuple(again.values()))
 
 
 def _round(job: Job, verdicts: tuple[Verdict, ...], before: list[Change]) -> tuple[Job, list[Change]]:
     """The job with the edits that are asked for now, and these; a finding's edits together or not at all."""
     new: list[Change] = []
+    mine: list[Change]
     for finding in (finding for verdict in verdicts for finding in verdict.findings):
         if any(_same_place(edit, other) for edit in finding.edits for other in new):
             continue  # what they were made for may be gone: the next round says whether they are asked for still
+        mended, mine = job, []
         for edit in finding.edits:
-            laid = job if edit in before or edit in new else lay(job, [edit])
-            if changed(job, laid):  # what says nothing new, or is refused, is no part of the plan: its finding stays
-                job = laid
-                new.append(edit)
+            laid = mended if edit in before or edit in new else lay(mended, [edit])
+            if changed(mended, laid):  # what says nothing new, or is refused, is no part of the plan: its finding stays
+                mended = laid
+                mine.append(edit)
+        if _unread(mended) <= _unread(job):  # no file is made one that the trainer refuses to read
+            job = mended
+            new += mine
     return job, new
+
+
+def _asks(job: Job, edit: Change) -> bool:
+    """Whether an edit would change the job still, and into one whose files can be read."""
+    laid = lay(job, [edit])
+    return changed(job, laid) and _unread(laid) <= _unread(job)
+
+
+def _unread(job: Job) -> frozenset[str]:
+    """The keys whose values the trainer refuses beside each other."""
+    return frozenset(problem.key for problem in between(job.train)) if job.train is not None else frozenset()
 
 
 def _bill(case: Case) -> Bill | None:

@@ -42,6 +42,8 @@ COARSE = (0, 20, 36, 57)
 """The same for plans that may not be taken, and are shown only."""
 SMALLER = (1024, 768, 512)
 """Sizes that are offered where the job's own may not fit."""
+MOST_RANKS = 1024
+"""Of one machine: a file may say a billion, for which other checks have a word."""
 SAME = 0.99
 """Share of a job's own time from which on another plan is not worth a change."""
 _PACKAGES = {"int8": "optimum-quanto", "int4": "optimum-quanto", "fp8": "optimum-quanto", "nf4": "bitsandbytes"}
@@ -109,11 +111,11 @@ def quicker(found: Found, written: Iterable[str]) -> Row | None:
     """The plan that is to be taken though the job as it is fits: it is faster, and changes nothing that the training
     file itself says (`written`: its keys)."""
     own, keys = found.own, frozenset(written)
-    if found.chosen is None or found.chosen is own or own.seconds is None:
+    if found.chosen is None or found.chosen is own or not _order(own):
         return None
-    rows = [row for row in found.rows if row.seconds is not None and row.allowed and not keys & row.changes.keys()]
-    best = min((row for row in rows if row.fits), key=lambda row: row.seconds or 0.0, default=None)
-    return best if best is not None and (best.seconds or 0.0) < SAME * own.seconds else None
+    rows = [row for row in found.rows if _order(row) and row.allowed and not keys & row.changes.keys()]
+    best = min((row for row in rows if row.fits), key=_order, default=None)
+    return best if best is not None and _order(best) < SAME * _order(own) else None
 
 
 class _Search:
@@ -193,7 +195,7 @@ class _Search:
             found = self._best(base)
             if found is not None:
                 yield found
-        for pixels in SMALLER:
+        for pixels in () if self.config.resolutions else SMALLER:  # several sizes are what is trained on
             if pixels < self.config.img_size:
                 small = dataclasses.replace(self.config, img_size=pixels)
                 found = self._best(small)
@@ -496,7 +498,8 @@ _LATEST: list[tuple[Case, Found | None]] = []
 
 
 def _known(case: Case) -> Found | None:
-    if case.job.train is None or case.job.use_cpu or not case.job.bundled:
+    job = case.job
+    if job.train is None or job.use_cpu or not job.bundled or job.local_processes > MOST_RANKS:
         return None
     try:
         cards = of_case(case)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,19 @@ class Card:
     total: int | None
     limit: int
     """Bytes that the rank may hold of it: what is free, or the limit given."""
+
+
+_CAPABILITIES = (
+    (r"\bB300\b", (10, 3)), (r"\bG?B200\b", (10, 0)), (r"\bBLACKWELL\b|\b50[5-9]0\b", (12, 0)),
+    (r"\bG?H(20|100|200|800)\b", (9, 0)), (r"\bL(4|40S?)\b|\bADA\b|\b40[5-9]0\b", (8, 9)),
+)  # fmt: skip
+"""Compute capabilities by the words of a card's name, of those that multiply fp8 (developer.nvidia.com/cuda-gpus)."""
+
+
+def capability_of(name: str) -> tuple[int, int]:
+    """Of a card that is not here; what is not known multiplies no fp8."""
+    words = name.upper().replace("_", " ").replace("-", " ")
+    return next((found for known, found in _CAPABILITIES if re.search(known, words)), (8, 0))
 
 
 @dataclass(frozen=True)
@@ -102,7 +116,8 @@ def describe(config: TrainConfig, own: TrainConfig, blocks: int) -> str:
     """A plan in words: the size, what is recomputed, and what is held or computed in another way than the job says."""
     count = config.checkpointed_blocks if config.checkpointed_blocks is not None else blocks
     again = f"recomputing {count} of {blocks} blocks" if count < blocks else "recomputing every block"
-    words = [f"{config.img_size} px", again if config.gradient_checkpointing and count else "keeping every activation"]
+    sizes = f"{min(config.sizes)} to {max(config.sizes)} px" if len(config.sizes) > 1 else f"{config.img_size} px"
+    words = [sizes, again if config.gradient_checkpointing and count else "keeping every activation"]
     if config.train_batch_size != own.train_batch_size:
         words.append(f"{own.train_batch_size // config.train_batch_size} passes of {config.train_batch_size} a step")
     if config.quantization != own.quantization:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from xflux_trainer import memory
+from xflux_trainer.rules import between
 
 from xflux_doctor.batch import accumulation
 from xflux_doctor.bill import need
@@ -105,14 +106,15 @@ def bill(case: Case, strategy: str, ranks: int) -> memory.Bill | None:
 
 
 def others(case: Case) -> Iterator[tuple[str, Case, tuple[Edit, ...]]]:
-    """DDP and FSDP2 where the file has another strategy: its name, the case under it, and the edits that make it so.
+    """DDP and FSDP2, of one rank a process by itself, where the file has another strategy: its name, the case under it,
+    and the edits that make it so.
 
     Only for a job whose launch is one file of accelerate's; the samples of a step and the clipping stay as they are.
     """
     job, ranks = case.job, case.job.num_processes
-    if job.accelerate is None or job.command is not None or job.zero_file is not None or ranks < 2:
+    if job.accelerate is None or job.command is not None or job.zero_file is not None:
         return
-    for name in ("ddp", "fsdp"):
+    for name in ("ddp", "fsdp") if ranks > 1 else ("single",):
         if name == job.strategy or not done(case, name):
             continue
         why = f"{NAMES[name]}: what {NAMES.get(job.strategy, job.strategy)} needs does not fit"
@@ -124,7 +126,8 @@ def others(case: Case) -> Iterator[tuple[str, Case, tuple[Edit, ...]]]:
         train = {edit.key[0]: edit.value for edit in edits if edit.file == "train"}
         if train and laid.train is not None:
             laid = dataclasses.replace(laid, train=dataclasses.replace(laid.train, **train))
-        yield name, dataclasses.replace(case, job=laid), tuple(edits)
+        if laid.train is None or not between(laid.train):
+            yield name, dataclasses.replace(case, job=laid), tuple(edits)
 
 
 def _of_deepspeed(job: Job) -> dict[str, int | float]:

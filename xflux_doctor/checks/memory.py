@@ -8,6 +8,7 @@ from xflux_trainer import memory
 from xflux_trainer.memory_terms import narrow
 
 from xflux_doctor import planner
+from xflux_doctor.batch import accumulation
 from xflux_doctor.bill import forecast_of, fused, multiplies_fp8, need
 from xflux_doctor.check import Case, SkipCheck, check
 from xflux_doctor.checks.words import devices
@@ -17,6 +18,8 @@ from xflux_doctor.plans import at_peak
 from xflux_doctor.verdict import LAUNCHER, fitting, held_by, host_room
 
 GIB = 1 << 30
+_DRIVERS = 1 << 30
+"""Bytes that a driver holds of an idle card at the most: 0.4 to 0.6 GiB were seen on H100s and H200s."""
 _SHARED_HINT = "End it if it is yours (the doctor never does), or choose another GPU by CUDA_VISIBLE_DEVICES."
 
 
@@ -27,14 +30,15 @@ def gpu_memory(case: Case) -> Iterator[Finding]:
         raise SkipCheck("the job runs on the CPU")
     bill = need(case)
     wanted = held_by(bill)
+    small: dict[tuple[str, int], list[Gpu]] = {}
     for gpu in (devices(case) or ())[: case.job.local_processes]:
-        total = min(gpu.memory_total, case.job.gpu_limit or gpu.memory_total)
+        total = min(_usable(gpu), case.job.gpu_limit or gpu.memory_total)
         free = min(gpu.memory_free, case.job.gpu_limit or gpu.memory_free)
         word = fitting(wanted, free)
         if word == "fits":
             continue
         if fitting(wanted, total) == "does not fit":
-            yield _does_not_fit(case, gpu, bill, total)
+            small.setdefault((gpu.name, total), []).append(gpu)
         elif word == "does not fit":
             yield _held(case, gpu, wanted, free)
         else:
@@ -46,6 +50,14 @@ def gpu_memory(case: Case) -> Iterator[Finding]:
                 f"{f'The plan that fits: {label}' if changes else _less(case)}, or free the GPU.",
                 offers=changes,
             )
+    for (_, total), gpus in small.items():
+        yield _does_not_fit(case, gpus, bill, total)
+
+
+def _usable(gpu: Gpu) -> int:
+    """Its memory, without what the driver itself holds of a card on which nobody computes."""
+    own = gpu.memory_used if not gpu.processes and gpu.memory_used <= _DRIVERS else 0
+    return gpu.memory_total - own
 
 
 def _plan(case: Case) -> tuple[tuple[Edit, ...], str]:
@@ -66,7 +78,8 @@ def _with_less_there(case: Case) -> tuple[tuple[Edit, ...], str]:
     return planner.plan_edits(case, found.chosen), found.chosen.label
 
 
-def _does_not_fit(case: Case, gpu: Gpu, bill: memory.Bill, total: int) -> Finding:
+def _does_not_fit(case: Case, gpus: list[Gpu], bill: memory.Bill, total: int) -> Finding:
+    """Equal cards on which the job does not fit."""
     edits, label = _plan(case)
     hint = f"{_less(case)}, or use a larger card.{_crowded(case)}"
     if edits:
@@ -74,9 +87,12 @@ def _does_not_fit(case: Case, gpu: Gpu, bill: memory.Bill, total: int) -> Findin
         hint = f"Take the plan that fits ({label}): set {words}."
     terms = at_peak(bill.gpu, bill.peak_phase).items()
     largest = ", ".join(f"{name} {size / GIB:.1f}" for name, size in [*terms][:3])
+    by_limit = case.job.gpu_limit is not None and case.job.gpu_limit <= total
+    numbers = ", ".join(str(gpu.index) for gpu in gpus)
+    who = f"GPU {numbers} ({gpus[0].name}) has" if len(gpus) == 1 else f"GPUs {numbers} ({gpus[0].name}) have"
     return error(
-        f"The job needs about {held_by(bill) / GIB:.1f} GiB per GPU; GPU {gpu.index} "
-        f"({gpu.name}) has {total / GIB:.1f} GiB{' by --gpu-limit' if case.job.gpu_limit else ''}.",
+        f"The job needs about {held_by(bill) / GIB:.1f} GiB per GPU; {who} {total / GIB:.1f} GiB"
+        f"{' by --gpu-limit' if by_limit else ''}.",
         f"It ends in 'CUDA out of memory'. The largest terms, in GiB: {largest}.",
         hint,
         edits=edits,
@@ -93,7 +109,7 @@ def _crowded(case: Case) -> str:
 
 def _word(value: Scalar) -> str:
     """As YAML writes it."""
-    return "null" if value is None else str(value).lower()
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _less(case: Case) -> str:
@@ -110,8 +126,10 @@ def _less(case: Case) -> str:
         ways += ["set weight_update to stochastic"] if train.mixed_precision == "bf16" and not narrow(train) else []
         ways += ["set optimizer to adamw8bit"] if train.optimizer == "adamw" else []
     elif train.mode == "finetune" and train.optimizer == "adamw" and case.job.num_processes == 1:
-        ways.append("set optimizer to adafactor and step_in_backward to true")
-    elif train.mode == "finetune" and case.job.strategy != "zero3":
+        alone = case.job.strategy in ("single", "ddp") and accumulation(case.job) == 1
+        ways.append(f"set optimizer to adafactor{' and step_in_backward to true' if alone else ''}")
+        ways[-1] += "" if case.job.strategy in ("single", "ddp") else " and distributed_type to NO"
+    elif train.mode == "finetune" and case.job.strategy != "zero3" and case.job.num_processes > 1:
         ways.append("launch by FSDP2 or ZeRO-3, which cut up the weights too")
     text = ", ".join([*ways, "lower img_size or train_batch_size"])
     return text[0].upper() + text[1:]

@@ -26,6 +26,10 @@ def chosen(case: Case) -> tuple[str, str] | None:
     return None if value is None else ("CUDA_VISIBLE_DEVICES", value)
 
 
+def _first_ones(ranks: int) -> str:
+    return f"{ranks} ranks take the first ones" if ranks > 1 else "the one rank takes the first"
+
+
 def skip_without_gpus(case: Case) -> None:
     if case.job.use_cpu:
         raise SkipCheck("the job runs on the CPU")
@@ -125,7 +129,7 @@ def mixed_cards_ordered(case: Case) -> Iterator[Finding]:
     found = chosen(case)
     by_number = found is not None and not found[1].startswith(("GPU-", "MIG-"))
     if by_number or (found is None and case.job.local_processes < len(case.facts.gpus)):
-        how = f"{found[0]} is {found[1]!r}" if found else f"{case.job.local_processes} ranks take the first ones"
+        how = f"{found[0]} is {found[1]!r}" if found else _first_ones(case.job.local_processes)
         yield warning(
             f"The cards differ ({', '.join(names)}), {how}, and CUDA_DEVICE_ORDER is not PCI_BUS_ID.",
             "CUDA counts the fastest card as 0, nvidia-smi and this report count by PCI: it may be another card.",

@@ -71,20 +71,25 @@ def repairs(case: Case, edits: tuple[Change, ...]) -> list[FileRepair]:
     """The files with the edits spliced into their text; everything else in them is kept."""
     found = []
     for name, path in files_of(case.job).items():
-        mine = [edit for edit in edits if edit.file == name]
+        mine = _of(edits, name)
         if not mine:
             continue
         try:
             old = repair.read(path)
-            made = _places(old, mine, bundled=case.job.xflux is None) if name == "train" else tuple(mine)
+            made = _places(old, mine, bundled=case.job.xflux is None) if name == "train" else mine
         except repair.RepairError as error:
             raise DoctorError(f"{error.seen}.", error.hint) from error
         new = edited(path, old, made)
         if new != old:
             found.append(FileRepair(path, old, new, made))
-    if case.job.accelerate_path is None and not case.job.problems and case.job.command is None:
-        found.append(FileRepair(Path("accelerate_config.yaml"), None, new_accelerate(case)))
+    if case.job.accelerate_path is None and case.job.accelerate is not None:  # a launch was laid under the job
+        path = Path("accelerate_config.yaml")
+        found.append(FileRepair(path, None, edited(path, new_accelerate(case), _of(edits, "accelerate"))))
     return found
+
+
+def _of(edits: tuple[Change, ...], file: str) -> tuple[Change, ...]:
+    return tuple(edit for edit in edits if edit.file == file)
 
 
 def edited(path: Path, text: str, edits: tuple[Change, ...]) -> str:
@@ -100,7 +105,7 @@ def _apply(path: Path, edits: tuple[Change, ...]) -> difference.Apply:
     return jsontext.apply if json else yamltext.apply
 
 
-def _places(old: str, edits: list[Change], *, bundled: bool) -> tuple[Change, ...]:
+def _places(old: str, edits: tuple[Change, ...], *, bundled: bool) -> tuple[Change, ...]:
     """The edits of the training file, each for every place that holds its key."""
     data = read_yaml(old)
     return tuple(place for edit in edits for place in everywhere(data, edit, bundled=bundled))
@@ -121,8 +126,8 @@ def new_accelerate(case: Case) -> str:
 
 
 def _with_launch(case: Case) -> Case:
-    """With the accelerate file that will be made: X-Flux's script needs its DeepSpeed to fit."""
-    if not case.job.xflux or case.job.accelerate_path or case.job.problems:
+    """With the accelerate file that will be made for a job that has none: what is planned is planned for it."""
+    if case.job.accelerate_path or case.job.problems or case.job.command is not None:
         return case
     made = yaml.safe_load(new_accelerate(case))
     return dataclasses.replace(case, job=dataclasses.replace(case.job, accelerate=made))
@@ -163,13 +168,24 @@ def run(inputs: Inputs, *, form: str, write: bool, yes: bool) -> int:
 
 
 def _look(case: Case) -> Look:
-    case = _with_launch(case)
-    plan = plan_of(case)
+    case, plan = _launched(case)
     found = planned.faster(case, plan)
     if found is not None and planned.TAKE in case.taken:
         plan, found = planned.laid(case, plan, found.edits), None
     refusal = _refusal(plan, case)
     return Look(plan, refusal, [] if refusal or plan.conflicts else repairs(case, plan.edits), found)
+
+
+def _launched(case: Case) -> tuple[Case, Plan]:
+    """The job in a launch file that is made for it, and its plan. It stays without one where that would stop a job that
+    can start as it is: a card that others hold is no rank of one process."""
+    made = _with_launch(case)
+    plan = plan_of(made)
+    if made is not case and plan.blockers and case.job.xflux is None:
+        own = plan_of(case)
+        if not own.blockers:
+            return case, own
+    return made, plan
 
 
 def _refusal(plan: Plan, case: Case) -> Finding | None:

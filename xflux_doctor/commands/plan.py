@@ -22,15 +22,17 @@ from xflux_doctor.batch import accumulation
 from xflux_doctor.bill import dataset, fused, need, spec_of
 from xflux_doctor.check import Case, SkipCheck
 from xflux_doctor.errors import DoctorError, UsageError
+from xflux_doctor.facts import Gpu, Package
 from xflux_doctor.files import write_atomic
 from xflux_doctor.inputs import Inputs, build
-from xflux_doctor.plans import Card, Row
+from xflux_doctor.plans import Card, Row, capability_of
 from xflux_doctor.report import bars, placement, planjson
 from xflux_doctor.verdict import reserved
 from xflux_doctor.visible import selected
 from xflux_doctor.xflux import XFlux
 
 GIB = 1 << 30
+_WHILE = {"cache": "while encoding", "load": "while loading", "train": "while training", "sample": "while drawing"}
 _HOPPER = 9
 """The compute capability that it is fast on, its first number."""
 
@@ -40,21 +42,27 @@ def run(inputs: Inputs, *, gpu: str | None, form: str = "text", html: str | None
     case = build(inputs, matrices.load_with(inputs.matrix), to_run=False)
     if case.job.xflux is not None:
         return _xflux(case, case.job.xflux, gpu, form, html)
-    if gpu is not None and not inputs.facts:  # a card that is not here: this machine's memory says nothing of its own
-        case = dataclasses.replace(case, facts=msgspec.structs.replace(case.facts, host=None))
+    elsewhere = gpu is not None and not inputs.facts
+    if elsewhere:
+        case, stack = _elsewhere(case)
     config = case.job.train
     if config is None:
         problem = next((p for p in case.job.problems if p.file == "train"), None)
         if problem:
             raise DoctorError(problem.seen, problem.hint)
         raise DoctorError("No training file was given, and no train.yaml lies here.", "Give --config FILE.", code=2)
+    if case.job.local_processes > planner.MOST_RANKS:
+        seen = f"The job has {case.job.local_processes:,} ranks on this machine."
+        raise DoctorError(seen, "Set num_processes to the number of devices.")
     cards = _cards(case, gpu)
     try:
         bill = need(case)
     except SkipCheck as skip:
         raise DoctorError(f"There is no bill: {skip}.", "Use DDP, FSDP2, or DeepSpeed ZeRO stage 1, 2 or 3.") from skip
     name = cards[0].name if cards else ""
-    visible = selected(case.facts.gpus or (), case.facts.environment, case.job.gpu_ids) if gpu is None else ()
+    visible = (
+        selected(case.facts.gpus or (), case.facts.environment, case.job.gpu_ids) if gpu is None else _named(cards)
+    )
     found = planner.search(case, cards, visible)
     fitting = [row for row in found.rows if row.verdict(cards) != "does not fit"]
     fits = not cards or found.chosen is not None or any(not row.lacks for row in fitting)
@@ -73,22 +81,45 @@ def run(inputs: Inputs, *, gpu: str | None, form: str = "text", html: str | None
         click.echo("No GPU to hold it against: name one with --gpu NAME:GIB.")
         return 0
     _alternatives(found.rows if bill.gpu else [], cards, found.chosen)
-    for line in _verdict(found, fitting, len(cards)):
+    for line in _verdict(case, found, fitting, len(cards)):
         click.echo(line)
+    if elsewhere and stack:
+        click.echo(f"Planned with the packages of stack {stack}; --facts FILE has those of a machine.")
     if advice := faster_attention(case):
         click.echo(f"{advice}.")
     return 0 if fits else 1
 
 
-def _verdict(found: planner.Found, fitting: list[Row], ranks: int) -> Iterator[str]:
+def _elsewhere(case: Case) -> tuple[Case, str]:
+    """For a card that is not here: nothing is known of its host, and without GPUs here its packages are the newest
+    stack's, which is named."""
+    packages, name = case.facts.packages, ""
+    stack = next((one for one in reversed(case.matrix.stacks) if not one.is_cpu), None)
+    if not case.facts.gpus and stack is not None:
+        packages = {key: Package(key, pin.version, pin.build) for key, pin in stack.packages.items()}
+        name = stack.name
+    return dataclasses.replace(case, facts=msgspec.structs.replace(case.facts, host=None, packages=packages)), name
+
+
+def _named(cards: tuple[Card, ...]) -> tuple[Gpu, ...]:
+    """What a card's name says of it."""
+    return tuple(Gpu(n, "", one.name, one.limit, one.limit, capability_of(one.name)) for n, one in enumerate(cards[:1]))
+
+
+def _verdict(case: Case, found: planner.Found, fitting: list[Row], ranks: int) -> Iterator[str]:
     """What the chosen plan takes of the host; or why none was chosen, and what would do. `fitting`: on the card."""
+    seen = len(selected(case.facts.gpus or (), case.facts.environment, case.job.gpu_ids))
+    if 0 < seen < ranks:
+        yield f"{ranks - seen} of the {ranks} ranks have no device (LA105): `fix` starts {seen}, and plans for them."
     if found.chosen is not None:
         if found.chosen.host is not None and found.chosen is not found.own:
             whose = "the first rank" if ranks > 1 else "the rank"
             yield f"The plan takes {found.chosen.host / GIB:.1f} GiB of the host's memory for {whose}."
         return
     if not fitting:
-        yield "Nothing fits this card: use a larger one, or several under FSDP2 or ZeRO-3."
+        cut = case.job.strategy in ("fsdp", "zero3")
+        more = "more of them" if cut else "several under FSDP2 or ZeRO-3"
+        yield f"Nothing fits this card: use a larger one, or {more}."
     if any(not row.lacks for row in fitting):
         yield "Nothing that fits may be taken: name what may be lost in the training file's allow."
     least = min((row.lacks for row in fitting if row.lacks and row.allowed), default=0)
@@ -189,7 +220,7 @@ def _print(bill: memory.Bill) -> None:
     if bill.gpu:
         held = reserved(bill.gpu_allocated, bill.gpu_holes)
         click.echo(
-            f"peak: {bill.gpu_allocated / GIB:.1f} GiB allocated while {bill.peak_phase}, {held / GIB:.1f} GiB "
+            f"peak: {bill.gpu_allocated / GIB:.1f} GiB allocated {_WHILE[bill.peak_phase]}, {held / GIB:.1f} GiB "
             f"reserved, {(held + bill.gpu_context) / GIB:.1f} GiB with the CUDA context (±{bill.error_bar:.0%})"
         )
 

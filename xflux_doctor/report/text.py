@@ -110,12 +110,17 @@ def _verdict(verdict: Verdict, verbose: bool) -> Iterator[str]:
         yield from _finding(finding)
 
 
+def _wrapped(text: str, first: str, then: str) -> list[str]:
+    """An option is not parted at its hyphens: it may be copied."""
+    return textwrap.wrap(text, _WIDTH, initial_indent=first, subsequent_indent=then, break_on_hyphens=False)
+
+
 def _finding(finding: Finding) -> Iterator[str]:
     for text in (finding.seen, finding.because):
         if text:
-            yield from textwrap.wrap(text, _WIDTH, initial_indent="    ", subsequent_indent="    ")
+            yield from _wrapped(text, "    ", "    ")
     if finding.hint:
-        yield from textwrap.wrap(finding.hint, _WIDTH, initial_indent="    → ", subsequent_indent="      ")
+        yield from _wrapped(finding.hint, "    → ", "      ")
     for edit in finding.edits:
         yield f"    fix: {describe(edit)}"
     for edit in finding.offers:
