@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import pytest
-from conftest import GIB, XFLUX_ACCELERATE, case, gpus, job, machine, packages
+from conftest import GIB, ROOT, XFLUX_ACCELERATE, case, gpus, job, machine, packages
 
 from xflux_doctor import planner
 from xflux_doctor.bill import need
@@ -304,3 +305,20 @@ def test_what_a_driver_holds_of_an_idle_card_is_nobody_s(matrix: Matrix) -> None
     (verdict,) = examine(work, [memory.gpu_memory])
     assert "End it" not in verdict.findings[0].hint and verdict.findings[0].edits
     assert (memory._word("FSDP"), memory._word(True), memory._word(None)) == ("FSDP", "true", "null")
+
+
+MEASURED = ROOT / "benchmarks" / "results" / "limits-nvidia-h200-2026-11-30.json"
+
+
+@pytest.mark.parametrize("row", json.loads(MEASURED.read_text("utf-8"))["rows"],
+                         ids=lambda row: f"{row['mode']} {row['limit_gib']} {bool(row['allow'])}")  # fmt: skip
+def test_what_is_chosen_is_what_was_measured(matrix: Matrix, row: dict[str, Any]) -> None:
+    """benchmarks/limits.py on an H200: each was trained with, and timed beside the others. README has them; where one
+    is to change, it is to be measured again."""
+    own = {"mode": "finetune", "final_checkpoint": False} if row["mode"] == "finetune" else {}
+    settings = {"rank": 16, "max_train_steps": 5, "checkpointing_steps": 10**6, "heldout_samples": 0, **own}
+    work = job(ONE, **{**SEED, "mixed_precision": "bf16", "allow": tuple(row["allow"]), **settings})
+    facts = machine(matrix, gpus=gpus("H200", 1), packages=packages(matrix, "cuda13", triton="3.6.0", torchao="0.18.0"))
+    found = planner.known(case(matrix, facts, dataclasses.replace(work, gpu_limit=row["limit_gib"] * GIB)))
+    assert found is not None
+    assert (found.chosen and found.chosen.changes) == (row["plan"] and row["plan"]["changes"])
