@@ -222,6 +222,18 @@ def test_a_card_that_is_not_here_is_not_held_against_this_machine(
     assert found["plan"] and found["ranks"][0]["host"]["limit_bytes"] is None
 
 
+def test_ranks_without_a_device_are_told(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    usual = ["plan", "--config", "train.yaml", "--accelerate-config", "accelerate.yaml", "--facts", "facts.json"]
+    (place / "accelerate.yaml").write_text(TWO.replace("num_processes: 2", "num_processes: 3"))
+    main([*usual, "--offline"])
+    assert "1 of the 3 ranks have no device (LA105)" in capsys.readouterr().out
+    main([*usual, "--offline", "--gpu", "H100:80"])
+    assert "no device (LA105)" not in capsys.readouterr().out
+    (place / "accelerate.yaml").write_text(TWO.replace("num_processes: 2", "num_processes: 1000000000"))
+    assert main([*usual, "--offline"]) == 1
+    assert "The job has 1,000,000,000 ranks on this machine." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("card", "free", "values"), [
     ("H100", 23, {}), ("H100", 23, {"mode": "controlnet"}),
     ("A100", 79, {"mode": "finetune", "allow": ["optimizer", "backward_clip"]}), ("H100", 40, {}),

@@ -44,14 +44,13 @@ def judge(pin: Pin, package: Package | None) -> Word:
         return "unreadable"
     if not package.files or package.damaged:
         return "broken"
-    if pin.patched(version):
-        if pin.build and package.build and package.build != pin.build:
-            return "wrong build"
-        return "later patch"
-    if not pin.allows(version):
+    later = pin.patched(version)
+    if not later and not pin.allows(version):
         return "too old" if Version(version.public) < Version(pin.version) else "too new"
     if pin.build and package.build and package.build != pin.build:
         return "wrong build"
+    if later:
+        return "later patch"
     if package.copies > 1:
         return "shadowed"
     if package.editable:

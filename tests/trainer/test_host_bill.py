@@ -88,6 +88,26 @@ def test_what_streaming_was_measured_to_add() -> None:
         assert more == pytest.approx(peaks[name] - peaks[plain], rel=0.03)
 
 
+@pytest.mark.parametrize(("form", "targets", "times"), [
+    ("diffusers", "diffusers", 0), ("kohya", "diffusers", memory_host.JOINED), ("xlabs", "xflux", 1),
+])  # fmt: skip
+def test_what_an_adapter_s_file_takes_beside_the_adapters(form: str, targets: str, times: int) -> None:
+    """At rank 16; X-Flux's needs as much again for a moment."""
+    torch = pytest.importorskip("torch")
+    from xflux_trainer import lora_files
+    from xflux_trainer.fused import pairs
+    from xflux_trainer.trained import trained
+
+    weights = {}
+    for one in trained(replace(BASE, rank=16, lora_targets=targets), FLUX_DEV).adapters:
+        weights[f"{one.name}.lora_A.weight"] = torch.randn(16, one.inputs)
+        weights[f"{one.name}.lora_B.weight"] = torch.randn(one.outputs, 16)
+    own = {tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in weights.values()}
+    held = [tensor.untyped_storage() for tensor in lora_files.to_format(pairs(weights), form).values()]
+    more = {one.data_ptr(): one.nbytes() for one in held if one.data_ptr() not in own}
+    assert sum(more.values()) == pytest.approx(times * sum(own.values()), rel=0.01)
+
+
 def test_numbers_of_other_modules() -> None:
     pytest.importorskip("torch")
     from xflux_trainer import ahead, fast, readahead

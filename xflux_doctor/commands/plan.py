@@ -42,8 +42,8 @@ def run(inputs: Inputs, *, gpu: str | None, form: str = "text", html: str | None
     case = build(inputs, matrices.load_with(inputs.matrix), to_run=False)
     if case.job.xflux is not None:
         return _xflux(case, case.job.xflux, gpu, form, html)
-    elsewhere = gpu is not None and not inputs.facts
-    if elsewhere:
+    stack = ""
+    if gpu is not None and not inputs.facts:
         case, stack = _elsewhere(case)
     config = case.job.train
     if config is None:
@@ -81,9 +81,10 @@ def run(inputs: Inputs, *, gpu: str | None, form: str = "text", html: str | None
         click.echo("No GPU to hold it against: name one with --gpu NAME:GIB.")
         return 0
     _alternatives(found.rows if bill.gpu else [], cards, found.chosen)
-    for line in _verdict(case, found, fitting, len(cards)):
+    there = len(visible) if gpu is None else len(cards)  # a card that is named is there as often as it is wanted
+    for line in _verdict(found, fitting, case.job.strategy, ranks=len(cards), seen=there):
         click.echo(line)
-    if elsewhere and stack:
+    if stack:
         click.echo(f"Planned with the packages of stack {stack}; --facts FILE has those of a machine.")
     if advice := faster_attention(case):
         click.echo(f"{advice}.")
@@ -106,9 +107,9 @@ def _named(cards: tuple[Card, ...]) -> tuple[Gpu, ...]:
     return tuple(Gpu(n, "", one.name, one.limit, one.limit, capability_of(one.name)) for n, one in enumerate(cards[:1]))
 
 
-def _verdict(case: Case, found: planner.Found, fitting: list[Row], ranks: int) -> Iterator[str]:
-    """What the chosen plan takes of the host; or why none was chosen, and what would do. `fitting`: on the card."""
-    seen = len(selected(case.facts.gpus or (), case.facts.environment, case.job.gpu_ids))
+def _verdict(found: planner.Found, fitting: list[Row], sharing: str, *, ranks: int, seen: int) -> Iterator[str]:
+    """What the chosen plan takes of the host; or why none was chosen, and what would do. `fitting`: on the card.
+    `sharing`: the job's strategy; `seen`: devices for its ranks."""
     if 0 < seen < ranks:
         yield f"{ranks - seen} of the {ranks} ranks have no device (LA105): `fix` starts {seen}, and plans for them."
     if found.chosen is not None:
@@ -117,8 +118,7 @@ def _verdict(case: Case, found: planner.Found, fitting: list[Row], ranks: int) -
             yield f"The plan takes {found.chosen.host / GIB:.1f} GiB of the host's memory for {whose}."
         return
     if not fitting:
-        cut = case.job.strategy in ("fsdp", "zero3")
-        more = "more of them" if cut else "several under FSDP2 or ZeRO-3"
+        more = "more of them" if sharing in ("fsdp", "zero3") else "several under FSDP2 or ZeRO-3"
         yield f"Nothing fits this card: use a larger one, or {more}."
     if any(not row.lacks for row in fitting):
         yield "Nothing that fits may be taken: name what may be lost in the training file's allow."
