@@ -301,7 +301,7 @@ def _watching(bench: Bench) -> list[tuple[int, str]]:
 
 
 def resume(bench: Bench) -> dict[str, Any]:
-    """By DDP, whose checkpoint rank 0 writes, and by FSDP2, of which each rank writes its shards."""
+    """By DDP, where rank 0 has all that it writes, and by FSDP2, where it gathers the others' parts."""
     rows = {
         "LoRA, DDP": _resumed(bench, DDP),
         "all weights, FSDP2": _resumed(bench, FSDP, mode="finetune", weight_update="stochastic"),
