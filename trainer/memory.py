@@ -145,7 +145,11 @@ def forecast(
     host: tuple[Term, ...] = ()
     written: tuple[Term, ...] = ()
     if on_cpu or not gpu_only:
-        host = tuple(memory_host.terms(config, spec, strategy, compute, on_cpu=on_cpu, encoded=encoded))
+        fused = memory_fused.computes(config, strategy, device, triton=triton)
+        recorded = fused and memory_fused.records(config, strategy, device)
+        host = tuple(
+            memory_host.terms(config, spec, strategy, compute, on_cpu=on_cpu, encoded=encoded, recorded=recorded)
+        )
         written = tuple(disk(config, spec, samples, strategy))
     measured = {"single": ERROR_BAR, "ddp": ERROR_BAR}
     if not offload and reshard and not config.train_parameters:

@@ -18,7 +18,8 @@ from xflux_trainer.trained import trained
 
 MIB = 1 << 20
 ERROR_BAR = 0.10
-"""Measured so far: within 10 % in every phase of benchmarks/results/host_memory-*.json."""
+"""Measured so far: within 10 % in every phase of benchmarks/results/host_memory-*.json, but for the end of a LoRA's run
+on a GPU, which took more when they were made; within 5 % of every rank in limits-… and two-gpus-…-2026-11-30.json."""
 
 PROCESS = {
     # (all is to be encoded, the cache is filled)
@@ -35,7 +36,14 @@ NCCL, NCCL_ENCODING, NCCL_CUTTING, DEEPSPEED = 320 * MIB, 520 * MIB, 200 * MIB, 
 """Of each of several ranks on GPUs, more while they encode, less while FSDP2 cuts up what is loaded; DeepSpeed's comes
 with the first step. torch 2.11, NCCL 2.28, DeepSpeed 0.19: benchmarks/results/host_memory-2-ranks-*-2026-11-29.json."""
 WRITING = 90 * MIB
-"""On a GPU, of the rank that writes the result, beside the tensors themselves."""
+"""On a GPU, of the rank that writes a fine-tune's result, beside the tensors themselves: 66 to 74 MiB were measured."""
+RECORDING = 130 * MIB
+"""Of PROCESS's `train`, while steps are recorded. It is let go before adapters are written, which take its place: two
+ranks under DDP held 1,610 MiB at the most and 1,482 after their steps, one card let go of 171 at the least. Sources:
+benchmarks/results/two-gpus-nvidia-h200-2026-11-30.json and limits-nvidia-h200-2026-11-30.json."""
+FP8 = {"cache": 150 * MIB, "load": 60 * MIB}
+"""Of products in fp8, which are tried before anything else: Triton and the kernels. Later phases need it anyway. From
+the same limits-….json."""
 JOINED = 2
 """Times the adapters that another format's tensors take beside them: measured for kohya's and X-Flux's at rank 16."""
 BY_ONE, ALONE = ("writing", "adapter files", "a tensor on its way"), ("sample",)
@@ -53,19 +61,23 @@ PASSES = ("load", "train", "sample")
 
 
 def terms(
-    config: TrainConfig, spec: FluxSpec, strategy: str, compute: Iterable[Term], *, on_cpu: bool, encoded: bool = False
-) -> Iterator[Term]:
+    config: TrainConfig, spec: FluxSpec, strategy: str, compute: Iterable[Term], *, on_cpu: bool, encoded: bool = False,
+    recorded: bool = False,
+) -> Iterator[Term]:  # fmt: skip
     """What one rank holds of the host. `compute` are the terms of the device that computes, `encoded`: the cache is
-    filled, so that no encoder is loaded."""
+    filled, so that no encoder is loaded; `recorded`: steps are."""
     if on_cpu:
         yield from _process(config, "cpu", "Python and torch", encoded=encoded)
         yield from _cpu(config, spec, strategy, list(compute), encoded=encoded)
     else:
         yield from _process(config, "cuda", "Python, torch and CUDA", encoded=encoded)
         yield from _cuda(config, spec)
+        if config.quantization == "fp8-dynamic":
+            yield from (Term("fp8 products", size, phase, "tried first; measured") for phase, size in FP8.items())
         yield from _together(config, spec, strategy, encoded=encoded)
     yield from _batches(config, spec, on_cpu=on_cpu)
-    yield from _written(config, spec, on_cpu=on_cpu)
+    if not on_cpu:  # there the activations, which have gone by then, are more
+        yield _written(config, spec, recorded=recorded)
 
 
 def of_others(terms: Iterable[Term]) -> Iterator[Term]:
@@ -127,22 +139,20 @@ def _batches(config: TrainConfig, spec: FluxSpec, *, on_cpu: bool) -> Iterator[T
     yield Term("batches ahead", size, "train", f"{AHEAD} of them{'' if on_cpu else ', pinned'}")
 
 
-def _written(config: TrainConfig, spec: FluxSpec, *, on_cpu: bool) -> Iterator[Term]:
-    """Beside what is there all the time: on a CPU the activations, which have gone by then, are more."""
-    if not on_cpu:
-        yield Term("writing", WRITING, "train", "the result, at the end, by the first rank; as measured")
-    if config.mode == "lora" and not on_cpu:
-        yield _adapters(config, spec)
-
-
-def _adapters(config: TrainConfig, spec: FluxSpec) -> Term:
-    """Beyond diffusers' format they are laid together anew; B is multiplied by a scale that is not 1. In fp32."""
+def _written(config: TrainConfig, spec: FluxSpec, *, recorded: bool) -> Term:
+    """By the first rank, beside what is there all the time. Adapters are in fp32: beyond diffusers' format they are
+    laid together anew, and B is multiplied by a scale that is not 1."""
+    if config.mode != "lora":
+        return Term("writing", WRITING, "train", "the result, at the end, by the first rank; as measured")
     joined = any(form != "diffusers" for form in config.formats)
     scaled = config.alpha != config.rank
     size = 4 * trained(config, spec).parameters
     size += (JOINED * size if joined else 0) + (size // 2 if scaled else 0)
-    why = ", ".join(["fp32, at the end", *["laid together"] * joined, *["scaled"] * scaled])
-    return Term("adapter files", size, "train", why)
+    said = ["fp32, at the end", *["laid together"] * joined, *["scaled"] * scaled]
+    if recorded:
+        size = max(0, size - RECORDING)
+        said.append(f"in place of {RECORDING // MIB} MiB that recording the steps took")
+    return Term("adapter files", size, "train", ", ".join(said))
 
 
 # A run on the CPU ----------------------------------------------------------------------------------------
