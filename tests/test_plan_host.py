@@ -75,7 +75,7 @@ def test_what_the_host_lacks_is_shown_and_not_taken(matrix: Matrix) -> None:
     rows = [row for row in found.rows if row.allowed and row.verdict(planner.of_case(work)) == "fits"]
     assert found.chosen is None and rows and all(row.lacks and not row.fits for row in rows)
     (result,) = examine(work, [memory.gpu_memory])
-    assert "What fits the card lacks 6.2 GiB of the host's memory" in result.findings[0].hint
+    assert "What fits the card lacks 6.1 GiB of the host's memory" in result.findings[0].hint
     assert not result.findings[0].edits
     # With a base in fewer bytes there is room.
     lossy = planned(subject(matrix, 16, host={"memory_limit": 7 * GIB}, allow=("quantization",))).chosen
