@@ -250,5 +250,7 @@ def _leaves(term: Term, strategy: str, offload: Collection[str]) -> bool:
 
 
 def _phases(terms: tuple[Term, ...]) -> dict[str, int]:
-    totals = {phase: sum(term.bytes for term in terms if term.phase == phase) for phase in PHASES}
+    totals = dict.fromkeys(PHASES, 0)
+    for term in terms:
+        totals[term.phase] += term.bytes
     return {phase: size for phase, size in totals.items() if size}

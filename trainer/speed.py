@@ -6,6 +6,7 @@ Torch-free. A multiply and an add are two FLOPs; what is recomputed by gradient 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import re
 from collections import deque
@@ -122,8 +123,18 @@ def _linears(spec: FluxSpec, image_tokens: int, text_tokens: int) -> _Sizes:
 def _again(sizes: _Sizes, spec: FluxSpec, count: int, whole: bool, gates: frozenset[str]) -> float:
     """FLOPs that the first `count` fused blocks compute a second time: all but a block's last layers, which nobody
     reads (7/12 of a single block's products, 8/12 of a double block's), unless its gate's gradient wants them."""
-    blocks = _by_block(sizes, spec.double_blocks)
-    return sum(inner + last * (whole or block in gates) for place, block, inner, last in blocks if place < count)
+    summed = _up_to(sizes, spec.double_blocks, whole, gates)
+    return summed[min(count, len(summed) - 1)]
+
+
+@functools.lru_cache(maxsize=64)
+def _up_to(sizes: _Sizes, double: int, whole: bool, gates: frozenset[str]) -> tuple[float, ...]:
+    """The same of the first block, of the first two and so on, after nothing: a plan's search asks for each number."""
+    blocks = _by_block(sizes, double)
+    each = [0.0] * (1 + max((place for place, *_ in blocks), default=-1))
+    for place, block, inner, last in blocks:
+        each[place] = inner + last * (whole or block in gates)
+    return tuple(itertools.accumulate(each, initial=0.0))
 
 
 @functools.lru_cache(maxsize=64)

@@ -8,9 +8,10 @@ against this: it explains them, and foretells what lies between them.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from xflux_trainer.config import TrainConfig
@@ -58,8 +59,13 @@ class Forecast:
     """Seconds of one optimizer step, which are the sum of the terms; `error` is relative."""
 
     seconds: float
-    terms: tuple[Term, ...]
     error: float
+    _itemised: Callable[[], tuple[Term, ...]] = field(repr=False, compare=False)
+
+    @functools.cached_property
+    def terms(self) -> tuple[Term, ...]:
+        """What it is made of, put into words when somebody asks: a plan's search asks for hundreds of seconds."""
+        return self._itemised()
 
 
 def seconds_per_step(
@@ -84,11 +90,10 @@ def seconds_per_step(
     passes = [_micro_step(job, size) for size in config.sizes]
     share = config.gradient_accumulation_steps / len(passes)
     found = {name: sum(one[name] for one in passes) * share for name in passes[0]}
-    reasons = _reasons(job)
-    every = [Term(name, seconds, reasons[name]) for name, seconds in found.items()]
-    kept = tuple(term for term in (*every, *_once(job, world_size)) if term.seconds > 0)
+    once = _once(job, world_size)
     error = known.error + (RANKS_ERROR if world_size > 1 or strategy not in ("single", "ddp") else 0)
-    return Forecast(sum(term.seconds for term in kept), kept, error)
+    seconds = sum(each for each in [*found.values(), *(term.seconds for term in once)] if each > 0)
+    return Forecast(seconds, error, lambda: tuple(term for term in (*_told(job, found), *once) if term.seconds > 0))
 
 
 def hours(config: TrainConfig, step: Forecast, *, world_size: int, images: int = 0) -> float | None:
@@ -124,8 +129,13 @@ def _micro_step(job: Job, side: int) -> dict[str, float]:
     return found
 
 
+def _told(job: Job, found: Mapping[str, float]) -> list[Term]:
+    """Each of them with why it takes what it takes."""
+    reasons = _reasons(job)
+    return [Term(name, seconds, reasons[name]) for name, seconds in found.items()]
+
+
 def _reasons(job: Job) -> dict[str, str]:
-    """Why each of them takes what it takes."""
     names, gigabytes = words(job), sum(arriving(job)) / 1e9
     found = {name: why.format(**names) for name, why in WHY.items()}
     found[MEASURING] = "a backward pass before the one that steps: backward_clip is exact"
