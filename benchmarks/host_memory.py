@@ -12,7 +12,6 @@ says in its metrics.json: RssAnon and RssShmem, ten times a second. With --ranks
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import subprocess
@@ -101,7 +100,7 @@ def forecast(work: Path, config: dict[str, Any], options: argparse.Namespace, *,
 def told(terms: Sequence[Any]) -> tuple[dict[str, int], list[dict[str, Any]]]:
     """Bytes of the host by phase, and the terms that they are made of."""
     phases = {phase: sum(term.bytes for term in terms if term.phase == phase) for phase in PHASES}
-    return {phase: size for phase, size in phases.items() if size}, [dataclasses.asdict(term) for term in terms]
+    return {phase: size for phase, size in phases.items() if size}, [term._asdict() for term in terms]
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -235,8 +235,8 @@ def _split(
             whole = 0 if apart else min(term.bytes, 2 * block_parameters(spec) * width(config))
             if whole:
                 why = "two blocks, whole while they compute; the rest is offloaded"
-                here.append(replace(term, bytes=whole, why=why))
-            there.append(replace(term, bytes=term.bytes - whole * (world_size > 1), why="this rank's part, offloaded"))
+                here.append(term._replace(bytes=whole, why=why))
+            there.append(term._replace(bytes=term.bytes - whole * (world_size > 1), why="this rank's part, offloaded"))
         else:
             here.append(term)
     return tuple(here), tuple(there)

@@ -8,7 +8,6 @@ process itself are measured by benchmarks/host_memory.py, with memory that is gi
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.memory_terms import TRANSFORMER, Term, checkpoints, narrow, width
@@ -181,14 +180,14 @@ def _draw(config: TrainConfig, spec: FluxSpec, drawing: list[Term]) -> Iterator[
     if not drawing:
         return
     passes = [
-        replace(term, bytes=term.bytes // 2, why="half of a GPU's: no convolution has a workspace")
+        term._replace(bytes=term.bytes // 2, why="half of a GPU's: no convolution has a workspace")
         if term.name == DECODING
         else term
         for term in drawing
     ]
     if width(config) == 4:
         yield Term("VAE", spec.vae_parameters * 4, "sample", "converted: its file has bf16")
-        passes = [replace(term, bytes=term.bytes * 2) if term.name == DECODING else term for term in passes]
+        passes = [term._replace(bytes=term.bytes * 2) if term.name == DECODING else term for term in passes]
     yield max(passes, key=lambda term: term.bytes)
 
 

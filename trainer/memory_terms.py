@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.savings import held, is_block, is_modulation
@@ -41,9 +41,9 @@ OPTIMIZER = (ADAM, MASTERS)
 """Terms that an offloaded optimizer takes to the host."""
 
 
-@dataclass(frozen=True)
-class Term:
-    """One item of the bill: what it is, how many bytes, in which phase of the run, and why that many."""
+class Term(NamedTuple):
+    """One item of the bill: what it is, how many bytes, in which phase of the run, and why that many. A plan's search
+    makes ten thousand."""
 
     name: str
     bytes: int
