@@ -36,7 +36,7 @@ import torch
 from children import GIB, RESULTS, Outcome, numbers
 from memory_rows import BACKWARD, KEPT, ROWS, Row, bill, size, spec_of
 from meta_device import META
-from xflux_trainer import graphs, memory_fused, memory_terms, train
+from xflux_trainer import graphs, memory_diffusers, memory_fused, train
 from xflux_trainer.errors import UserError
 from xflux_trainer.ranks import Launch, Ranks
 from xflux_trainer.signals import Stop
@@ -100,10 +100,10 @@ def take(row: Row, spec: FluxSpec) -> Outcome:
     return {**found, "outcome": "seen", **seen, "unseen_bytes": unseen, "error": error}
 
 
-def _norms() -> memory_terms.Norms:
+def _norms() -> memory_diffusers.Norms:
     """As the doctor asks for it: by the releases that are installed here."""
     diffusers, torch_ = (tuple(map(int, version(name).split(".")[:2])) for name in ("diffusers", "torch"))
-    return memory_terms.norms_of(diffusers, torch_)
+    return memory_diffusers.norms_of(diffusers, torch_)
 
 
 def _why_not(row: Row) -> str:

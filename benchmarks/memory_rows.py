@@ -9,7 +9,7 @@ from typing import Any
 from xflux_trainer.buckets import area_buckets
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.memory import GIB, Bill, forecast
-from xflux_trainer.memory_terms import Norms
+from xflux_trainer.memory_diffusers import Norms
 from xflux_trainer.rules import between
 from xflux_trainer.spec import FLUX_DEV, FluxSpec, image_tokens
 

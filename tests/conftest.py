@@ -85,7 +85,7 @@ EITHER = (
     "test_xflux_bill.py", "test_yamlcomment.py", "test_yamltext.py", "trainer/test_limits_benchmark.py",
     "trainer/test_host_bill.py", "trainer/test_memory_properties.py", "trainer/test_step_benchmark.py",
     "trainer/test_train_buckets.py", "trainer/test_train_config.py", "trainer/test_train_samples.py",
-    "trainer/test_train_spec.py", "trainer/test_train_start.py", "trainer/test_train_tables.py",
+    "trainer/test_train_spec.py", "trainer/test_train_tables.py",
     "trainer/test_train_timing.py",
 )  # fmt: skip
 """Files whose outcome is our own code's and Python's, whatever stack is installed beside (some start one, any one):

@@ -28,7 +28,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "probes.gpu_loads", "probes.gpu_attention", "probes.gpu_blocks", "probes.gpu",
         "probes.runner", "probes.reduction", "probes.signs", "probes.retry", "probes.each_gpu", "probes.outside",
         "probes.level",
-        "verdict", "check", "refused", "bill", "deep", "xflux_bill", "strategy", "plans", "hostroom", "planner",
+        "verdict", "check", "refused", "bill", "deep", "xflux_bill", "strategy", "plans", "hostroom",
+        "plansearch", "planner",
     ),
     ("checks.hardware", "checks.software", "checks.rules", "checks.packages", "checks.releases",
      "checks.words", "checks.sections", "checks.section_words", "checks.section_types", "checks.strategies",
@@ -62,7 +63,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )  # fmt: skip
 TORCH_STACK = {"torch", "torchvision", "transformers", "diffusers", "accelerate", "deepspeed", "peft", "optimum"}
 TORCH_FREE_TRAINER = {
-    "config", "spec", "memory", "memory_fused", "memory_terms", "rules", "timing", "timing_cards", "samples", "lint",
+    "config", "spec", "memory", "memory_diffusers", "memory_fused", "memory_terms",
+    "rules", "timing", "timing_cards", "samples", "lint",
     "layout", "bfl_spec",
     "find", "speed",
 }  # fmt: skip

@@ -19,7 +19,7 @@ from packaging.version import Version
 from xflux_trainer import bfl_spec
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.memory import GIB, MIB, forecast
-from xflux_trainer.memory_terms import Norms, norms_of
+from xflux_trainer.memory_diffusers import Norms, norms_of
 from xflux_trainer.spec import FLUX_DEV
 
 

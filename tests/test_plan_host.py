@@ -15,7 +15,7 @@ from xflux_doctor.check import Case, examine
 from xflux_doctor.checks import memory
 from xflux_doctor.matrix import Matrix
 from xflux_doctor.plan import make
-from xflux_doctor.planner import Found
+from xflux_doctor.plansearch import Found
 
 EIGHT = XFLUX_ACCELERATE.replace("DEEPSPEED", "MULTI_GPU")
 ONE = EIGHT.replace("num_processes: 8", "num_processes: 1").replace("MULTI_GPU", "NO")

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 from typing import Any
 
 import pytest
 from conftest import GIB, ROOT, XFLUX_ACCELERATE, case, gpus, job, machine, packages
 
-from xflux_doctor import planner
+from xflux_doctor import planner, plansearch
 from xflux_doctor.bill import need
 from xflux_doctor.check import Case, examine
 from xflux_doctor.checks import memory
 from xflux_doctor.matrix import Matrix
 from xflux_doctor.plan import make
-from xflux_doctor.planner import Found
 from xflux_doctor.plans import Card, Row, capability_of, recomputing
+from xflux_doctor.plansearch import Found
 from xflux_doctor.refused import FP8
 from xflux_doctor.verdict import TIGHT, held_by
 
@@ -80,9 +81,9 @@ def test_it_is_the_fastest_of_all_that_can_be_said(matrix: Matrix, limit: int, t
     plan = chosen(found)
     assert not plan.lossy and plan.seconds is not None
     work = subject(matrix, limit, **train)
-    seek = planner._Search(work, planner.of_case(work), ())
+    seek = plansearch.Search(work, planner.of_case(work), ())
     best = None
-    for way in (way for line in seek._lines(seek.config, planner.STREAMED) for way in line):
+    for way in (way for line in seek._lines(seek.config, plansearch.STREAMED) for way in line):
         for count in (*range(58), None):
             config = recomputing(way, count)
             if seek._fits(config, TIGHT):
@@ -305,6 +306,27 @@ def test_what_a_driver_holds_of_an_idle_card_is_nobody_s(matrix: Matrix) -> None
     (verdict,) = examine(work, [memory.gpu_memory])
     assert "End it" not in verdict.findings[0].hint and verdict.findings[0].edits
     assert (memory._word("FSDP"), memory._word(True), memory._word(None)) == ("FSDP", "true", "null")
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_search_leaves_the_collector_as_it_was(
+    matrix: Matrix, monkeypatch: pytest.MonkeyPatch, enabled: bool
+) -> None:
+    """Also one that fails: `run` lives on for days."""
+    seen = []
+
+    def fail(*_: object) -> None:
+        seen.append(gc.isenabled())
+        raise OSError
+
+    before = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        assert planner.known(subject(matrix, 24)) is not None and gc.isenabled() == enabled
+        monkeypatch.setattr(plansearch.Search, "_label", fail)
+        assert planner.known(subject(matrix, 24)) is None and gc.isenabled() == enabled and seen == [False]
+    finally:
+        (gc.enable if before else gc.disable)()
 
 
 MEASURED = ROOT / "benchmarks" / "results" / "limits-nvidia-h200-2026-11-30.json"

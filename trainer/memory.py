@@ -13,6 +13,8 @@ from typing import Literal
 
 from xflux_trainer import memory_fused, memory_host
 from xflux_trainer.config import TrainConfig
+from xflux_trainer.memory_diffusers import Norms, activations
+from xflux_trainer.memory_passes import grow
 from xflux_trainer.memory_terms import (
     GRADIENTS,
     ONE_STEP,
@@ -20,12 +22,9 @@ from xflux_trainer.memory_terms import (
     SHARDS,
     TRANSFORMER,
     WITH_SHARDS,
-    Norms,
     Term,
-    activations,
     block_parameters,
     disk,
-    grow,
     loading,
     sampling,
     states,

@@ -12,19 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from xflux_trainer.config import TrainConfig
-from xflux_trainer.memory_terms import (
-    CUBLAS,
-    Norms,
-    Passed,
-    Term,
-    dense,
-    gradients_so_far,
-    moments,
-    parameters_by_block,
-    saved_per_block,
-    turn,
-    width,
-)
+from xflux_trainer.memory_diffusers import Norms, saved_per_block
+from xflux_trainer.memory_passes import Passed, gradients_so_far, parameters_by_block, turn
+from xflux_trainer.memory_terms import CUBLAS, Term, dense, moments, width
 from xflux_trainer.savings import is_modulation, streamed_blocks
 from xflux_trainer.settings import altered
 from xflux_trainer.spec import FluxSpec, image_tokens

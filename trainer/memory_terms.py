@@ -1,37 +1,25 @@
-"""The terms of a bill: weights, what is trained, activations, samples. Bytes of one rank, each with its reason.
-
-The counts of saved activations here follow diffusers' blocks as autograd saves them with fused RMSNorm and flash
-attention; `memory_fused` has those of this trainer's own. U below is one (tokens, hidden) tensor: 27 MiB at 1024 px in
-bf16.
+"""The terms of a bill that no step changes: weights, what is trained, samples, the disk. Bytes of one rank, each with
+its reason. What the passes of a step take is `memory_fused`'s where this trainer's own blocks compute, otherwise
+`memory_diffusers`'s.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from xflux_trainer.config import TrainConfig
-from xflux_trainer.savings import held, is_block, is_modulation
+from xflux_trainer.savings import block_of, held, is_block, is_modulation
 from xflux_trainer.spec import FluxSpec, image_tokens
-from xflux_trainer.trained import Trained, controlnet, trained
+from xflux_trainer.trained import Trained, trained
 
 MIB = 1 << 20
 CUBLAS = 32 * MIB
 """A workspace of cuBLAS or cuBLASLt on Hopper, as torch sets it: each stream has both."""
-SINGLE_PASSES, DOUBLE_PASSES = 10, 4
-"""U of gradients at once in the backward pass of diffusers' blocks: of the output and its product with the gate, of
-[attention | MLP] (5), of GELU's input (4)."""
 BUCKET = 1 << 27
 """Most gradients that DeepSpeed reduces together here: twice FLUX's largest weight, 256 MiB in bf16."""
-
-Norms = Literal["fused", "torch", "diffusers"]
-"""How diffusers' blocks norm queries and keys in 16 bits: see `norms_of`."""
-NORMS: dict[Norms, tuple[int, int]] = {"fused": (0, 0), "torch": (2, 2), "diffusers": (5, 4)}
-"""U that these keep in a double and in a single block, beyond what one kernel keeps: fp32 copies, and more. Counted on
-torch's meta device (benchmarks/memory_meta.py)."""
 
 ADAM, MASTERS, SHARDS, TRANSFORMER = "Adam", "Adam and fp32 weights", "fp32 shards", "transformer"
 GRADIENTS, ONE_STEP, WHOLE = "gradients", "one tensor's step", "whole blocks"
@@ -51,12 +39,6 @@ class Term(NamedTuple):
     why: str
     passing: bool = False
     """Whether it is gone when the optimizer steps."""
-
-
-def norms_of(diffusers: tuple[int, ...], torch: tuple[int, ...]) -> Norms:
-    """By the releases: diffusers had a class of its own before 0.35, and torch composed its norm of others before it
-    had a kernel of CUDA's for it in 2.9."""
-    return "diffusers" if diffusers < (0, 35) else "torch" if torch < (2, 9) else "fused"
 
 
 def width(config: TrainConfig) -> int:
@@ -110,7 +92,7 @@ def block_parameters(spec: FluxSpec) -> int:
 @functools.lru_cache(maxsize=16)
 def end_parameters(spec: FluxSpec) -> int:
     """Parameters of the linear layers outside of the blocks."""
-    linears = [linear for linear in spec.linears() if not _block_of(linear.name)]
+    linears = [linear for linear in spec.linears() if not block_of(linear.name)]
     return sum((linear.inputs + 1) * linear.outputs for linear in linears)
 
 
@@ -229,134 +211,6 @@ def _deepspeed(config: TrainConfig, what: Trained, world_size: int, strategy: st
         yield Term("moving average", share * 4, "train", f"fp32, 1/{world_size} of it on each rank")
 
 
-# The moment of most --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Passed:
-    """Bytes of one block that a gradient passes through."""
-
-    kept: int
-    """Between the passes."""
-    needed: int
-    """In its backward pass, beside what was kept."""
-    checkpointed: bool
-    grads: int = 0
-    """Gradients that its backward pass leaves, where they have no place before."""
-
-
-def turn(blocks: Sequence[Passed]) -> int:
-    """The block in whose backward pass most is there: what later ones kept is gone, and their gradients are there."""
-    kept, grads = 0, sum(block.grads for block in blocks)
-    most, found = -1, 0
-    for number, block in enumerate(blocks):
-        kept += block.kept
-        if kept + block.needed + grads > most:
-            most, found = kept + block.needed + grads, number
-        grads -= block.grads
-    return found
-
-
-def gradients_so_far(blocks: Sequence[Passed], number: int, *, cut: bool = False) -> Iterator[Term]:
-    """Those that are there in the backward pass of the block of that number. Where they are `cut` up among ranks its
-    own are still on their way, and the second block of all needs more than the first: it is gathered meanwhile."""
-    there = sum(block.grads for block in blocks[max(number, 1) + 1 if cut else number :])
-    if there:
-        yield Term(GRADIENTS, there, "train", "those that are there while most activations are", passing=True)
-
-
-def grow(config: TrainConfig, strategy: str, *, recorded: bool) -> bool:
-    """Whether gradients come as activations go: under DDP and in a recording their places are there all along, and so
-    they are where several passes add to them."""
-    if config.gradient_accumulation_steps > 1 or recorded or config.step_in_backward:
-        return False
-    return strategy == "single" or (strategy == "fsdp" and config.mode == "finetune")
-
-
-def parameters_by_block(config: TrainConfig, spec: FluxSpec, *, modulation: bool = True) -> dict[str, int]:
-    """Trained parameters of every block that has some, without those of its modulation where that is said; under ""
-    those of layers outside of the blocks."""
-    return _by_block(trained(config, spec), spec, config.rank, config.mode == "finetune", modulation)
-
-
-@functools.lru_cache(maxsize=64)
-def _by_block(what: Trained, spec: FluxSpec, rank: int, weights: bool, modulation: bool) -> dict[str, int]:
-    sizes: dict[str, int] = {}
-    own = [(one.name, one.parameters(rank)) for one in what.adapters]
-    if weights:
-        own += [(linear.name, linear.parameters) for linear in spec.linears() if linear.name in what.layers]
-    for name, size in own:
-        if modulation or not is_modulation(name):
-            block = _block_of(name)
-            sizes[block] = sizes.get(block, 0) + size
-    return sizes
-
-
-def _block_of(name: str) -> str:
-    """transformer_blocks.3 of transformer_blocks.3.attn.to_q; "" of a layer that is in no block."""
-    block = ".".join(name.split(".")[:2])
-    return block if is_block(block) else ""
-
-
-# Activations ---------------------------------------------------------------------------------------------
-
-
-def activations(
-    config: TrainConfig, spec: FluxSpec, *, growing: float = 0, cut: bool = False, norms: Norms = "fused"
-) -> Iterator[Term]:
-    """What the forward pass keeps for the backward pass, at the largest size that is trained on.
-
-    `growing`: bytes of a parameter's gradient that is made in the backward pass, 0 where its place is there before; of
-    one that is `cut` up among ranks, of a rank's part.
-    """
-    size = width(config)
-    side = max(config.sizes)
-    tokens = image_tokens(side, side) + config.max_text_tokens
-    unit = config.train_batch_size * tokens * spec.hidden * size
-    what = trained(config, spec)
-    own = parameters_by_block(config, spec)
-    saved = saved_per_block(config, spec, what, tokens, norms)
-    names = [f"transformer_blocks.{k}" for k in range(spec.double_blocks)]
-    names = [*names, *(f"single_transformer_blocks.{k}" for k in range(spec.single_blocks))][-len(saved) :]
-    if config.mode == "controlnet":
-        net, every = controlnet(config.controlnet_depth, spec)
-        saved += saved_per_block(config, net, every, tokens, norms)
-        names += [""] * (len(saved) - len(names))
-    again = config.gradient_checkpointing
-    blocks = []
-    for name, kept in zip(names, saved):  # noqa: B905 (of one length)
-        passes = unit * (SINGLE_PASSES if name.startswith("single_") else DOUBLE_PASSES)
-        grads = round(own.get(name, 0) * growing)
-        blocks.append(Passed(unit if again else kept, passes + kept * again, again, grads))
-    shape = f"{config.train_batch_size} x {tokens} tokens"
-    if blocks:
-        number = turn(blocks)
-        there = blocks[: number + 1]
-        kept = sum(block.kept for block in there)
-        if again:
-            yield Term("block inputs", kept, "train", f"{len(there)} checkpointed blocks, {shape} each", passing=True)
-            once = saved[number]
-            yield Term("one block's activations", once, "train", "recomputed when its turn comes", passing=True)
-        else:
-            yield Term("activations", kept, "train", f"{len(there)} blocks keep theirs, {shape}", passing=True)
-        passes = blocks[number].needed - again * saved[number]
-        yield Term("backward's own", passes, "train", "gradients on their way through one block", passing=True)
-        yield from gradients_so_far(blocks, number, cut=cut)
-        if config.mode == "lora" and size == 2:
-            copies = what.parameters * size
-            why = "in the format of the products" + (", of one block" if again else "")
-            yield Term("adapters' copies", copies // len(blocks) if again else copies, "train", why, passing=True)
-    if config.mode == "controlnet":
-        residuals = 2 * config.controlnet_depth * unit
-        yield Term("residuals", residuals, "train", "the ControlNet's outputs, and their sums", passing=True)
-        hint = config.train_batch_size * 16 * side**2 * size * 3
-        yield Term("condition", hint, "train", "the hint block's layers at full resolution", passing=True)
-    yield Term("cuBLAS", 2 * CUBLAS, "train", "its workspace, and cuBLASLt's")
-    yield from dense(config, spec)
-    ends = 2 * config.train_batch_size * tokens * (spec.in_channels * 12 + spec.hidden * size)
-    yield Term("inputs and loss", ends, "train", "latents, noise and prediction in fp32, and the embedded tokens")
-
-
 def dense(config: TrainConfig, spec: FluxSpec) -> Iterator[Term]:
     """Of a base in fewer bits the largest layer, made dense for its product."""
     if config.quantization == "none":
@@ -389,81 +243,6 @@ def loading(config: TrainConfig, spec: FluxSpec, stays: Iterable[Term]) -> Itera
     copies = QUANTISED.get(config.quantization, 0)
     if copies:
         yield Term("one layer on its way", copies * spec.largest_tensor * 4, "load", "quantised from fp32 copies of it")
-
-
-def saved_per_block(
-    config: TrainConfig, spec: FluxSpec, what: Trained, tokens: int, norms: Norms = "fused"
-) -> list[int]:
-    """Bytes that autograd saves in each block, from the first one that a gradient passes through."""
-    size = width(config)
-    unit = config.train_batch_size * tokens * spec.hidden * size
-    # Attention keeps the log-sum-exp of every row, the two QK-norms their scales, in fp32.
-    rows = 3 * config.train_batch_size * tokens * spec.heads * 4
-    low_rank = config.train_batch_size * tokens * config.rank * size
-    kept = _saved(what, spec, _norms(config, norms), config.mode == "controlnet")
-    return [units * unit + rows + adapters * low_rank for units, adapters in kept]
-
-
-@functools.lru_cache(maxsize=64)
-def _saved(what: Trained, spec: FluxSpec, norms: tuple[int, int], reached: bool) -> tuple[tuple[int, int], ...]:
-    """Of those blocks the U that are saved, and the number of adapters."""
-    ends = ("x_embedder", "context_embedder", "time_text_embed.timestep_embedder.linear_1")
-    reached = reached or any(name in what.layers for name in ends)
-    layers, adapters = _in_blocks(what)
-    kinds = (("transformer_blocks", spec.double_blocks, _double, norms[0]),
-             ("single_transformer_blocks", spec.single_blocks, _single, norms[1]))  # fmt: skip
-    found = []
-    for kind, count, units, more in kinds:
-        for index in range(count):
-            own = layers.get(f"{kind}.{index}", frozenset())
-            reached = reached or bool(own)
-            if reached:
-                found.append((units(own) + more, adapters.get(f"{kind}.{index}", 0)))
-    return tuple(found)
-
-
-@functools.lru_cache(maxsize=64)
-def _in_blocks(what: Trained) -> tuple[dict[str, frozenset[str]], dict[str, int]]:
-    """Of every block the layers that are trained, by their names in it, and how many adapters it has."""
-    layers: dict[str, set[str]] = {}
-    for name in what.layers:
-        if block := _block_of(name):
-            layers.setdefault(block, set()).add(name.removeprefix(f"{block}."))
-    adapters: dict[str, int] = {}
-    for adapter in what.adapters:
-        if block := _block_of(adapter.name):
-            adapters[block] = adapters.get(block, 0) + 1
-    return {block: frozenset(own) for block, own in layers.items()}, adapters
-
-
-def _norms(config: TrainConfig, norms: Norms) -> tuple[int, int]:
-    """U of the norms of a double and a single block; what trained weights multiply is kept too."""
-    if norms == "fused" or width(config) == 4:
-        return 0, 0
-    trained_too = 2 * (config.mode == "finetune" and not config.train_parameters)
-    double, single = NORMS[norms]
-    return double + trained_too, single + trained_too
-
-
-def _double(own: frozenset[str]) -> int:
-    """U that a double block saves: 12 for the gradient to pass through, more for each trained layer."""
-    return (
-        12
-        + bool(own & {f"attn.{name}" for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")})
-        + bool(own & {"ff.net.0.proj", "ff_context.net.0.proj"})
-        + 4 * bool(own & {"ff.net.2", "ff_context.net.2"})
-        + 4 * bool(own & {"norm1.linear", "norm1_context.linear"})
-    )
-
-
-def _single(own: frozenset[str]) -> int:
-    """U that a single block saves: 11 for the gradient to pass through, more for each trained layer."""
-    return (
-        11
-        + bool(own & {"attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"})
-        + 5 * ("proj_out" in own)
-        + 2 * ("norm.linear" in own)
-    )
 
 
 def sampling(config: TrainConfig, spec: FluxSpec) -> Iterator[Term]:

@@ -124,7 +124,7 @@ def _by_unit(spec: FluxSpec) -> dict[tuple[str, str], list[Linear]]:
     """The blocks' linear layers by their block and the name of their unit."""
     found: dict[tuple[str, str], list[Linear]] = {}
     for linear in spec.linears():
-        if block := _block(linear):
+        if block := block_of(linear.name):
             found.setdefault((block, unit_of(linear.name[len(block) + 1 :])), []).append(linear)
     return found
 
@@ -162,7 +162,7 @@ def _stored(inputs: int, outputs: int, quantization: str, width: int) -> int:
     return count + outputs * 4  # a scale for each output channel
 
 
-def _block(linear: Linear) -> str:
-    """The name of the block that a layer is part of, or an empty text."""
-    name = ".".join(linear.name.split(".")[:2])
+def block_of(layer: str) -> str:
+    """transformer_blocks.3 of transformer_blocks.3.attn.to_q; "" of a layer that is in no block."""
+    name = ".".join(layer.split(".")[:2])
     return name if is_block(name) else ""

@@ -136,6 +136,7 @@ def _told(job: Job, found: Mapping[str, float]) -> list[Term]:
 
 
 def _reasons(job: Job) -> dict[str, str]:
+    """The words for it, by name."""
     names, gigabytes = words(job), sum(arriving(job)) / 1e9
     found = {name: why.format(**names) for name, why in WHY.items()}
     found[MEASURING] = "a backward pass before the one that steps: backward_clip is exact"

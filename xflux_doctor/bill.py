@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from xflux_trainer import bfl_spec, memory, memory_fused, memory_terms, samples, spec
+from xflux_trainer import bfl_spec, memory, memory_diffusers, memory_fused, samples, spec
 from xflux_trainer.config import TrainConfig
 
 from xflux_doctor.check import Case, SkipCheck
@@ -76,12 +76,12 @@ def _encoded(case: Case, config: TrainConfig, count: int) -> bool:
     return cache.entries >= count * views(config)
 
 
-def norms_of(case: Case) -> memory_terms.Norms:
+def norms_of(case: Case) -> memory_diffusers.Norms:
     """How diffusers' blocks will norm, by the releases there; as the newest where they are still to come."""
     diffusers, torch = (version_of(case.facts, name) for name in ("diffusers", "torch"))
     if diffusers is None or torch is None:
         return "fused"
-    return memory_terms.norms_of(diffusers.release, torch.release)
+    return memory_diffusers.norms_of(diffusers.release, torch.release)
 
 
 def has_triton(case: Case) -> bool:

@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import gc
 import importlib
 import io
 import math
@@ -16,7 +14,7 @@ import platform
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -234,8 +232,7 @@ def run(
 @click.option("--html", metavar="FILE", help="Write the plan as a page as well, with its picture and the whole bill.")
 def plan(gpu: str | None, form: str, html: str | None, **options: Any) -> int:
     """The memory bill, the fastest plan that fits, and its alternatives."""
-    with _uncollected():
-        return int(_command("plan").run(inputs_of(options), gpu=gpu, form=form, html=html))
+    return int(_command("plan").run(inputs_of(options), gpu=gpu, form=form, html=html))
 
 
 @cli.command()
@@ -354,18 +351,6 @@ def matrix_check(file: str | None) -> int:
 def matrix_export(name: str, site: str | None) -> int:
     """A pip requirements file that installs the stack, naming its index."""
     return int(_command("matrix").export(name, site))
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without looking for cycles: what a search makes lives to its end, and a twentieth of its time went into that."""
-    before = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if before:
-            gc.enable()
 
 
 class _Terminated(BaseException):

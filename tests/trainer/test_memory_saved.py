@@ -15,7 +15,7 @@ pytest.importorskip("diffusers")
 
 from torch import Tensor, nn  # noqa: E402
 from trainer_kit import ROOT  # noqa: E402
-from xflux_trainer import attention, fast, flow, lora, memory_fused, memory_terms, pointwise, quantize  # noqa: E402
+from xflux_trainer import attention, fast, flow, lora, memory_diffusers, memory_fused, pointwise, quantize  # noqa: E402
 from xflux_trainer.config import TrainConfig  # noqa: E402
 from xflux_trainer.spec import FluxSpec  # noqa: E402
 from xflux_trainer.trained import trained  # noqa: E402
@@ -141,5 +141,5 @@ def test_diffusers_single_blocks_keep_what_the_bill_says(targets: str, monkeypat
         pytest.skip("this diffusers norms q and k by code of its own, which has no fused form to be compared with")
     given = {"hidden_states": image, "encoder_hidden_states": text}
     kept = saved_by(lambda: block(**given, temb=temb, image_rotary_emb=rope), net, rope)
-    billed = list(memory_terms.saved_per_block(config, SPEC, trained(config, SPEC), TOKENS))[1]
+    billed = list(memory_diffusers.saved_per_block(config, SPEC, trained(config, SPEC), TOKENS))[1]
     assert billed == pytest.approx(kept, rel=0.02)

@@ -17,7 +17,7 @@ from xflux_trainer import memory, timing
 from xflux_trainer.config import TrainConfig
 
 from xflux_doctor import matrix as matrices
-from xflux_doctor import planner, strategy, xflux_bill
+from xflux_doctor import planner, plansearch, strategy, xflux_bill
 from xflux_doctor.batch import accumulation
 from xflux_doctor.bill import dataset, fused, need, spec_of
 from xflux_doctor.check import Case, SkipCheck
@@ -107,7 +107,7 @@ def _named(cards: tuple[Card, ...]) -> tuple[Gpu, ...]:
     return tuple(Gpu(n, "", one.name, one.limit, one.limit, capability_of(one.name)) for n, one in enumerate(cards[:1]))
 
 
-def _verdict(found: planner.Found, fitting: list[Row], sharing: str, *, ranks: int, seen: int) -> Iterator[str]:
+def _verdict(found: plansearch.Found, fitting: list[Row], sharing: str, *, ranks: int, seen: int) -> Iterator[str]:
     """What the chosen plan takes of the host; or why none was chosen, and what would do. `fitting`: on the card.
     `sharing`: the job's strategy; `seen`: devices for its ranks."""
     if 0 < seen < ranks:
@@ -136,12 +136,12 @@ def faster_attention(case: Case) -> str:
     train, cards = case.job.train, selected(case.facts.gpus or (), case.facts.environment, case.job.gpu_ids)
     if train is None or not fused(case) or train.attention != "auto" or train.deterministic or case.job.use_cpu:
         return ""
-    if case.facts.packages is None or planner.FLASH_4 in case.facts.packages or not cards:
+    if case.facts.packages is None or plansearch.FLASH_4 in case.facts.packages or not cards:
         return ""
     if any(gpu.capability[0] != _HOPPER for gpu in cards):
         return ""
-    how = f"with it (pip install {planner.FLASH_4}) a step takes 25 to 30 % less time"
-    return f"{planner.FLASH_4} is not installed: {how} on {cards[0].name}"
+    how = f"with it (pip install {plansearch.FLASH_4}) a step takes 25 to 30 % less time"
+    return f"{plansearch.FLASH_4} is not installed: {how} on {cards[0].name}"
 
 
 def _page(
@@ -231,7 +231,7 @@ def _duration(case: Case, config: TrainConfig, name: str) -> None:
     if not name or job.use_cpu or job.offloads or job.num_machines > 1:
         return
     asked = dataclasses.replace(config, gradient_accumulation_steps=accumulation(job))
-    step = planner.step_time(case, asked, spec_of(case), name)
+    step = plansearch.step_time(case, asked, spec_of(case), name)
     if step is None:
         return
     images = 0 if config.repeats else dataset(case).count  # how many repeats there are only a walk by folders says
