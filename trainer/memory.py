@@ -224,6 +224,8 @@ def _split(
 ) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
     """What stays on the device, and what the job asks to wait on the host. Of weights a rank's share goes; the blocks
     that are whole while they compute stay."""
+    if not offload:
+        return tuple(terms), ()
     here: list[Term] = []
     there: list[Term] = []
     for term in terms:

@@ -122,18 +122,19 @@ def activations(
     tokens = image_tokens(side, side) + config.max_text_tokens
     unit = config.train_batch_size * tokens * spec.hidden * size
     shape = f"{config.train_batch_size} x {tokens} tokens"
-    blocks = _blocks(config, spec, tokens, growing)
+    blocks, turning = _blocks(config, spec, tokens, growing)
     if blocks:
         images = unit // tokens * (tokens - config.max_text_tokens)
-        number, last, needed = _fullest(config, spec, blocks, images)
+        number, last, needed = _fullest(config, spec, blocks, turning, images)
         there = blocks[: last + 1]
-        inputs, whole = [b for b in there if b.checkpointed], [b for b in there if not b.checkpointed]
+        inputs = [block.kept for block in there if block.checkpointed]
+        whole = [block.kept for block in there if not block.checkpointed]
         if inputs:
             why = f"{len(inputs)} checkpointed blocks, {shape} each"
-            yield Term("block inputs", sum(b.kept for b in inputs), "train", why, passing=True)
+            yield Term("block inputs", sum(inputs), "train", why, passing=True)
         if whole:
             why = f"{len(whole)} blocks keep inputs, q, k, v, attention's output and the MLP's input, {shape}"
-            yield Term("activations", sum(b.kept for b in whole), "train", why, passing=True)
+            yield Term("activations", sum(whole), "train", why, passing=True)
         again = "what it computes again, " if blocks[number].checkpointed else ""
         why = f"{again}the gradients on their way, and those that attention sums up in fp32"
         yield Term("one block's backward pass", needed, "train", why, passing=True)
@@ -145,14 +146,15 @@ def activations(
     yield Term("inputs and loss", ends, "train", "latents, noise and prediction in fp32, and the captions")
 
 
-def _fullest(config: TrainConfig, spec: FluxSpec, blocks: Sequence[Passed], unit: int) -> tuple[int, int, int]:
+def _fullest(
+    config: TrainConfig, spec: FluxSpec, blocks: Sequence[Passed], number: int, unit: int
+) -> tuple[int, int, int]:  # fmt: skip
     """The block in whose backward pass most is there, the last one that still keeps something then, and the bytes that
-    the pass needs beside. `unit`: U of the images' tokens.
+    the pass needs beside. `number`: that block where nothing is clipped; `unit`: U of the images' tokens.
 
     Clipping exactly in the backward pass takes two of them, and nothing is let go in the first, not even what is behind
     the blocks. Where the norm of the step before is used, that is the first step, which finds no optimizer's moments.
     """
-    number = turn(blocks)
     needed = blocks[number].needed
     if not config.step_in_backward or not config.max_grad_norm or config.backward_clip == "tensor":
         return number, number, needed
@@ -192,19 +194,42 @@ def _products(config: TrainConfig, spec: FluxSpec, *, recorded: bool) -> Iterato
 def most_saved(config: TrainConfig, spec: FluxSpec) -> int:
     """The most by which a block's recomputing may lower the peak: what it need not keep."""
     side = max(config.sizes)
-    whole, inputs = _ways(config, spec, image_tokens(side, side) + config.max_text_tokens, 0)
-    return max((one.kept - other.kept for one, other in zip(whole, inputs, strict=True)), default=1)
+    return _most(_ways(config, spec, image_tokens(side, side) + config.max_text_tokens, 0))
 
 
-def _blocks(config: TrainConfig, spec: FluxSpec, tokens: int, growing: int = 0) -> list[Passed]:
-    """The blocks from the first one that a gradient passes through."""
-    whole, inputs = _ways(config, spec, tokens, growing)
+@dataclass(frozen=True, eq=False)
+class _Ways:
+    """Of each block, from the first one that a gradient passes through, what it takes either way. Equal is only itself,
+    so that what follows from one is quickly found."""
+
+    whole: Sequence[Passed]
+    """Where it keeps what it needs."""
+    inputs: Sequence[Passed]
+    """Where it keeps its inputs alone."""
+
+
+@functools.lru_cache(maxsize=1024)
+def _most(ways: _Ways) -> int:
+    return max((one.kept - other.kept for one, other in zip(ways.whole, ways.inputs, strict=True)), default=1)
+
+
+def _blocks(config: TrainConfig, spec: FluxSpec, tokens: int, growing: int = 0) -> tuple[Sequence[Passed], int]:
+    """The blocks from the first one that a gradient passes through, and in whose backward pass most is there."""
+    ways = _ways(config, spec, tokens, growing)
     # Those before the first one keep nothing, computed again or not.
-    again = max(0, checkpointed(config, spec) - (spec.double_blocks + spec.single_blocks - len(whole)))
-    return [*inputs[:again], *whole[again:]]
+    before = spec.double_blocks + spec.single_blocks - len(ways.whole)
+    return _mixed(ways, max(0, checkpointed(config, spec) - before))
 
 
-def _ways(config: TrainConfig, spec: FluxSpec, tokens: int, growing: int) -> tuple[list[Passed], list[Passed]]:
+@functools.lru_cache(maxsize=1024)
+def _mixed(ways: _Ways, again: int) -> tuple[Sequence[Passed], int]:
+    """The blocks where the first so many are computed again, and in whose backward pass most is there. Kept: a plan's
+    search asks for the same ones, whose weights are held in other ways."""
+    blocks = [*ways.inputs[:again], *ways.whole[again:]]
+    return blocks, turn(blocks)
+
+
+def _ways(config: TrainConfig, spec: FluxSpec, tokens: int, growing: int) -> _Ways:
     aside = _ASIDE if config.quantization == "fp8-dynamic" else _ASIDE | _HELD
     return _either_way(altered(config, **aside), spec, tokens, growing)
 
@@ -216,8 +241,7 @@ _HELD: dict[str, Any] = {"quantization": "none", "modulation": "keep", "stream_b
 
 
 @functools.lru_cache(maxsize=1024)
-def _either_way(config: TrainConfig, spec: FluxSpec, tokens: int, growing: int) -> tuple[list[Passed], list[Passed]]:
-    """Of each block its bytes where it keeps what it needs, and where it keeps its inputs alone."""
+def _either_way(config: TrainConfig, spec: FluxSpec, tokens: int, growing: int) -> _Ways:
     what = trained(config, spec)
     rows = config.train_batch_size * tokens
     unit = rows * spec.hidden * width(config)
@@ -249,7 +273,7 @@ def _either_way(config: TrainConfig, spec: FluxSpec, tokens: int, growing: int) 
             known[key] = found, Passed(int(kept * unit), again, checkpointed=True, grads=grads)
         wholes.append(known[key][0])
         inputs.append(known[key][1])
-    return wholes, inputs
+    return _Ways(wholes, inputs)
 
 
 @functools.lru_cache(maxsize=16)

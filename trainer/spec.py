@@ -9,7 +9,7 @@ import functools
 import json
 import math
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,15 @@ class FluxSpec:
     vae_parameters: int = 83_819_683
     encoder_parameters: int = 34_274_208
     """The VAE's encoder, of `vae_parameters`."""
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        """Kept: a plan's search asks for what follows from one spec ten thousand times. Of the numbers alone, whose
+        hash is the same in every process, so that a pickled spec may bring it along."""
+        return hash(astuple(self)[1:])
 
     @property
     def hidden(self) -> int:

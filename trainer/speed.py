@@ -75,8 +75,7 @@ def step_flops(
     if count:
         attention = 4 * (image_tokens + text_tokens) ** 2 * spec.hidden
         base += count * attention + _again(_linears(spec, image_tokens, text_tokens), spec, count, whole, gates)
-    matrices = _matrices(tuple(trained.items()), image_tokens, text_tokens)
-    products = sum(size for _, size in matrices)
+    matrices, products = _matrices(tuple(trained.items()), image_tokens, text_tokens)
     if config.mode == "finetune":
         return base + products  # the weights' own gradients; forward and input gradients are in the base
     if config.mode == "controlnet":
@@ -103,12 +102,16 @@ _Sizes = tuple[tuple[str, float], ...]
 
 
 @functools.lru_cache(maxsize=64)
-def _matrices(trained: tuple[tuple[str, tuple[int, ...]], ...], image_tokens: int, text_tokens: int) -> _Sizes:
-    return tuple(
+def _matrices(
+    trained: tuple[tuple[str, tuple[int, ...]], ...], image_tokens: int, text_tokens: int
+) -> tuple[_Sizes, float]:
+    """Those of the trained matrices, and their sum."""
+    sizes = tuple(
         (name, 2.0 * math.prod(shape) * tokens_of(name, image_tokens, text_tokens))
         for name, shape in trained
         if len(shape) == 2
     )
+    return sizes, sum(size for _, size in sizes)
 
 
 @functools.lru_cache(maxsize=64)

@@ -114,12 +114,11 @@ def hours(config: TrainConfig, step: Forecast, *, world_size: int, images: int =
 def _micro_step(job: Job, side: int) -> dict[str, float]:
     """Seconds of one batch at one size: those of the device, then what is waited for beyond them."""
     asked = work(job, side)
-    behind = backward(job, asked)
-    parts = [forward(job, asked), behind]
-    found = {name: sum(part.get(name, 0.0) for part in parts) for name in WHY}
+    ahead, behind = forward(job, asked), backward(job, asked)
+    found = {name: ahead.get(name, 0.0) + behind.get(name, 0.0) for name in WHY}
     first = found[MEASURING] = sum(behind.values()) + _read(job) if _measures(job) else 0.0
     link = job.card.link * 1e9
-    busy = [sum(part.values()) for part in parts]
+    busy = [sum(ahead.values()), sum(behind.values())]
     late = [max(0.0, size / link - time) for size, time in zip(arriving(job), busy, strict=True)]
     found[LINK] = sum(late)
     if not job.recorded:

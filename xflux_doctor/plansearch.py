@@ -350,14 +350,16 @@ class Search:
     # What it needs and takes ------------------------------------------------------------------------------
 
     def _bill(self, config: TrainConfig) -> memory.Bill:
-        if config not in self._bills:
-            self._bills[config] = forecast_of(self.case, config, self.model, gpu_only=True)
-        return self._bills[config]
+        found = self._bills.get(config)  # a config is hashed by its eighty fields, so once
+        if found is None:
+            found = self._bills[config] = forecast_of(self.case, config, self.model, gpu_only=True)
+        return found
 
     def _held(self, config: TrainConfig) -> int:
-        if config not in self._needs:
-            self._needs[config] = held_by(self._bill(config))
-        return self._needs[config]
+        found = self._needs.get(config)
+        if found is None:
+            found = self._needs[config] = held_by(self._bill(config))
+        return found
 
     def _fits(self, config: TrainConfig, percent: int) -> bool:
         return 100 * self._held(config) <= percent * self.limit
@@ -375,9 +377,10 @@ class Search:
 
     def _order(self, config: TrainConfig) -> float:
         """The same, by a stand-in's times where the card's own are not known."""
-        if config not in self._orders:
-            self._orders[config] = self._time(config, self.name if card_of(self.name) else STAND_IN) or 0.0
-        return self._orders[config]
+        found = self._orders.get(config)
+        if found is None:
+            found = self._orders[config] = self._time(config, self.name if card_of(self.name) else STAND_IN) or 0.0
+        return found
 
     def _time(self, config: TrainConfig, name: str) -> float | None:
         asked = altered(config, gradient_accumulation_steps=self._accumulation(config))

@@ -96,7 +96,7 @@ def test_fused_blocks_keep_what_the_bill_says(keys: dict[str, Any], kind: int, c
     block = [*made.doubles, *made.singles][kind]
     tensors = inputs(SPEC, block.inputs, modulated=config.mode == "finetune")
     kept = saved_by(lambda: block(tensors, rope), net)
-    billed = list(memory_fused._blocks(config, SPEC, TOKENS))[kind]
+    billed = memory_fused._blocks(config, SPEC, TOKENS)[0][kind]
     assert billed.checkpointed == bool(checkpointed)
     assert kept == billed.kept + given(tensors, slice(block.inputs // 2, None))
 
@@ -106,7 +106,7 @@ def test_the_sums_are_those_of_the_blocks() -> None:
     config = TrainConfig("none", img_size=SIDE, train_batch_size=BATCH, gradient_checkpointing=False, kernels="fused")
     spec = replace(SPEC, double_blocks=2, single_blocks=3)
     terms = {term.name: term.bytes for term in memory_fused.activations(config, spec)}
-    blocks = list(memory_fused._blocks(config, spec, TOKENS))
+    blocks, _ = memory_fused._blocks(config, spec, TOKENS)
     assert terms["activations"] == sum(block.kept for block in blocks)
     assert terms["one block's backward pass"] == blocks[-1].needed
 
