@@ -72,14 +72,17 @@ class Cable:
             f'exec ip netns exec "$node" {sys.executable} {ROOT}/tests/fault_rank.py "$@"\n'
         )
         program.chmod(0o755)
-        started = time.monotonic()
-        result = reduction.all_reduce(
-            str(program), "gloo", 2, environment(fault, self.folder), seconds,
-            store=f"tcp://{ADDRESSES[0]}:29731", deep=deep,
-        )  # fmt: skip
-        assert time.monotonic() - started < seconds + 5
-        assert_gone(str(self.folder))
-        print(result)
+        for deadline in (seconds, 3 * seconds):
+            started = time.monotonic()
+            result = reduction.all_reduce(
+                str(program), "gloo", 2, environment(fault, self.folder), deadline,
+                store=f"tcp://{ADDRESSES[0]}:29731", deep=deep,
+            )  # fmt: skip
+            assert time.monotonic() - started < deadline + 5
+            assert_gone(str(self.folder))
+            print(result)
+            if result.stages[1] != "start":
+                break  # else this machine takes longer to import torch, and nothing was tried
         return result
 
 
