@@ -55,7 +55,7 @@ def activations(
         names += [""] * (len(saved) - len(names))
     again = config.gradient_checkpointing
     blocks = []
-    for name, kept in zip(names, saved):  # noqa: B905 (of one length)
+    for name, kept in zip(names, saved):  # noqa: B905 (where none saves anything, [-0:] are all names)
         passes = unit * (SINGLE_PASSES if name.startswith("single_") else DOUBLE_PASSES)
         grads = round(own.get(name, 0) * growing)
         blocks.append(Passed(unit if again else kept, passes + kept * again, again, grads))

@@ -34,14 +34,11 @@ import random_flux
 SPEC = random_flux.spec_of((3, 6), 8)
 PIXELS, TEXT = 256, 128
 HOST = torch.device("cpu")
-
-
 PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 """Whose room counts, and not their values: in bf16 they take minutes on a CPU that has no AVX-512."""
 
 
-def _zeros(func: Any, args: tuple[Any, ...]) -> Tensor:
-    first, second = args[-2:]
+def _zeros(first: Tensor, second: Tensor) -> Tensor:
     return torch.zeros(first.shape[0], second.shape[1], dtype=first.dtype)
 
 
@@ -57,7 +54,7 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        made = _zeros(func, args) if func in PRODUCTS else func(*args, **(kwargs or {}))
+        made = _zeros(*args[-2:]) if func in PRODUCTS else func(*args, **(kwargs or {}))
         for each in tree_leaves((made,)):
             self._take(each)
         sizes = [storage.nbytes() for known in list(self._known.values()) if (storage := known()) is not None]

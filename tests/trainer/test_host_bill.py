@@ -75,7 +75,7 @@ def test_what_plans_were_measured_at(row: dict[str, Any]) -> None:
     own = TUNED if row["mode"] == "finetune" else {"lora_targets": "diffusers"}
     config = settled({**WHOLE, **own, **row["plan"]["changes"]})
     made = forecast(config, FLUX_DEV, world_size=1, strategy="single", device="cuda", encoded=True)
-    held(made, made.host, row["host"][0]["phases"])
+    held(made, made.host, row["host"][0]["phases"], near=0.03)
 
 
 @pytest.mark.parametrize(("part", "name", "strategy", "own"), [
@@ -89,20 +89,21 @@ def test_what_two_ranks_were_measured_at(part: str, name: str, strategy: str, ow
     config = settled({**WHOLE, "gradient_checkpointing": True, **own})
     made = forecast(config, FLUX_DEV, world_size=len(ranks), strategy=strategy, device="cuda", encoded=True)
     for rank, terms in zip(ranks, (made.host, made.host_of_others), strict=False):
-        held(made, terms, rank["phases"])
+        held(made, terms, rank["phases"], near=0.06)
 
 
 def settled(keys: dict[str, Any]) -> TrainConfig:
     return TrainConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in keys.items()})
 
 
-def held(made: Bill, terms: Iterable[Term], measured: dict[str, int]) -> None:
-    """The phases before training, and the most of all, which comes with it."""
+def held(made: Bill, terms: Iterable[Term], measured: dict[str, int], *, near: float) -> None:
+    """The phases before training, and the most of all, which comes with it. What libraries take before a model is
+    loaded differs by 7 % between hosts."""
     phases: Counter[str] = Counter()
     for term in terms:
         phases[term.phase] += term.bytes
-    wanted = {phase: measured[phase] for phase in ("cache", "load")} | {"train": measured["overall"]}
-    assert phases == pytest.approx(wanted, rel=made.host_error_bar)  # what libraries take differs by 7 % between hosts
+    assert phases.pop("cache") == pytest.approx(measured["cache"], rel=made.host_error_bar)
+    assert phases == pytest.approx({"load": measured["load"], "train": measured["overall"]}, rel=near)
 
 
 def test_what_streaming_was_measured_to_add() -> None:

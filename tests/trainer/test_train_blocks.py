@@ -14,7 +14,7 @@ pytest.importorskip("diffusers")
 
 from safetensors.torch import save_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
-from trainer_kit import ROOT  # noqa: E402
+from trainer_kit import AVX_512, ROOT  # noqa: E402
 from xflux_trainer import attention, fast, flow, lora, model, pointwise, quantize  # noqa: E402
 from xflux_trainer.config import TrainConfig  # noqa: E402
 
@@ -22,9 +22,9 @@ CPU = torch.device("cpu")
 BLOCKS, HEADS, SIDE, WORDS, RANK = (2, 2), 2, 4, 7, 4
 COUNT = sum(BLOCKS)
 TARGETS = ("xflux", "diffusers", "all-linear")
-EXACT = (2e-6, 5e-5)
-"""Relative errors of the outputs and of the worst gradient in fp32: some times what rounding makes of them, 2.1e-5 of a
-gradient on a CPU without AVX-512."""
+EXACT = (2e-6, 2e-5 if AVX_512 else 5e-5)
+"""Relative errors of the outputs and of the worst gradient in fp32: some ten times what rounding makes of them, where
+products are summed in few parts."""
 ROUNDED = (4e-2, 0.3)
 """The same where both sides round everything to 8 bits, each at places of its own."""
 

@@ -25,7 +25,7 @@ import scale_child  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from test_train_ranks import DDP, ZERO  # noqa: E402
 from test_train_ranks import launch as accelerate  # noqa: E402
-from trainer_kit import environment, losses, metrics, write_config  # noqa: E402
+from trainer_kit import AVX_512, environment, losses, metrics, write_config  # noqa: E402
 from xflux_trainer import controlnet, fsdp, model, parts, sharded, zero  # noqa: E402
 from xflux_trainer.averages import decay_at  # noqa: E402
 from xflux_trainer.config import TrainConfig, load  # noqa: E402
@@ -169,8 +169,9 @@ def test_weights_in_16_bits_and_moments_in_8_bits(told: dict[str, Any]) -> None:
         other = told[f"{'fsdp' if case.startswith('ddp') else 'ddp'}-{way}"]
         assert (found["share"] == 0.5) == case.startswith("fsdp"), case  # cut up as it was loaded
         for (loss, norm), (own, own_norm) in zip(found["steps"], other["steps"]):  # noqa: B905
-            # Where a CPU has no AVX-512, products in bf16 are rounded more than once: 1.4 and 2.6 % at the third step.
-            assert loss == pytest.approx(own, rel=3e-2) and norm == pytest.approx(own_norm, rel=5e-2), case
+            # Without AVX-512 products in bf16 are rounded more than once: 1.4 and 2.6 % at the third step.
+            near = 1e-2 if AVX_512 else 3e-2
+            assert loss == pytest.approx(own, rel=near) and norm == pytest.approx(own_norm, rel=2 * near), case
         resumed = told[_resumed(told, case)]  # before its step only what was taken up counts
         assert resumed["next"][0] == pytest.approx(found["next"][0], rel=1e-3), case
         stored = load_file(found["file"])

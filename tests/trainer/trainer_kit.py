@@ -24,6 +24,8 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "examples" / "demo"
+AVX_512 = "avx512f" in Path("/proc/cpuinfo").read_text("utf-8").split()
+"""Without it torch sums products in other parts, and rounds those in bf16 more than once."""
 
 
 def png(width: int = 32, height: int = 32, color: tuple[int, int, int] = (200, 30, 30)) -> bytes:
