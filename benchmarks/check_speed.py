@@ -38,6 +38,11 @@ LOSSY = ["quantization", "optimizer", "weight_update", "backward_clip", "img_siz
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "demo"
 
 
+def doctor(python: str) -> list[str]:
+    """What the script does that pip writes for `xflux-doctor`; the one beside this interpreter may be another's."""
+    return [python, "-c", "from xflux_doctor.program import entry; entry()"]
+
+
 def timed(argv: list[str]) -> float:
     # With PYTHONDONTWRITEBYTECODE the first run would leave none for those that are measured.
     environ = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
@@ -70,7 +75,7 @@ def plans(python: str, folder: Path) -> dict[str, list[str]]:
     compute, of which any number may be recomputed, and every format of the base is tried.
     """
     found = {}
-    facts = json.loads(subprocess.run([python, "-m", "xflux_doctor.cli", "facts"], capture_output=True).stdout)
+    facts = json.loads(subprocess.run([*doctor(python), "facts"], capture_output=True).stdout)
     bare = folder / "facts.json"
     bare.write_text(json.dumps({**facts, "packages": None}), encoding="utf-8")
     for name, own in JOBS.items():
@@ -80,7 +85,7 @@ def plans(python: str, folder: Path) -> dict[str, list[str]]:
         accelerate = folder / "accelerate.yaml"
         accelerate.write_text(json.dumps({"distributed_type": "NO", "num_processes": 1}), encoding="utf-8")
         for gpu, more in (("H100:24", []), ("H100:80", []), ("H100:24", ["--facts", str(bare)])):
-            argv = [python, "-m", "xflux_doctor.cli", "plan", "--config", str(file)]
+            argv = [*doctor(python), "plan", "--config", str(file)]
             argv += ["--accelerate-config", str(accelerate), "--gpu", gpu, "--offline", "--format", "json"]
             found[f"plan --gpu {gpu}{' --facts' if more else ''}, {name}"] = [*argv, *more]
     return found
@@ -94,7 +99,7 @@ def too_small(python: str, folder: Path) -> list[str]:
     file, launch = folder / "eight.json", folder / "eight.yaml"
     file.write_text(json.dumps({**facts, "gpus": gpus}), encoding="utf-8")
     launch.write_text(json.dumps({"distributed_type": "MULTI_GPU", "num_processes": 8}), encoding="utf-8")
-    argv = [python, "-m", "xflux_doctor.cli", "check", "--quick", "--facts", str(file), "--offline"]
+    argv = [*doctor(python), "check", "--quick", "--facts", str(file), "--offline"]
     return [*argv, "--config", str(folder / "LoRA.yaml"), "--accelerate-config", str(launch)]
 
 
@@ -120,7 +125,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     cpu = [] if Path("/dev/nvidiactl").exists() else ["--cpu"]
-    check = [options.python, "-m", "xflux_doctor.cli", "check", "--quick", *cpu,
+    check = [*doctor(options.python), "check", "--quick", *cpu,
              "--config", str(EXAMPLE / "train.yaml"),
              "--accelerate-config", str(EXAMPLE / "accelerate_config.yaml")]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
@@ -147,7 +152,7 @@ def main() -> int:
         cold.append(timed(check))
     cold_median = statistics.median(cold)
     top = slowest(check)
-    facts = json.loads(subprocess.run([options.python, "-m", "xflux_doctor.cli", "facts"], capture_output=True).stdout)
+    facts = json.loads(subprocess.run([*doctor(options.python), "facts"], capture_output=True).stdout)
     for name, seconds in medians.items():
         print(f"{name:<50} {seconds:6.3f} s   (median of {options.runs}, fresh process, warm files)")
     print(f"{'  check with cold files':<50} {cold_median:6.3f} s   (median of {options.runs}; {files} files dropped)")

@@ -1,4 +1,5 @@
-"""Write the generated parts of README.md (checks, stacks, --help) and of docs/training.md (the train config's keys).
+"""Write the generated parts of README.md (checks, stacks, --help) and of docs/training.md (the train config's keys),
+and the compiled form of compat_matrix.yaml.
 
     python docs/generate.py          write
     python docs/generate.py --check  exit 1 when one of them is not what would be written
@@ -20,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 TRAINING = ROOT / "docs" / "training.md"
 SETTINGS = ROOT / "trainer" / "settings.py"
+COMPILED = ROOT / "xflux_doctor" / "compat_matrix.json"
 
 
 def checks() -> str:
@@ -78,11 +80,16 @@ def render(text: str, file: Path = README) -> str:
     return text
 
 
+def wanted() -> dict[Path, str]:
+    """Every generated file as it should be."""
+    texts = {file: render(file.read_text(encoding="utf-8"), file) for file in PARTS}
+    return texts | {COMPILED: matrix.compiled(matrix.default_path().read_text(encoding="utf-8"))}
+
+
 def main() -> int:
     stale = []
-    for file in PARTS:
-        old = file.read_text(encoding="utf-8")
-        new = render(old, file)
+    for file, new in wanted().items():
+        old = file.read_text(encoding="utf-8") if file.exists() else None
         if old != new:
             stale.append(file.name)
             if "--check" not in sys.argv[1:]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import xflux_kit
 from conftest import GIB, XFLUX_ACCELERATE, case, gpus, job, machine
 from xflux_trainer.config import TrainConfig
@@ -71,7 +72,7 @@ def xflux_names(matrix: Matrix, folder: Path) -> set[str]:
     ):
         work = xflux_kit.job(folder, script=script, accelerate=launch, mixed_precision=precision)
         assert work.xflux is not None
-        own = dataclasses.replace(work.xflux, script=dataclasses.replace(work.xflux.script, upcasts=upcasts))
+        own = msgspec.structs.replace(work.xflux, script=msgspec.structs.replace(work.xflux.script, upcasts=upcasts))
         subject = case(matrix, machine(matrix), dataclasses.replace(work, xflux=own))
         for engine in (None, True, False):
             made |= {term.name for term in xflux_bill.gpu_terms(subject, own, deepspeed=engine)}

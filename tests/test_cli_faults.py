@@ -121,6 +121,60 @@ def test_a_pipe_that_closes(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_a_reader_that_left_before_the_first_word(tmp_path: Path) -> None:
+    there, here = os.pipe()
+    os.close(there)
+    with os.fdopen(here, "wb") as gone:
+        argv = [sys.executable, "-m", "xflux_doctor.cli", "matrix", "list", "--cpu"]
+        done = subprocess.run(argv, cwd=tmp_path, stdout=gone, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and not done.stderr  # click ends so
+
+
+def test_a_full_device(tmp_path: Path) -> None:
+    with Path("/dev/full").open("wb") as full:
+        argv = [sys.executable, "-m", "xflux_doctor.cli", "matrix", "list", "--cpu"]
+        done = subprocess.run(argv, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode != 0 and "No space left" in done.stderr and "Traceback" not in done.stderr
+
+
+_PROGRAM = """
+import atexit, os, sys, threading, time
+
+class Taken:
+    def __del__(self, write=os.write):
+        write(1, b"taken down\\n")
+
+kept = Taken()
+atexit.register(print, "at exit")
+{first}
+from xflux_doctor.program import entry
+entry(["matrix", "check", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "words"),
+    [
+        ("", ["at exit"]),
+        ("sys.settrace(lambda *_: None)", ["at exit", "taken down"]),
+        ("sys.setprofile(lambda *_: None)", ["at exit", "taken down"]),
+        (
+            "threading.Thread(target=lambda: (time.sleep(3), print('thread'))).start()",
+            ["thread", "at exit", "taken down"],
+        ),
+        ("threading.Thread(target=time.sleep, args=(60,), daemon=True).start()", ["at exit"]),
+    ],
+)
+def test_the_end_of_the_program(tmp_path: Path, first: str, words: list[str]) -> None:
+    """At once, with what was said and registered, unless somebody looks on or a thread is still at work."""
+    argv = [sys.executable, "-c", _PROGRAM.format(first=first)]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert done.stdout.splitlines()[1:] == words
+    done = subprocess.run([*argv, "no such file"], cwd=tmp_path, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 2 and done.stdout.splitlines() == words
+
+
 def test_own_files_are_never_replaced(place: Path) -> None:
     """output_dir is where the user's own train.yaml lies."""
     (place / "train.yaml").write_text(TRAIN + f"output_dir: {place}\n")

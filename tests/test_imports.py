@@ -13,9 +13,9 @@ from conftest import ROOT
 # Floors from the ground up; inside a floor, a module may import those listed before it.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "files", "redact", "facts", "finding", "conditions", "matrix_types", "matrix_lint", "matrix", "choose",
-     "pins",     "accelerate_sections", "accelerate_keys", "known_variables", "visible", "xflux_config", "xflux_images",
-     "xflux", "shellwords", "command", "deepspeed_keys", "deepspeed_file", "job", "cluster", "placement", "batch",
-     "launched", "topology", "floors", "install_room"),
+     "pins", "accelerate_sections", "accelerate_keys", "known_variables", "visible", "xflux_scripts",
+     "xflux_config", "xflux_images", "xflux", "shellwords", "command", "deepspeed_keys", "deepspeed_file", "job",
+     "cluster", "placement", "batch", "launched", "topology", "floors", "install_room"),
     (
         "gather.deadline", "gather.cluster", "gather.environment", "gather.hub_cache", "gather.mounts",
         "gather.folders",
@@ -59,7 +59,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
      "commands.matrix", "commands.nodes", "commands.together", "commands.gate", "commands.shown", "commands.runfolder",
      "commands.lead", "commands.report", "commands.run",
      "commands.fleet",
-     "commands", "cli"),
+     "commands", "cli", "program"),
 )  # fmt: skip
 TORCH_STACK = {"torch", "torchvision", "transformers", "diffusers", "accelerate", "deepspeed", "peft", "optimum"}
 TORCH_FREE_TRAINER = {

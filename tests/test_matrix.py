@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,47 @@ def test_our_file_has_no_fault() -> None:
         assert rule.because.strip() and rule.source and re.fullmatch(r"2026-\d\d-\d\d", rule.checked), rule.id
     raw = yaml.safe_load(FILE.read_text(encoding="utf-8"))
     VALIDATOR.validate(json.loads(json.dumps(raw, default=str)))  # YAML reads a bare day as a date
+
+
+def test_the_compiled_form_is_our_file() -> None:
+    """What every start takes, row for row, and written anew by docs/generate.py."""
+    text = FILE.read_text(encoding="utf-8")
+    beside = ROOT / "xflux_doctor/compat_matrix.json"
+    assert beside.read_text(encoding="utf-8") == matrices.compiled(text)
+    assert matrices._compiled(beside, text) == matrices.load(FILE) == matrices.load()
+
+
+def test_an_edited_file_is_never_shown_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a compiled form of another text nor a broken one counts, and none need be there."""
+    file, beside = tmp_path / "compat_matrix.yaml", tmp_path / "compat_matrix.json"
+    monkeypatch.setattr(matrices, "default_path", lambda: file)
+    text = FILE.read_text(encoding="utf-8")
+    old = matrices.compiled(text)
+    file.write_text(text, encoding="utf-8")
+    for written in (None, "", "{", "[]", '{"of": 1}', "[" * 100_000, old[:-1000], old.replace('"R-TV-24"', "24", 1)):
+        if written is not None:
+            beside.write_text(written, encoding="utf-8")
+        assert matrices.load() == matrices.load(FILE)
+    beside.write_bytes(b"\xff\xfe")
+    assert matrices.load() == matrices.load(FILE)
+    beside.write_text(old, encoding="utf-8")
+    for edited in (text.replace("R-TV-24", "R-TV-00"), text.replace("R-TV-24", "R-TV-42"), text[:-1]):
+        file.write_text(edited, encoding="utf-8")
+        assert matrices.load() == matrices.load(file)
+    assert "R-TV-42" in {rule.id for rule in matrices._parsed(file, text.replace("R-TV-24", "R-TV-42")).rules}
+    file.write_text("stacks: [", encoding="utf-8")
+    with pytest.raises(DoctorError, match="is not YAML"):
+        matrices.load()
+    file.unlink()
+    with pytest.raises(DoctorError, match="cannot be read"):
+        matrices.load()
+
+
+def test_the_compiled_form_needs_no_yaml() -> None:
+    """A start that takes it loads neither the parser nor what judges a site's file."""
+    asked = "import sys; from xflux_doctor import matrix; matrix.load(); print({'yaml', 'xflux_doctor.matrix_lint'}"
+    done = subprocess.run([sys.executable, "-c", f"{asked} & set(sys.modules))"], capture_output=True, check=True)
+    assert done.stdout == b"set()\n"
 
 
 def test_the_rings_are_closed(matrix: Matrix) -> None:

@@ -28,8 +28,10 @@ def test_wheel(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         matrix = archive.read("xflux_doctor/compat_matrix.yaml")
+        compiled = archive.read("xflux_doctor/compat_matrix.json")
         metadata = archive.read(next(n for n in names if n.endswith(".dist-info/METADATA"))).decode()
     assert matrix == (ROOT / "compat_matrix.yaml").read_bytes()  # the content, not a link to it
+    assert compiled == (ROOT / "xflux_doctor/compat_matrix.json").read_bytes()
     assert {"xflux_doctor/py.typed", "xflux_doctor/report/check.schema.json", "xflux_doctor/guard.py"} <= names
     assert {"xflux_trainer/py.typed", "xflux_trainer/config.py", "xflux_trainer/__main__.py"} <= names
     assert not any(name.startswith(("trainer/", "tests/", "benchmarks/")) for name in names)

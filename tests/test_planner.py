@@ -70,6 +70,7 @@ def test_with_room_nothing_is_recomputed(matrix: Matrix) -> None:
     [
         *((limit, {}) for limit in (12, 16, 24, 32, 40, 48)),
         *((limit, {"train_batch_size": 4}) for limit in (16, 24, 48)),
+        (24, {"train_batch_size": 8, "lora_targets": "xflux"}),
         *((limit, {"mode": "controlnet", "train_batch_size": 2}) for limit in (24, 40)),
         *((limit, {"quantization": "fp8-dynamic", "train_batch_size": 8}) for limit in (16, 32)),
         *((limit, {"kernels": "diffusers", "train_batch_size": 4}) for limit in (16, 32)),
@@ -92,10 +93,16 @@ def test_it_is_the_fastest_of_all_that_can_be_said(matrix: Matrix, limit: int, t
     assert best is not None and plan.seconds <= 1.0001 * best
 
 
-@pytest.mark.parametrize(("limit", "allow"), [(24, ()), (12, ()), (24, ("quantization",)), (30, ())])
-def test_its_edits_make_the_plan_and_it_fits_then(matrix: Matrix, limit: int, allow: tuple[str, ...]) -> None:
-    """The job as the files say after them has the plan's own bill, and ME101 has nothing to say."""
-    work = subject(matrix, limit, gradient_checkpointing=False, allow=allow)
+@pytest.mark.parametrize(
+    ("limit", "allow", "batch"),
+    [(24, (), 1), (12, (), 1), (24, ("quantization",), 1), (30, (), 1), (24, (), 8), (30, ("quantization",), 4)],
+)
+def test_its_edits_make_the_plan_and_it_fits_then(
+    matrix: Matrix, limit: int, allow: tuple[str, ...], batch: int
+) -> None:
+    """The job as the files say after them has the plan's own bill, and ME101 has nothing to say. A batch in several
+    passes has its gradients' places all along, which the bill of its plan once left out."""
+    work = subject(matrix, limit, gradient_checkpointing=False, allow=allow, train_batch_size=batch)
     plan = make(work, lambda mended: examine(mended, [memory.gpu_memory]))
     assert plan.blockers == () and plan.verdicts[0].status == "ok" and plan.job.train is not None
     row = chosen(planner.known(work) or pytest.fail())
@@ -130,6 +137,15 @@ def test_the_size_changes_last(matrix: Matrix) -> None:
     assert planned(matrix, 14, **large).chosen is None
     assert chosen(planned(matrix, 14, **large, allow=("img_size",))).changes["img_size"] == 1024
     assert "img_size" not in chosen(planned(matrix, 30, **large, allow=("img_size",))).changes
+
+
+@pytest.mark.parametrize(("limit", "offered"), [(24, set()), (9, {768, 512})])
+def test_smaller_images_are_offered_where_nothing_fits_that_may_be_taken(
+    matrix: Matrix, limit: int, offered: set[int]
+) -> None:
+    rows = planned(matrix, limit).rows
+    assert {row.changes["img_size"] for row in rows if "img_size" in row.changes} <= offered
+    assert bool(offered) == (not any(row.fits and row.allowed and "img_size" not in row.changes for row in rows))
 
 
 def test_a_batch_is_split_and_a_step_sees_as_many_samples(matrix: Matrix) -> None:

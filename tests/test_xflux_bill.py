@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import xflux_kit as kit
 from conftest import GIB, XFLUX_ACCELERATE, case, machine
@@ -24,8 +25,8 @@ def subject(matrix: Matrix, folder: Path, *, cast: bool = False, job: Any = None
     work = job or kit.job(folder, **changes)
     assert work.xflux is not None
     if cast:
-        script = dataclasses.replace(work.xflux.script, upcasts=False)
-        work = dataclasses.replace(work, xflux=dataclasses.replace(work.xflux, script=script))
+        script = msgspec.structs.replace(work.xflux.script, upcasts=False)
+        work = dataclasses.replace(work, xflux=msgspec.structs.replace(work.xflux, script=script))
     return case(matrix, machine(matrix), work)
 
 

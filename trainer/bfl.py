@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:  # the doctor reads the names, and torch must stay out of its process
     import torch
@@ -24,8 +23,7 @@ COMFY = "model.diffusion_model."
 """What some tools put before the names in a single file."""
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where a tensor of diffusers' lies: in the tensor `name`, from share `start` on, `size` of `of` equal shares."""
 
     name: str

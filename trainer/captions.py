@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from xflux_trainer.imagefile import at_once, shown
 
@@ -15,8 +14,7 @@ MAX_CAPTION = 1 << 20
 """Bytes of the largest caption file that is read."""
 
 
-@dataclass(frozen=True)
-class SampleProblem:
+class SampleProblem(NamedTuple):
     """One file that cannot be used. `kind` is a fixed word, the rest is for people."""
 
     path: Path

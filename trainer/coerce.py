@@ -5,7 +5,6 @@ YAML 1.1 reads `1e-5`, which has no dot, as a text; what the field wants decides
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable
 from types import UnionType
@@ -30,6 +29,8 @@ def coerce(value: Any, hint: Any) -> Any:
         if value in args and isinstance(value, str):
             return value
         words = [arg for arg in args if isinstance(arg, str)]
+        import difflib  # for a misspelt word alone
+
         near = difflib.get_close_matches(str(value), words, 1)
         raise Wrong(
             f"is {show(value)}",
@@ -83,6 +84,8 @@ def _scalar(value: Any, kind: type) -> Any:
 
 
 def nearest(key: str, names: Iterable[str]) -> str:
+    import difflib
+
     near = difflib.get_close_matches(key, [*names], 1, 0.6)
     return f"Did you mean {near[0]}?" if near else "Remove it."
 

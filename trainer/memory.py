@@ -6,26 +6,30 @@ The forecast is of allocated tensors; the CUDA context stands beside it, because
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from xflux_trainer import memory_fused, memory_host
 from xflux_trainer.config import TrainConfig
+from xflux_trainer.kept import kept_by
 from xflux_trainer.memory_diffusers import Norms, activations
 from xflux_trainer.memory_passes import grow
 from xflux_trainer.memory_terms import (
     GRADIENTS,
     ONE_STEP,
     OPTIMIZER,
+    PHASES,
     SHARDS,
     TRANSFORMER,
     WITH_SHARDS,
+    Part,
     Term,
     block_parameters,
     disk,
-    loading,
+    loaded,
+    part,
+    quantising,
     sampling,
     states,
     weights,
@@ -55,11 +59,9 @@ was built, of bf16, fp8 and int8, on an H200 by torch 2.11."""
 
 Device = Literal["cuda", "cpu"]
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp")
-PHASES = ("cache", "load", "train", "sample")
 
 
-@dataclass(frozen=True)
-class Bill:
+class Bill(NamedTuple):
     """What a run needs. `gpu` is per rank, `host` is the first rank's, and `disk` is for the whole run."""
 
     gpu: tuple[Term, ...]
@@ -116,6 +118,14 @@ class Bill:
         return sum(term.bytes for term in self.disk)
 
 
+class Peak(NamedTuple):
+    """A bill's sums of its device, in bytes."""
+
+    allocated: int
+    holes: int
+    context: int
+
+
 def pinned(config: TrainConfig, spec: FluxSpec) -> int:
     """Bytes of streamed weights that one rank holds of the host's memory, for a GPU."""
     return held(config, spec, width(config)).host
@@ -136,10 +146,11 @@ def forecast(
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy is {strategy!r}; one of {', '.join(STRATEGIES)}")
-    terms = _compute_terms(
-        config, spec, world_size, strategy, offload, device, triton=triton, norms=norms, reshard=reshard
+    parts = _compute_parts(
+        config, spec, world_size, strategy, frozenset(offload), device, triton=triton, norms=norms, reshard=reshard
     )
-    compute, moved = _split(terms, config, spec, world_size, strategy, offload)
+    terms = tuple(term for one in parts for term in one.terms)
+    compute, moved = _split(terms, config, spec, world_size, strategy, offload) if offload else (terms, ())
     on_cpu = device == "cpu"
     host: tuple[Term, ...] = ()
     written: tuple[Term, ...] = ()
@@ -160,6 +171,33 @@ def forecast(
     return Bill(gpu, (*host, *moved), written, context, world_size, bar, gpu_holes=holes)
 
 
+def peak(
+    config: TrainConfig, spec: FluxSpec, *, world_size: int, strategy: str, offload: Collection[str] = (),
+    triton: bool = True, norms: Norms = "fused", reshard: bool = True,
+) -> Peak:  # fmt: skip
+    """What that bill would say of a GPU, of which a plan's search wants no more."""
+    if offload:
+        bill = forecast(
+            config, spec, world_size=world_size, strategy=strategy, device="cuda", offload=offload, triton=triton,
+            norms=norms, reshard=reshard, gpu_only=True,
+        )  # fmt: skip
+        return Peak(bill.gpu_allocated, bill.gpu_holes, bill.gpu_context)
+    parts = _compute_parts(
+        config, spec, world_size, strategy, frozenset(), "cuda", triton=triton, norms=norms, reshard=reshard
+    )
+    allocated = max(map(sum, zip(*[one.sizes for one in parts], strict=True)))
+    return Peak(allocated, _holes(config, spec, strategy, triton=triton), CUDA_CONTEXT)
+
+
+def passing(
+    config: TrainConfig, spec: FluxSpec, *, world_size: int, strategy: str, offload: Collection[str] = (),
+    triton: bool = True, norms: Norms = "fused", reshard: bool = True,
+) -> memory_fused.Curve:  # fmt: skip
+    """What of that peak comes and goes with the passes, by how many blocks compute again; of this trainer's own."""
+    about = _about(config, spec, world_size, strategy, frozenset(offload), "cuda", triton=triton)
+    return memory_fused.curve(config, spec, int(about.each), norms)
+
+
 def _holes(config: TrainConfig, spec: FluxSpec, strategy: str, *, triton: bool) -> int:
     """Bytes between weights that were moved when adapters came beside them, or that were quantised as they came."""
     if config.mode != "lora" or not memory_fused.computes(config, strategy, "cuda", triton=triton):
@@ -172,11 +210,91 @@ def adapter_parameters(config: TrainConfig, spec: FluxSpec) -> int:
     return trained(config, spec).parameters
 
 
-def _compute_terms(
-    config: TrainConfig, spec: FluxSpec, world_size: int, strategy: str, offload: Collection[str], device: Device,
+class _Stays(NamedTuple):
+    """What is there from the first step to the last, as parts of the bill."""
+
+    all: Part
+    """While training, but for what only the end of a step needs where that grows."""
+    load: Part
+    """Those that are made when the model is loaded."""
+    drawing: int
+    """Bytes that stay while images are drawn."""
+    end: tuple[Term, ...]
+    passes: tuple[Term, ...]
+    """What ranks send each other: gone when the optimizer steps."""
+
+
+def _compute_parts(
+    config: TrainConfig, spec: FluxSpec, world_size: int, strategy: str, offload: frozenset[str], device: Device,
     *, triton: bool, norms: Norms, reshard: bool,
-) -> Iterator[Term]:  # fmt: skip
+) -> tuple[Part, ...]:  # fmt: skip
     """The terms of the device that computes, phase by phase."""
+    about = _about(config, spec, world_size, strategy, offload, device, triton=triton)
+    apart = about.recorded and config.gradient_accumulation_steps > 1
+    lying, sent, beside = _placed(
+        config, spec, world_size, strategy, reshard, offload, about.growing, about.fused, apart
+    )
+    own = about.own
+    step = _step(config, spec, about, sent, cut=strategy == "fsdp", norms=norms)
+    drawing = () if config.disable_sampling else (_drawing(config, spec, own.drawing + beside.drawing),)
+    return (about.encoding, lying, own.all, beside.all, own.load, beside.load, about.quantised, *step, *drawing)
+
+
+class _About(NamedTuple):
+    """How a run computes, and what does not depend on where its weights lie."""
+
+    fused: bool
+    recorded: bool
+    growing: bool
+    """Whether gradients come as activations go."""
+    each: float
+    """Bytes of a parameter's gradient, where they do."""
+    encoding: Part
+    own: _Stays
+    """What is trained."""
+    quantised: Part
+
+
+def _about(
+    config: TrainConfig, spec: FluxSpec, world_size: int, strategy: str, offload: frozenset[str], device: Device,
+    *, triton: bool,
+) -> _About:  # fmt: skip
+    fused = memory_fused.computes(config, strategy, device, triton=triton)
+    recorded = fused and memory_fused.records(config, strategy, device)
+    on_host = strategy == "fsdp" and "param" in offload  # parts are stepped where they wait
+    in_place = triton and device == "cuda" and not on_host
+    growing = grow(config, strategy, recorded=recorded) and not on_host
+    return _fixed(config, spec, world_size, strategy, offload, fused, recorded, in_place, growing)
+
+
+@kept_by("img_size", "quantization", "optimizer", "step_in_backward", "weight_update")
+def _fixed(
+    config: TrainConfig, spec: FluxSpec, world_size: int, strategy: str, offload: frozenset[str], fused: bool,
+    recorded: bool, in_place: bool, growing: bool,
+) -> _About:  # fmt: skip
+    at_once = memory_fused.gradients_at_once(config, spec) if fused and config.step_in_backward else 0
+    terms = states(config, spec, world_size, strategy, at_once=at_once, in_place=in_place)
+    own = _stays(terms, strategy, offload, growing=growing)
+    each = own.end[0].bytes / trained(config, spec).parameters if own.end and own.end[0].bytes else 0.0
+    encoding, quantised = part(_encoding(config, spec)), part(quantising(config, spec))
+    return _About(fused, recorded, growing, each, encoding, own, quantised)
+
+
+@kept_by("quantization", "modulation", "stream_blocks", "weight_update")
+def _placed(
+    config: TrainConfig, spec: FluxSpec, world_size: int, strategy: str, reshard: bool, offload: frozenset[str],
+    growing: bool, fused: bool, apart: bool,
+) -> tuple[Part, tuple[Term, ...], _Stays]:  # fmt: skip
+    """The transformer as it lies there; where gradients grow what ranks send each other of it, apart; and what stands
+    beside its weights."""
+    phases = ("load", "train") if config.disable_sampling else ("load", "train", "sample")
+    terms = [term for phase in phases for term in weights(config, spec, world_size, strategy, phase, reshard=reshard)]
+    sent = tuple(term for term in terms if term.passing) if growing else ()
+    beside = memory_fused.copies(config, spec, apart=apart) if fused else ()
+    return part(term for term in terms if term not in sent), sent, _stays(beside, strategy, offload)
+
+
+def _encoding(config: TrainConfig, spec: FluxSpec) -> Iterator[Term]:
     encoders = (spec.t5_parameters + spec.clip_parameters) * 2
     yield Term("text encoders", encoders, "cache", "T5 and CLIP in bf16; freed before the transformer is loaded")
     yield Term("text activations", 24 * config.max_text_tokens * spec.text_dim * 2, "cache", "one caption at a time")
@@ -185,47 +303,57 @@ def _compute_terms(
     vae = spec.encoder_parameters * 4 + 5 * 128 * pixels * 4
     if vae > encoders:
         yield Term("VAE beyond the text encoders", vae - encoders, "cache", "fp32, images are encoded after captions")
-    phases = ("load", "train") if config.disable_sampling else ("load", "train", "sample")
-    lying = [term for phase in phases for term in weights(config, spec, world_size, strategy, phase, reshard=reshard)]
-    fused = memory_fused.computes(config, strategy, device, triton=triton)
-    recorded = fused and memory_fused.records(config, strategy, device)
-    at_once = memory_fused.gradients_at_once(config, spec) if fused and config.step_in_backward else 0
-    on_host = strategy == "fsdp" and "param" in offload  # parts are stepped where they wait
-    in_place = triton and device == "cuda" and not on_host
-    stays = list(states(config, spec, world_size, strategy, at_once=at_once, in_place=in_place))
-    end: list[Term] = []
-    if growing := grow(config, strategy, recorded=recorded) and not on_host:
-        end = [term for term in stays if term.name in (GRADIENTS, ONE_STEP)]
-        stays = [term for term in stays if term not in end]
-    # What ranks send each other is gone when the optimizer steps.
-    passes = [term for term in (*lying, *stays) if term.passing] if growing else []
-    yield from (term for term in lying if term not in passes)
-    stays = [term for term in stays if term not in passes]
-    if fused:
-        stays += memory_fused.copies(config, spec, recorded=recorded)
-    each = end[0].bytes / trained(config, spec).parameters if growing and end[0].bytes else 0.0
-    if fused:
-        backward = list(memory_fused.activations(config, spec, growing=int(each), recorded=recorded, norms=norms))
+
+
+def _stays(terms: Iterable[Term], strategy: str, offload: frozenset[str], *, growing: bool = False) -> _Stays:
+    own = list(terms)
+    end = tuple(term for term in own if growing and term.name in (GRADIENTS, ONE_STEP))
+    passes = tuple(term for term in own if growing and term.passing and term not in end)
+    own = [term for term in own if term not in end and term not in passes]
+    total = sum(term.bytes for term in own if not term.passing and not _leaves(term, strategy, offload))
+    return _Stays(part(own), part(loaded(own)), total, end, passes)
+
+
+@kept_by()
+def _drawing(config: TrainConfig, spec: FluxSpec, stays: int) -> Part:
+    own = Term("what is trained and its optimizer", stays, "sample", "they stay while images are drawn")
+    return part([own, *sampling(config, spec)])
+
+
+_QUIET = ("img_size", "train_batch_size", "gradient_checkpointing", "quantization", "modulation")
+
+
+@kept_by(*_QUIET)
+def _diffusers(
+    config: TrainConfig, spec: FluxSpec, each: float, cut: bool, norms: Norms
+) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
+    """`memory_fused.moving` and `still`, where diffusers' blocks compute."""
+    terms = list(activations(config, spec, growing=each, cut=cut, norms=norms))
+    return (part(term for term in terms if term.passing),), (part(term for term in terms if not term.passing),)
+
+
+def _step(
+    config: TrainConfig, spec: FluxSpec, about: _About, sent: tuple[Term, ...], *, cut: bool, norms: Norms
+) -> tuple[Part, ...]:
+    """What a step takes when most is there: in the backward pass, or where gradients grow at its end."""
+    end = about.own.end
+    if about.fused:
+        moving = memory_fused.moving(config, spec, int(about.each), norms)
+        still = memory_fused.still(config, spec, about.recorded)
     else:
-        backward = list(activations(config, spec, growing=each, cut=strategy == "fsdp", norms=norms))
-    backward = [*passes, *backward]
-    step = [term for term in backward if not term.passing] + end
-    yield from stays
-    yield from loading(config, spec, stays)
-    yield from max(backward, step, key=lambda terms: sum(term.bytes for term in terms)) if growing else backward
-    if not config.disable_sampling:
-        total = sum(term.bytes for term in stays if not term.passing and not _leaves(term, strategy, offload))
-        yield Term("what is trained and its optimizer", total, "sample", "they stay while images are drawn")
-        yield from sampling(config, spec)
+        moving, still = _diffusers(config, spec, about.each, cut, norms)
+    if passes := (*sent, *about.own.passes):
+        moving = (part(passes), *moving)
+    if about.growing and sum(term.bytes for term in end) > sum(sum(one.sizes) for one in moving):
+        return (*still, part(end))
+    return (*moving, *still)
 
 
 def _split(
-    terms: Iterator[Term], config: TrainConfig, spec: FluxSpec, world_size: int, strategy: str, offload: Collection[str]
+    terms: Iterable[Term], config: TrainConfig, spec: FluxSpec, world_size: int, strategy: str, offload: Collection[str]
 ) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
     """What stays on the device, and what the job asks to wait on the host. Of weights a rank's share goes; the blocks
     that are whole while they compute stay."""
-    if not offload:
-        return tuple(terms), ()
     here: list[Term] = []
     there: list[Term] = []
     for term in terms:

@@ -78,14 +78,19 @@ def activations(
             why = "in the format of the products" + (", of one block" if again else "")
             yield Term("adapters' copies", copies // len(blocks) if again else copies, "train", why, passing=True)
     if config.mode == "controlnet":
-        residuals = 2 * config.controlnet_depth * unit
-        yield Term("residuals", residuals, "train", "the ControlNet's outputs, and their sums", passing=True)
-        hint = config.train_batch_size * 16 * side**2 * size * 3
-        yield Term("condition", hint, "train", "the hint block's layers at full resolution", passing=True)
+        yield from beside_controlnet(config, unit)
     yield Term("cuBLAS", 2 * CUBLAS, "train", "its workspace, and cuBLASLt's")
     yield from dense(config, spec)
     ends = 2 * config.train_batch_size * tokens * (spec.in_channels * 12 + spec.hidden * size)
     yield Term("inputs and loss", ends, "train", "latents, noise and prediction in fp32, and the embedded tokens")
+
+
+def beside_controlnet(config: TrainConfig, unit: int) -> Iterator[Term]:
+    """What a ControlNet gives and is given; its blocks are diffusers' own. `unit`: U."""
+    residuals = 2 * config.controlnet_depth * unit
+    yield Term("residuals", residuals, "train", "the ControlNet's outputs, and their sums", passing=True)
+    hint = config.train_batch_size * 16 * max(config.sizes) ** 2 * width(config) * 3
+    yield Term("condition", hint, "train", "the hint block's layers at full resolution", passing=True)
 
 
 def saved_per_block(

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 from xflux_trainer.config import TrainConfig
-from xflux_trainer.memory_diffusers import Norms, saved_per_block
+from xflux_trainer.kept import kept_by
+from xflux_trainer.memory_diffusers import Norms, beside_controlnet, saved_per_block
 from xflux_trainer.memory_passes import Passed, gradients_so_far, parameters_by_block, turn
-from xflux_trainer.memory_terms import CUBLAS, Term, dense, moments, width
+from xflux_trainer.memory_terms import CUBLAS, Part, Term, dense, moments, part, width
 from xflux_trainer.savings import is_modulation, streamed_blocks
 from xflux_trainer.settings import altered
 from xflux_trainer.spec import FluxSpec, image_tokens
@@ -60,8 +60,8 @@ def checkpointed(config: TrainConfig, spec: FluxSpec) -> int:
     return count if config.checkpointed_blocks is None else min(count, config.checkpointed_blocks)
 
 
-def copies(config: TrainConfig, spec: FluxSpec, *, recorded: bool) -> Iterator[Term]:
-    """What stands beside the trained weights for these blocks' sake."""
+def copies(config: TrainConfig, spec: FluxSpec, *, apart: bool) -> Iterator[Term]:
+    """What stands beside the trained weights for these blocks' sake. `apart`: several passes of a step are recorded."""
     what = trained(config, spec)
     inside = _inside(what, config.rank)
     if what.adapters:
@@ -69,7 +69,7 @@ def copies(config: TrainConfig, spec: FluxSpec, *, recorded: bool) -> Iterator[T
     if inside and config.quantization == "none":
         beside = _beside(what, spec, config.rank, config.stream_blocks) * width(config)
         yield Term("adapters beside weights", beside, "train", "in one matrix with them, filled up with zeros")
-    if inside and recorded and config.gradient_accumulation_steps > 1:
+    if inside and apart:
         yield Term("gradients of one pass", inside * 4, "train", "fp32: a recorded pass writes them to their own place")
 
 
@@ -79,21 +79,27 @@ def _inside(what: Trained, rank: int) -> int:
     return sum(one.parameters(rank) for one in what.adapters if not is_modulation(one.name))
 
 
-@functools.lru_cache(maxsize=64)
 def _beside(what: Trained, spec: FluxSpec, rank: int, stream_blocks: int) -> int:
     """Elements by which a group's matrix of weights and adapters (`extended`) is larger than the weights and the
     narrow factors that lie in it."""
+    every = _beside_each(what, spec, rank)
+    streamed = streamed_blocks(spec.double_blocks, spec.single_blocks, stream_blocks)
+    return sum(every.values()) - sum(every[block] for block in streamed)
+
+
+@functools.lru_cache(maxsize=16)
+def _beside_each(what: Trained, spec: FluxSpec, rank: int) -> dict[str, int]:
+    """The same of each block."""
     sizes = {linear.name: (linear.inputs, linear.outputs) for linear in spec.linears()}
-    streamed = set(streamed_blocks(spec.double_blocks, spec.single_blocks, stream_blocks))
     counts: dict[str, int] = {}
     """Adapters by the layer that they begin at."""
     for adapter in what.adapters:
         counts[adapter.layers[0]] = counts.get(adapter.layers[0], 0) + 1
-    total = 0
+    found = {}
     for kind, blocks in ((DOUBLE, spec.double_blocks), (SINGLE, spec.single_blocks)):
-        for index in range(blocks):
-            block = f"{kind}.{index}"
-            for layers, beside in () if block in streamed else _GROUPS[kind]:
+        for block in (f"{kind}.{index}" for index in range(blocks)):
+            total = 0
+            for layers, beside in _GROUPS[kind]:
                 names = [f"{block}.{layer}" for layer in layers]
                 depth = sum(counts.get(name, 0) for name in names) * rank
                 if depth:
@@ -101,7 +107,8 @@ def _beside(what: Trained, spec: FluxSpec, rank: int, stream_blocks: int) -> int
                     extra = -(-depth // ALIGNED) * ALIGNED
                     pitch = -(-(inputs + extra * beside) // BURST) * BURST
                     total += (height + extra) * pitch - (height + depth) * inputs
-    return total
+            found[block] = total
+    return found
 
 
 def gradients_at_once(config: TrainConfig, spec: FluxSpec) -> int:
@@ -117,33 +124,75 @@ def activations(
 
     `growing`: bytes of a parameter's gradient that is made in the backward pass, 0 where its place is there before.
     """
-    size = width(config)
-    side = max(config.sizes)
-    tokens = image_tokens(side, side) + config.max_text_tokens
-    unit = config.train_batch_size * tokens * spec.hidden * size
+    for one in (*moving(config, spec, growing, norms), *still(config, spec, recorded)):
+        yield from one.terms
+
+
+def moving(config: TrainConfig, spec: FluxSpec, growing: int, norms: Norms) -> tuple[Part, ...]:
+    """Those that come and go with the passes."""
+    own = _through_blocks_fp8 if config.quantization == "fp8-dynamic" else _through_blocks
+    beside = (_controlnet(config, spec, norms),) if config.mode == "controlnet" else ()
+    return (own(config, spec, growing), *beside)
+
+
+def still(config: TrainConfig, spec: FluxSpec, recorded: bool) -> tuple[Part, ...]:
+    """Those that are there at the end of a step too."""
+    return _products(config, spec, recorded), _ends(config, spec)
+
+
+def _passes(config: TrainConfig, spec: FluxSpec, growing: int) -> Part:
+    return part(_passing(config, spec, growing))
+
+
+_READ = (
+    "img_size", "train_batch_size", "gradient_checkpointing", "checkpointed_blocks", "step_in_backward",
+    "backward_clip", "optimizer",
+)  # fmt: skip
+_through_blocks = kept_by(*_READ)(_passes)
+"""How weights are held changes nothing where they are multiplied in 16 bits."""
+_through_blocks_fp8 = kept_by(*_READ, "quantization", "stream_blocks")(_passes)
+
+
+def _passing(config: TrainConfig, spec: FluxSpec, growing: int) -> Iterator[Term]:
+    tokens = _tokens(config)
+    unit = _unit(config, spec)
     shape = f"{config.train_batch_size} x {tokens} tokens"
     blocks, turning = _blocks(config, spec, tokens, growing)
-    if blocks:
-        images = unit // tokens * (tokens - config.max_text_tokens)
-        number, last, needed = _fullest(config, spec, blocks, turning, images)
-        there = blocks[: last + 1]
-        inputs = [block.kept for block in there if block.checkpointed]
-        whole = [block.kept for block in there if not block.checkpointed]
-        if inputs:
-            why = f"{len(inputs)} checkpointed blocks, {shape} each"
-            yield Term("block inputs", sum(inputs), "train", why, passing=True)
-        if whole:
-            why = f"{len(whole)} blocks keep inputs, q, k, v, attention's output and the MLP's input, {shape}"
-            yield Term("activations", sum(whole), "train", why, passing=True)
-        again = "what it computes again, " if blocks[number].checkpointed else ""
-        why = f"{again}the gradients on their way, and those that attention sums up in fp32"
-        yield Term("one block's backward pass", needed, "train", why, passing=True)
-        yield from gradients_so_far(blocks, number)
-    if config.mode == "controlnet":
-        yield from _controlnet(config, spec, tokens, unit, norms)
-    yield from _products(config, spec, recorded=recorded)
-    ends = config.train_batch_size * (tokens * spec.in_channels * 12 + config.max_text_tokens * spec.text_dim * size)
-    yield Term("inputs and loss", ends, "train", "latents, noise and prediction in fp32, and the captions")
+    if not blocks:
+        return
+    images = unit // tokens * (tokens - config.max_text_tokens)
+    number, last, needed = _fullest(config, spec, blocks, turning, images)
+    there = blocks[: last + 1]
+    inputs = [block.kept for block in there if block.checkpointed]
+    whole = [block.kept for block in there if not block.checkpointed]
+    if inputs:
+        why = f"{len(inputs)} checkpointed blocks, {shape} each"
+        yield Term("block inputs", sum(inputs), "train", why, passing=True)
+    if whole:
+        why = f"{len(whole)} blocks keep inputs, q, k, v, attention's output and the MLP's input, {shape}"
+        yield Term("activations", sum(whole), "train", why, passing=True)
+    again = "what it computes again, " if blocks[number].checkpointed else ""
+    why = f"{again}the gradients on their way, and those that attention sums up in fp32"
+    yield Term("one block's backward pass", needed, "train", why, passing=True)
+    yield from gradients_so_far(blocks, number)
+
+
+def _tokens(config: TrainConfig) -> int:
+    side = max(config.sizes)
+    return image_tokens(side, side) + config.max_text_tokens
+
+
+def _unit(config: TrainConfig, spec: FluxSpec) -> int:
+    return config.train_batch_size * _tokens(config) * spec.hidden * width(config)
+
+
+@kept_by("img_size", "train_batch_size")
+def _ends(config: TrainConfig, spec: FluxSpec) -> Part:
+    """Before the first block and behind the last one."""
+    size = width(config)
+    tokens = _tokens(config)
+    own = config.train_batch_size * (tokens * spec.in_channels * 12 + config.max_text_tokens * spec.text_dim * size)
+    return part([Term("inputs and loss", own, "train", "latents, noise and prediction in fp32, and the captions")])
 
 
 def _fullest(
@@ -168,49 +217,66 @@ def _fullest(
     return (largest, len(blocks) - 1, first) if first + more > needed else (number, number, needed)
 
 
-def _controlnet(config: TrainConfig, spec: FluxSpec, tokens: int, unit: int, norms: Norms) -> Iterator[Term]:
+@kept_by("img_size", "train_batch_size", "gradient_checkpointing")
+def _controlnet(config: TrainConfig, spec: FluxSpec, norms: Norms) -> Part:
     """Its own blocks are diffusers', and go backward when the base's have."""
+    unit = _unit(config, spec)
     net, every = controlnet(config.controlnet_depth, spec)
-    saved = saved_per_block(config, net, every, tokens, norms)
+    saved = saved_per_block(config, net, every, _tokens(config), norms)
     kept = len(saved) * unit if config.gradient_checkpointing else sum(saved)
-    yield Term("ControlNet's activations", kept, "train", f"its {len(saved)} blocks are diffusers' own", passing=True)
-    residuals = 2 * config.controlnet_depth * unit
-    yield Term("residuals", residuals, "train", "the ControlNet's outputs, and their sums", passing=True)
-    hint = config.train_batch_size * 16 * max(config.sizes) ** 2 * width(config) * 3
-    yield Term("condition", hint, "train", "the hint block's layers at full resolution", passing=True)
+    why = f"its {len(saved)} blocks are diffusers' own"
+    own = Term("ControlNet's activations", kept, "train", why, passing=True)
+    return part([own, *beside_controlnet(config, unit)])
 
 
-def _products(config: TrainConfig, spec: FluxSpec, *, recorded: bool) -> Iterator[Term]:
+@kept_by("quantization", "modulation", "stream_blocks")
+def _products(config: TrainConfig, spec: FluxSpec, recorded: bool) -> Part:
     """What matrix products need beside their operands."""
     streams = STREAMS if recorded else 1
-    yield Term("cuBLAS", 2 * CUBLAS * streams, "train", f"its workspaces, and cuBLASLt's, of {streams} streams")
+    found = [Term("cuBLAS", 2 * CUBLAS * streams, "train", f"its workspaces, and cuBLASLt's, of {streams} streams")]
     if config.quantization == "fp8-dynamic":
         largest = (3 * spec.hidden + spec.mlp) * spec.hidden
-        yield Term("a weight transposed", largest, "train", "as fp8 products want it in the backward pass")
+        found.append(Term("a weight transposed", largest, "train", "as fp8 products want it in the backward pass"))
     if config.quantization != "fp8-dynamic" or config.stream_blocks:
-        yield from dense(config, spec)
+        found += dense(config, spec)
+    return part(found)
 
 
-def most_saved(config: TrainConfig, spec: FluxSpec) -> int:
-    """The most by which a block's recomputing may lower the peak: what it need not keep."""
-    side = max(config.sizes)
-    return _most(_ways(config, spec, image_tokens(side, side) + config.max_text_tokens, 0))
+class Curve:
+    """Bytes that come and go with the passes, by how many blocks compute again: the more, the fewer bytes, but for the
+    last block. A plan's search goes along it for hundreds of ways to hold the same blocks' weights."""
+
+    def __init__(self, config: TrainConfig, spec: FluxSpec, growing: int, norms: Norms) -> None:
+        self._config, self._about = config, (spec, growing, norms)
+        self._known: dict[int, int] = {}
+
+    def __call__(self, count: int) -> int:
+        found = self._known.get(count)
+        if found is None:
+            config = altered(self._config, gradient_checkpointing=count > 0, checkpointed_blocks=count)
+            found = self._known[count] = sum(sum(one.sizes) for one in moving(config, *self._about))
+        return found
 
 
-@dataclass(frozen=True, eq=False)
+def curve(config: TrainConfig, spec: FluxSpec, growing: int, norms: Norms) -> Curve:
+    own = _curve_fp8 if config.quantization == "fp8-dynamic" else _curve
+    return own(config, spec, growing, norms)
+
+
+_ONE = ("img_size", "train_batch_size", "step_in_backward", "backward_clip", "optimizer")
+_curve = kept_by(*_ONE)(Curve)
+_curve_fp8 = kept_by(*_ONE, "quantization", "stream_blocks")(Curve)
+
+
 class _Ways:
     """Of each block, from the first one that a gradient passes through, what it takes either way. Equal is only itself,
     so that what follows from one is quickly found."""
 
-    whole: Sequence[Passed]
-    """Where it keeps what it needs."""
-    inputs: Sequence[Passed]
-    """Where it keeps its inputs alone."""
-
-
-@functools.lru_cache(maxsize=1024)
-def _most(ways: _Ways) -> int:
-    return max((one.kept - other.kept for one, other in zip(ways.whole, ways.inputs, strict=True)), default=1)
+    def __init__(self, whole: Sequence[Passed], inputs: Sequence[Passed]) -> None:
+        self.whole = whole
+        """Where it keeps what it needs."""
+        self.inputs = inputs
+        """Where it keeps its inputs alone."""
 
 
 def _blocks(config: TrainConfig, spec: FluxSpec, tokens: int, growing: int = 0) -> tuple[Sequence[Passed], int]:
@@ -230,56 +296,60 @@ def _mixed(ways: _Ways, again: int) -> tuple[Sequence[Passed], int]:
 
 
 def _ways(config: TrainConfig, spec: FluxSpec, tokens: int, growing: int) -> _Ways:
-    aside = _ASIDE if config.quantization == "fp8-dynamic" else _ASIDE | _HELD
-    return _either_way(altered(config, **aside), spec, tokens, growing)
+    """Kept by what either way takes: which blocks are computed again is not in it, nor how weights are held where they
+    are multiplied in 16 bits."""
+    own = _either_way_fp8 if config.quantization == "fp8-dynamic" else _either_way
+    return own(config, spec, tokens, growing)
 
 
-_ASIDE: dict[str, Any] = {"gradient_checkpointing": True, "checkpointed_blocks": None, "cuda_graphs": True}
-"""Which blocks are computed again does not change what either way takes."""
-_HELD: dict[str, Any] = {"quantization": "none", "modulation": "keep", "stream_blocks": 0}
-"""Nor does how weights are held, where they are multiplied in 16 bits."""
-
-
-@functools.lru_cache(maxsize=1024)
-def _either_way(config: TrainConfig, spec: FluxSpec, tokens: int, growing: int) -> _Ways:
+def _both_ways(config: TrainConfig, spec: FluxSpec, tokens: int, growing: int) -> _Ways:
     what = trained(config, spec)
     rows = config.train_batch_size * tokens
     unit = rows * spec.hidden * width(config)
     lse = rows * spec.heads * 4
     dynamic, weights, wide = config.quantization == "fp8-dynamic", config.mode == "finetune", 4 / width(config)
-    streamed = set(streamed_blocks(spec.double_blocks, spec.single_blocks, config.stream_blocks))
-    names, layers, adapters, time = _by_block(what, spec)
+    streamed = streamed_blocks(spec.double_blocks, spec.single_blocks, config.stream_blocks)
+    time, kinds, blocks = _by_block(what, spec)
     reached = time or not what.layers.isdisjoint(("x_embedder", "context_embedder")) or config.mode == "controlnet"
     sizes = parameters_by_block(config, spec) if growing else {}
-    known: dict[tuple[Any, ...], tuple[Passed, Passed]] = {}
-    wholes, inputs = [], []
-    for name in names:
-        own = layers[name]
-        reached = reached or bool(own)
+    known: dict[tuple[int, bool, int], tuple[Passed, Passed]] = {}
+    found = []
+    for name, number in blocks.items():
+        reached = reached or bool(kinds[number].own)
         if not reached:
             continue
-        one, fp8, grads = name.startswith(SINGLE), dynamic and name not in streamed, sizes.get(name, 0) * growing
-        key = (one, own, adapters[name], fp8, grads)
+        key = (number, dynamic and name not in streamed, sizes.get(name, 0) * growing)
         if key not in known:  # most blocks are alike
+            (single, own, adapters), (_, fp8, grads) = kinds[number], key
             shape = _Shape(own, weights, time or any(map(is_modulation, own)), fp8, wide)
             # Half of a double block's adapters see the text alone, the others the image.
-            low = adapters[name] * rows * config.rank * width(config) // (1 if one else 2)
-            units = shape.single if one else shape.double
+            low = adapters * rows * config.rank * width(config) // (1 if single else 2)
+            units = shape.single if single else shape.double
             kept, made, needed = units(again=False)
-            whole = int((kept + made) * unit) + lse + low
-            found = Passed(whole, int(needed * unit), checkpointed=False, grads=grads)
+            one = Passed(int((kept + made) * unit) + lse + low, int(needed * unit), checkpointed=False, grads=grads)
             kept, made, needed = units(again=True)
-            again = int((made + needed) * unit) + lse + low
-            known[key] = found, Passed(int(kept * unit), again, checkpointed=True, grads=grads)
-        wholes.append(known[key][0])
-        inputs.append(known[key][1])
-    return _Ways(wholes, inputs)
+            more = int((made + needed) * unit) + lse + low
+            known[key] = one, Passed(int(kept * unit), more, checkpointed=True, grads=grads)
+        found.append(known[key])
+    return _Ways([one for one, _ in found], [other for _, other in found])
+
+
+_either_way = kept_by("train_batch_size")(_both_ways)
+_either_way_fp8 = kept_by("train_batch_size", "quantization", "stream_blocks")(_both_ways)
+
+
+class _Kind(NamedTuple):
+    """Blocks that are alike in what is trained of them."""
+
+    single: bool
+    own: frozenset[str]
+    """Layers that are trained, or have adapters."""
+    adapters: int
 
 
 @functools.lru_cache(maxsize=16)
-def _by_block(what: Trained, spec: FluxSpec) -> tuple[list[str], dict[str, frozenset[str]], dict[str, int], bool]:
-    """The blocks' names, of each the layers that are trained or have adapters, and how many adapters it has; and
-    whether the time's embedding is trained."""
+def _by_block(what: Trained, spec: FluxSpec) -> tuple[bool, list[_Kind], dict[str, int]]:
+    """Whether the time's embedding is trained; the kinds of blocks, and of each block by its name which it is."""
     names = [f"{DOUBLE}.{k}" for k in range(spec.double_blocks)] + [f"{SINGLE}.{k}" for k in range(spec.single_blocks)]
     layers: dict[str, set[str]] = {name: set() for name in names}
     for name in what.layers:
@@ -291,11 +361,15 @@ def _by_block(what: Trained, spec: FluxSpec) -> tuple[list[str], dict[str, froze
         if (block := _block(adapter.name)) in adapters and not is_modulation(adapter.name):
             adapters[block] += 1
     time = any(name.startswith("time_text_embed.") for name in what.layers)
-    return names, {name: frozenset(own) for name, own in layers.items()}, adapters, time
+    kinds: dict[_Kind, int] = {}
+    blocks = {
+        name: kinds.setdefault(_Kind(name.startswith(SINGLE), frozenset(layers[name]), adapters[name]), len(kinds))
+        for name in names
+    }
+    return time, list(kinds), blocks
 
 
-@dataclass(frozen=True)
-class _Shape:
+class _Shape(NamedTuple):
     """What decides on a block's memory; its counts of U."""
 
     own: frozenset[str]

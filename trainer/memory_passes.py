@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.memory_terms import GRADIENTS, Term
@@ -13,8 +13,7 @@ from xflux_trainer.spec import FluxSpec
 from xflux_trainer.trained import Trained, trained
 
 
-@dataclass(frozen=True)
-class Passed:
+class Passed(NamedTuple):
     """Bytes of one block that a gradient passes through."""
 
     kept: int
@@ -28,13 +27,13 @@ class Passed:
 
 def turn(blocks: Sequence[Passed]) -> int:
     """The block in whose backward pass most is there: what later ones kept is gone, and their gradients are there."""
-    kept, grads = 0, sum(block.grads for block in blocks)
+    there = sum([block.grads for block in blocks])
     most, found = -1, 0
-    for number, block in enumerate(blocks):
-        kept += block.kept
-        if kept + block.needed + grads > most:
-            most, found = kept + block.needed + grads, number
-        grads -= block.grads
+    for number, (kept, needed, _, grads) in enumerate(blocks):
+        there += kept
+        if there + needed > most:
+            most, found = there + needed, number
+        there -= grads
     return found
 
 

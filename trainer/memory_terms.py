@@ -41,6 +41,27 @@ class Term(NamedTuple):
     """Whether it is gone when the optimizer steps."""
 
 
+PHASES = ("cache", "load", "train", "sample")
+
+
+class Part(NamedTuple):
+    """Some of a bill's terms, which follow from few settings, and their bytes in each of the `PHASES`.
+
+    A plan's search wants the sums of hundreds of bills, whose parts are the same ones over and over.
+    """
+
+    terms: tuple[Term, ...]
+    sizes: tuple[int, ...]
+
+
+def part(terms: Iterable[Term]) -> Part:
+    own = tuple(terms)
+    totals = dict.fromkeys(PHASES, 0)
+    for term in own:
+        totals[term.phase] += term.bytes
+    return Part(own, tuple(totals.values()))
+
+
 def width(config: TrainConfig) -> int:
     """Bytes of a number of the computation."""
     return 4 if config.mixed_precision == "no" else 2
@@ -235,11 +256,15 @@ MADE_AT_LOAD = (
 """Terms that are there when the model is loaded; gradients and moments come with the first step."""
 
 
-def loading(config: TrainConfig, spec: FluxSpec, stays: Iterable[Term]) -> Iterator[Term]:
-    """What is there beside the transformer at the end of the load, and what a layer's quantisation takes on its way."""
+def loaded(stays: Iterable[Term]) -> Iterator[Term]:
+    """Of what stays, what is there beside the transformer at the end of the load."""
     for term in stays:
         if term.name in MADE_AT_LOAD:
             yield Term(term.name, term.bytes, "load", term.why, term.passing)
+
+
+def quantising(config: TrainConfig, spec: FluxSpec) -> Iterator[Term]:
+    """What a layer's quantisation takes on its way."""
     copies = QUANTISED.get(config.quantization, 0)
     if copies:
         yield Term("one layer on its way", copies * spec.largest_tensor * 4, "load", "quantised from fp32 copies of it")

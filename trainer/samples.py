@@ -28,8 +28,7 @@ COLUMNS = ("image", "text")
 """Columns of a table's images and captions, unless the config names others."""
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """One image and its caption. In a table both lie in `row` of one file."""
 
     image: Path

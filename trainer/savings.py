@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.spec import FluxSpec, Linear
@@ -15,6 +15,8 @@ GROUP = 128
 """Inputs that share a scale in int4."""
 SLOTS = 5
 """Streamed units that are on the device at a time: the three of a double block, and what arrives meanwhile."""
+KINDS = ("transformer_blocks", "single_transformer_blocks")
+"""The names of the blocks, a number behind each."""
 ORDER = ("to_q", "to_k", "to_v", "proj_mlp", "add_q_proj", "add_k_proj", "add_v_proj")
 """Layers of one input lie in this order in their unit, without gaps: their weights can be taken as one matrix."""
 
@@ -64,8 +66,7 @@ def streamed_blocks(double: int, single: int, count: int) -> tuple[str, ...]:
     return tuple(names[(2 * k + 1) * len(names) // (2 * count)] for k in range(count))
 
 
-@dataclass(frozen=True)
-class Held:
+class Held(NamedTuple):
     """Bytes of the frozen base. `device` includes the slots that streamed weights arrive in; `host` is pinned."""
 
     device: int
@@ -78,11 +79,11 @@ class Held:
     """
 
 
-@dataclass(frozen=True)
-class Unit:
-    """Layers of one block that travel together: its name, whether they make modulation, and the bytes of weights."""
+class Unit(NamedTuple):
+    """Layers of a block that travel together, in every block of a kind: whether they make modulation, and the bytes of
+    their weights."""
 
-    block: str
+    kind: str
     modulation: bool
     bytes: int
 
@@ -109,40 +110,56 @@ def blocks_to_stream(config: TrainConfig, spec: FluxSpec, budget: int, width: in
 
 @functools.lru_cache(maxsize=16)
 def units(quantization: str, modulation: str, spec: FluxSpec, width: int) -> tuple[Unit, ...]:
-    """What the blocks' weights travel as, in the model's order. Kept: one bill asks for them again and again."""
+    """What the weights of one double and of one single block travel as: all of a kind are alike."""
     found = []
-    for (block, _), layers in _by_unit(spec).items():
+    for (kind, _), layers in _by_unit(spec).items():
         modulates = is_modulation(layers[0].name)
         quantised = quantization != "none" and (not modulates or modulation == "quantize")
         size = sum(stored(layer, quantization if quantised else "none", width) for layer in layers)
-        found.append(Unit(block, modulates, size))
+        found.append(Unit(kind, modulates, size))
     return tuple(found)
 
 
 @functools.lru_cache(maxsize=16)
 def _by_unit(spec: FluxSpec) -> dict[tuple[str, str], list[Linear]]:
-    """The blocks' linear layers by their block and the name of their unit."""
+    """The linear layers of the first block of each kind, by it and the name of their unit."""
     found: dict[tuple[str, str], list[Linear]] = {}
     for linear in spec.linears():
-        if block := block_of(linear.name):
-            found.setdefault((block, unit_of(linear.name[len(block) + 1 :])), []).append(linear)
+        kind, number, path = (*linear.name.split(".", 2), "", "")[:3]
+        if kind in KINDS and number == "0":
+            found.setdefault((kind, unit_of(path)), []).append(linear)
     return found
 
 
 @functools.lru_cache(maxsize=16)
 def _rest(spec: FluxSpec, width: int) -> int:
     """Bytes of everything but the blocks' weights; their biases are in it."""
-    inside = sum(layer.inputs * layer.outputs for layers in _by_unit(spec).values() for layer in layers)
-    return (spec.transformer_parameters - inside) * width
+    every = dict(zip(KINDS, (spec.double_blocks, spec.single_blocks), strict=True))
+    weights = ((kind, layer.inputs * layer.outputs) for (kind, _), own in _by_unit(spec).items() for layer in own)
+    return (spec.transformer_parameters - sum(every[kind] * size for kind, size in weights)) * width
+
+
+@functools.lru_cache(maxsize=256)
+def leaving(modulation: str, stream_blocks: int, spec: FluxSpec) -> dict[tuple[str, bool], int]:
+    """In how many blocks a unit waits on the host, by its kind and by whether it makes modulation."""
+    names = streamed_blocks(spec.double_blocks, spec.single_blocks, stream_blocks)
+    single = sum(name.startswith("single_") for name in names)
+    streamed = dict(zip(KINDS, (len(names) - single, single), strict=True))
+    turned = dict(zip(KINDS, (spec.double_blocks, spec.single_blocks), strict=True)) if modulation == "stream" else {}
+    return {(kind, False): count for kind, count in streamed.items()} | {
+        (kind, True): turned.get(kind, count) for kind, count in streamed.items()
+    }
 
 
 def _held(modulation: str, stream_blocks: int, spec: FluxSpec, own: tuple[Unit, ...], rest: int) -> Held:
-    names = set(streamed_blocks(spec.double_blocks, spec.single_blocks, stream_blocks))
-    leaving = [unit for unit in own if unit.block in names or (unit.modulation and modulation == "stream")]
-    host = sum(unit.bytes for unit in leaving)
-    slots = min(SLOTS, len(leaving)) * max((unit.bytes for unit in leaving), default=0)
-    traffic = sum(unit.bytes * (1 if unit.modulation else 2) for unit in leaving)
-    return Held(rest + sum(unit.bytes for unit in own) - host + slots, host, slots, traffic)
+    every = dict(zip(KINDS, (spec.double_blocks, spec.single_blocks), strict=True))
+    gone = leaving(modulation, stream_blocks, spec)
+    away = [(count, unit) for unit in own if (count := gone[unit.kind, unit.modulation])]
+    host = sum(count * unit.bytes for count, unit in away)
+    slots = min(SLOTS, sum(count for count, _ in away)) * max((unit.bytes for _, unit in away), default=0)
+    traffic = sum(count * unit.bytes * (1 if unit.modulation else 2) for count, unit in away)
+    total = sum(every[unit.kind] * unit.bytes for unit in own)
+    return Held(rest + total - host + slots, host, slots, traffic)
 
 
 def stored(linear: Linear, quantization: str, width: int = 2) -> int:

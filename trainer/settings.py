@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,8 @@ PATCH = 16
 """Pixels on a side of one image token: the VAE's 8 times the 2 of a latent patch."""
 
 
-@dataclass(frozen=True)
+# What dataclass would write of eq and repr is compiled anew at each start of the doctor.
+@dataclass(frozen=True, eq=False, repr=False)
 class TrainConfig:
     """Everything that one training run is told. Names and meanings are X-Flux's where it has the key."""
 
@@ -226,11 +228,59 @@ class TrainConfig:
     def cache_path(self) -> Path:
         return Path(self.cache_dir) if self.cache_dir else Path(self.output_dir) / "cache"
 
+    # What stands beside the settings: neither `vars`, nor a copy, nor a pickle has it.
+    __slots__ = ("__dict__", "_family", "_hash")
+
+    @property
+    def family(self) -> object:
+        """The same object for all configs that differ in `VARIED` settings alone. Raises TypeError where a setting is
+        of a type that has no hash."""
+        try:
+            known: object = self._family
+        except AttributeError:
+            if len(_FAMILIES) >= _MOST_FAMILIES:
+                _FAMILIES.clear()
+            known = _FAMILIES.setdefault(_others_of(self), object())
+            object.__setattr__(self, "_family", known)
+        return known
+
+    def __eq__(self, other: object) -> bool:
+        return self.__dict__ == other.__dict__ if isinstance(other, TrainConfig) else NotImplemented
+
+    def __repr__(self) -> str:
+        return f"TrainConfig({', '.join(f'{name}={value!r}' for name, value in self.__dict__.items())})"
+
+    def __hash__(self) -> int:
+        try:
+            known: int = self._hash
+        except AttributeError:
+            known = hash((self.family, _varied_of(self)))
+            object.__setattr__(self, "_hash", known)
+        return known
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__
+
+
+VARIED = (
+    "img_size", "train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "checkpointed_blocks",
+    "cuda_graphs", "quantization", "modulation", "stream_blocks", "optimizer", "step_in_backward", "backward_clip",
+    "weight_update",
+)  # fmt: skip
+"""The settings that a plan's search changes."""
+_VARIED = frozenset(VARIED)
+_varied_of = operator.attrgetter(*VARIED)
+_others_of = operator.attrgetter(*(name for name in TrainConfig.__dataclass_fields__ if name not in _VARIED))
+_FAMILIES: dict[Any, object] = {}
+_MOST_FAMILIES = 4096
+
 
 def altered(config: TrainConfig, **changes: Any) -> TrainConfig:
     """`dataclasses.replace`, for searches that make hundreds: the fields are not handed through the constructor."""
     found: TrainConfig = object.__new__(TrainConfig)
     found.__dict__.update(config.__dict__, **changes)
+    if changes.keys() <= _VARIED:
+        object.__setattr__(found, "_family", config.family)
     return found
 
 

@@ -11,7 +11,7 @@ import math
 import struct
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from xflux_trainer.targets import LORA_TARGETS, Adapter, adapters_of, count_blocks, is_target, unmatched
 
@@ -27,8 +27,7 @@ TIME_CHANNELS = 256
 """Width of the sinusoidal embedding of t and of the guidance."""
 
 
-@dataclass(frozen=True)
-class Linear:
+class Linear(NamedTuple):
     """One linear layer: where it hangs in diffusers' transformer, and its sizes."""
 
     name: str
@@ -185,7 +184,7 @@ def _linears(spec: FluxSpec) -> tuple[Linear, ...]:
              ("single_transformer_blocks", spec.single_blocks, spec._single()))  # fmt: skip
     for kind, count, layers in kinds:
         for index in range(count):
-            found += [replace(linear, name=f"{kind}.{index}.{linear.name}") for linear in layers]
+            found += [linear._replace(name=f"{kind}.{index}.{linear.name}") for linear in layers]
     return tuple(found)
 
 

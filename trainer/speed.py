@@ -10,8 +10,8 @@ import itertools
 import math
 import re
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from typing import NamedTuple
 
 from xflux_trainer.settings import TrainConfig
 from xflux_trainer.spec import FluxSpec
@@ -50,14 +50,22 @@ def peak(name: str, precision: str) -> float | None:
     return next((tflops for card, tflops in PEAKS if re.search(rf"\b{card}\b(?! (?:SUPER|TI)\b)", words)), None)
 
 
+_ONCE = re.compile(r"\bnorm(1|1_context|_out)?\.linear\b")
+
+
 @functools.lru_cache(maxsize=8192)
 def tokens_of(name: str, image_tokens: int, text_tokens: int) -> int:
     """Tokens that go through the layer of that diffusers name; 1 for modulation and embeddings, once an image."""
-    if name.startswith("time_text_embed.") or re.search(r"\bnorm(1|1_context|_out)?\.linear\b", name):
+    if name.startswith("time_text_embed.") or ("norm" in name and _ONCE.search(name)):
         return 1
     if name.startswith("single_transformer_blocks."):
         return image_tokens + text_tokens
     return text_tokens if "context" in name or "add" in name.rpartition("attn.")[2] else image_tokens
+
+
+_Sizes = tuple[tuple[str, float], ...]
+"""FLOPs by layer."""
+_MODULATION = re.compile(r"\bnorm(1|1_context)?\.linear\b")
 
 
 def step_flops(
@@ -69,24 +77,51 @@ def step_flops(
     `fused`: this trainer's blocks compute, which recompute less. As if gradients went through every block: of a run
     that trains late blocks alone it is an upper bound. The convolutions before a ControlNet (below 0.1 %) are left out.
     """
-    whole, gates = _modulated(tuple(trained))
+    return flops_of(config, spec, matrices(trained, image_tokens, text_tokens), image_tokens, text_tokens, fused=fused)
+
+
+class Matrices:
+    """Trained matrices, at one number of tokens. Equal is only itself: a plan's search keeps one for hundreds of
+    steps, and finds by it what follows from it."""
+
+    def __init__(self, sizes: _Sizes, whole: bool, gates: frozenset[str]) -> None:
+        self.sizes, self.whole, self.gates = sizes, whole, gates
+        """FLOPs by name; whether all modulations' gradients are asked for, and the blocks of which they are."""
+        self.products = sum(size for _, size in sizes)
+        blocks = {tuple(name.split(".")[:2]) for name, _ in sizes if "transformer_blocks." in name}
+        self.blocks = len(blocks)
+
+
+def matrices(trained: Mapping[str, tuple[int, ...]], image_tokens: int, text_tokens: int) -> Matrices:
+    """Of the trained parameters' shapes by name."""
+    sizes = tuple(
+        (name, 2.0 * math.prod(shape) * tokens_of(name, image_tokens, text_tokens))
+        for name, shape in trained.items()
+        if len(shape) == 2
+    )
+    return Matrices(sizes, *_modulated(trained))
+
+
+def flops_of(
+    config: TrainConfig, spec: FluxSpec, asked: Matrices, image_tokens: int, text_tokens: int, *, fused: bool
+) -> float:
+    """`step_flops` of these."""
     count = _checkpointed(config, spec) if fused else 0
     base = spec.step_flops(image_tokens, text_tokens, checkpointing=config.gradient_checkpointing and not fused)
     if count:
         attention = 4 * (image_tokens + text_tokens) ** 2 * spec.hidden
-        base += count * attention + _again(_linears(spec, image_tokens, text_tokens), spec, count, whole, gates)
-    matrices, products = _matrices(tuple(trained.items()), image_tokens, text_tokens)
+        base += count * attention + _again(_linears(spec, image_tokens, text_tokens), spec, count, asked)
+    products = asked.products
     if config.mode == "finetune":
         return base + products  # the weights' own gradients; forward and input gradients are in the base
     if config.mode == "controlnet":
         # Its blocks, diffusers' own, attend as well. It stands beside the base, through which its gradients come.
         passes = 1 if config.gradient_checkpointing else 0
-        blocks = len({tuple(name.split(".")[:2]) for name in trained if "transformer_blocks." in name})
         attention = 4 * (image_tokens + text_tokens) ** 2 * spec.hidden
-        return base + products * (3 + passes) + blocks * (3.5 + passes) * attention
+        return base + products * (3 + passes) + asked.blocks * (3.5 + passes) * attention
     if not fused:
         return base + products * (4 if config.gradient_checkpointing else 3)
-    return base + products * 3 + _again(matrices, spec, count, whole, gates)
+    return base + products * 3 + _again(asked, spec, count, asked)
 
 
 def _checkpointed(config: TrainConfig, spec: FluxSpec) -> int:
@@ -97,50 +132,34 @@ def _checkpointed(config: TrainConfig, spec: FluxSpec) -> int:
     return every if config.checkpointed_blocks is None else min(every, config.checkpointed_blocks)
 
 
-_Sizes = tuple[tuple[str, float], ...]
-"""FLOPs by layer."""
-
-
 @functools.lru_cache(maxsize=64)
-def _matrices(
-    trained: tuple[tuple[str, tuple[int, ...]], ...], image_tokens: int, text_tokens: int
-) -> tuple[_Sizes, float]:
-    """Those of the trained matrices, and their sum."""
+def _linears(spec: FluxSpec, image_tokens: int, text_tokens: int) -> Matrices:
+    """The base's own, of which none is trained."""
     sizes = tuple(
-        (name, 2.0 * math.prod(shape) * tokens_of(name, image_tokens, text_tokens))
-        for name, shape in trained
-        if len(shape) == 2
-    )
-    return sizes, sum(size for _, size in sizes)
-
-
-@functools.lru_cache(maxsize=64)
-def _linears(spec: FluxSpec, image_tokens: int, text_tokens: int) -> _Sizes:
-    return tuple(
         (linear.name, 2.0 * linear.inputs * linear.outputs * tokens_of(linear.name, image_tokens, text_tokens))
         for linear in spec.linears()
         if linear.per_token
     )
+    return Matrices(sizes, False, frozenset())
 
 
-def _again(sizes: _Sizes, spec: FluxSpec, count: int, whole: bool, gates: frozenset[str]) -> float:
+def _again(computed: Matrices, spec: FluxSpec, count: int, asked: Matrices) -> float:
     """FLOPs that the first `count` fused blocks compute a second time: all but a block's last layers, which nobody
     reads (7/12 of a single block's products, 8/12 of a double block's), unless its gate's gradient wants them."""
-    summed = _up_to(sizes, spec.double_blocks, whole, gates)
+    summed = _up_to(computed, spec.double_blocks, asked)
     return summed[min(count, len(summed) - 1)]
 
 
 @functools.lru_cache(maxsize=64)
-def _up_to(sizes: _Sizes, double: int, whole: bool, gates: frozenset[str]) -> tuple[float, ...]:
+def _up_to(computed: Matrices, double: int, asked: Matrices) -> tuple[float, ...]:
     """The same of the first block, of the first two and so on, after nothing: a plan's search asks for each number."""
-    blocks = _by_block(sizes, double)
+    blocks = _by_block(computed.sizes, double)
     each = [0.0] * (1 + max((place for place, *_ in blocks), default=-1))
     for place, block, inner, last in blocks:
-        each[place] = inner + last * (whole or block in gates)
+        each[place] = inner + last * (asked.whole or block in asked.gates)
     return tuple(itertools.accumulate(each, initial=0.0))
 
 
-@functools.lru_cache(maxsize=64)
 def _by_block(sizes: _Sizes, double: int) -> tuple[tuple[int, str, float, float], ...]:
     """(its place among all blocks, its name, FLOPs of its inner layers, of its last ones)."""
     found: dict[str, list[float]] = {}
@@ -155,11 +174,10 @@ def _by_block(sizes: _Sizes, double: int) -> tuple[tuple[int, str, float, float]
     )
 
 
-@functools.lru_cache(maxsize=16)
-def _modulated(names: tuple[str, ...]) -> tuple[bool, frozenset[str]]:
+def _modulated(names: Collection[str]) -> tuple[bool, frozenset[str]]:
     """Whether all modulations' gradients are asked for, and the blocks of which they are."""
     whole = any(name.startswith("time_text_embed.") for name in names)
-    own = {".".join(name.split(".")[:2]) for name in names if re.search(r"\bnorm(1|1_context)?\.linear\b", name)}
+    own = {".".join(name.split(".")[:2]) for name in names if _MODULATION.search(name)}
     return whole, frozenset(own)
 
 
@@ -170,8 +188,7 @@ def costs(
     return functools.cache(lambda image, text: step_flops(config, spec, trained, image, text, fused=fused))
 
 
-@dataclass(frozen=True)
-class Rates:
+class Rates(NamedTuple):
     """What a run does at present."""
 
     seconds: float
@@ -184,8 +201,7 @@ class Rates:
     """Share of a step's time in which there was no batch to train on."""
 
 
-@dataclass(frozen=True)
-class _Step:
+class _Step(NamedTuple):
     seconds: float
     images: int
     flops: float

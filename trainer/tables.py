@@ -10,9 +10,8 @@ from __future__ import annotations
 import json
 import os
 import struct
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from xflux_trainer.captions import SampleProblem
 from xflux_trainer.imagefile import at_once
@@ -21,8 +20,7 @@ ENDINGS = (".parquet", ".arrow")
 _MOST_FOOTER = 1 << 28
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """One file of rows. `rows` is None where only pyarrow could tell, `columns` likewise."""
 
     path: Path

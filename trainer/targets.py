@@ -7,8 +7,7 @@ X-Flux's adapters are fused: q, k and v of a stream have one `A` in common, and 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 
 class Layer(Protocol):
@@ -22,8 +21,7 @@ class Layer(Protocol):
     def outputs(self) -> int: ...
 
 
-@dataclass(frozen=True)
-class Adapter:
+class Adapter(NamedTuple):
     """One adapter, `A` (rank, inputs) and `B` (outputs, rank), and the layers whose outputs `B` is stacked for."""
 
     name: str

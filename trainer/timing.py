@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal, NamedTuple
 
 from xflux_trainer.config import TrainConfig
+from xflux_trainer.kept import kept_by
 from xflux_trainer.memory_terms import narrow, width
 from xflux_trainer.spec import FluxSpec
 from xflux_trainer.timing_cards import card_of, measured
-from xflux_trainer.timing_terms import WHY, Job, arriving, backward, forward, words, work
+from xflux_trainer.timing_terms import NONE, WHY, Job, arriving, backward, forward, shapes, words, work
+from xflux_trainer.trained import trained
 
 LAUNCH = 0.045e-3
 """Seconds that a slow host takes to launch a kernel from Python."""
@@ -38,15 +40,15 @@ STEP_LAUNCHES = {"adamw": 2, "adamw8bit": 2, "adafactor": 4}
 NORM_LAUNCHES = 5
 """The same for a gradient's norm, in a pass that only measures."""
 MEASURING, LINK, HOST = "measuring", "waiting for the link", "waiting for the host"
-"""Terms of a micro-step beside those of `WHY`."""
+NAMES = (*WHY, MEASURING, LINK, HOST)
+"""The terms of a micro-step, in their order."""
 
 
 class NoForecast(Exception):
     """No forecast can be made; the message says why, as a sentence."""
 
 
-@dataclass(frozen=True)
-class Term:
+class Term(NamedTuple):
     """One part of a step's time: what it is, how long, and why that long."""
 
     name: str
@@ -54,13 +56,11 @@ class Term:
     why: str
 
 
-@dataclass(frozen=True)
 class Forecast:
     """Seconds of one optimizer step, which are the sum of the terms; `error` is relative."""
 
-    seconds: float
-    error: float
-    _itemised: Callable[[], tuple[Term, ...]] = field(repr=False, compare=False)
+    def __init__(self, seconds: float, error: float, itemised: Callable[[], tuple[Term, ...]]) -> None:
+        self.seconds, self.error, self._itemised = seconds, error, itemised
 
     @functools.cached_property
     def terms(self) -> tuple[Term, ...]:
@@ -87,12 +87,13 @@ def seconds_per_step(
     job = Job(config, spec, known, strategy, triton=triton, flash4=flash4)
     if config.quantization == "fp8-dynamic" and (known.fp8 is None or not job.fused):
         raise NoForecast("fp8-dynamic needs a card with fp8 products and the trainer's own blocks.")
-    passes = [_micro_step(job, size) for size in config.sizes]
-    share = config.gradient_accumulation_steps / len(passes)
-    found = {name: sum(one[name] for one in passes) * share for name in passes[0]}
-    once = _once(job, world_size)
+    sizes = [_micro_step(job, size) for size in config.sizes]
+    share = config.gradient_accumulation_steps / len(sizes)
+    found = [sum(each) * share for each in zip(*sizes, strict=True)]
+    passes = 2 * job.blocks + job.again if strategy == "fsdp" else 0
+    once = _once(config, spec, strategy, world_size, known.memory, known.bus, passes)
     error = known.error + (RANKS_ERROR if world_size > 1 or strategy not in ("single", "ddp") else 0)
-    seconds = sum(each for each in [*found.values(), *(term.seconds for term in once)] if each > 0)
+    seconds = sum(each for each in [*found, *(term.seconds for term in once)] if each > 0)
     return Forecast(seconds, error, lambda: tuple(term for term in (*_told(job, found), *once) if term.seconds > 0))
 
 
@@ -111,27 +112,28 @@ def hours(config: TrainConfig, step: Forecast, *, world_size: int, images: int =
     return steps * step.seconds / 3600
 
 
-def _micro_step(job: Job, side: int) -> dict[str, float]:
-    """Seconds of one batch at one size: those of the device, then what is waited for beyond them."""
+def _micro_step(job: Job, side: int) -> tuple[float, ...]:
+    """Seconds of one batch at one size, by `NAMES`: those of the device, then what is waited for beyond them."""
     asked = work(job, side)
     ahead, behind = forward(job, asked), backward(job, asked)
-    found = {name: ahead.get(name, 0.0) + behind.get(name, 0.0) for name in WHY}
-    first = found[MEASURING] = sum(behind.values()) + _read(job) if _measures(job) else 0.0
-    link = job.card.link * 1e9
-    busy = [sum(ahead.values()), sum(behind.values())]
-    late = [max(0.0, size / link - time) for size, time in zip(arriving(job), busy, strict=True)]
-    found[LINK] = sum(late)
+    busy = sum(ahead), sum(behind)
+    first = busy[1] + _read(job) if _measures(job) else 0.0
+    late = 0.0
+    if (arrives := arriving(job)) != NONE:
+        link = job.card.link * 1e9
+        late = sum(max(0.0, size / link - time) for size, time in zip(arrives, busy, strict=True))
+    host = 0.0
     if not job.recorded:
         launching = _launches(job) * LAUNCH
-        time = sum(busy) + sum(late) + first
-        found[HOST] = (time**MEETING + launching**MEETING) ** (1 / MEETING) - time
-    return found
+        time = sum(busy) + late + first
+        host = (time**MEETING + launching**MEETING) ** (1 / MEETING) - time
+    return (*map(operator.add, ahead, behind), first, late, host)
 
 
-def _told(job: Job, found: Mapping[str, float]) -> list[Term]:
+def _told(job: Job, found: Iterable[float]) -> list[Term]:
     """Each of them with why it takes what it takes."""
     reasons = _reasons(job)
-    return [Term(name, seconds, reasons[name]) for name, seconds in found.items()]
+    return [Term(name, seconds, reasons[name]) for name, seconds in zip(NAMES, found, strict=True) if seconds > 0]
 
 
 def _reasons(job: Job) -> dict[str, str]:
@@ -169,32 +171,37 @@ def _launches(job: Job) -> int:
     return count + job.extra_launches
 
 
-def _once(job: Job, world_size: int) -> list[Term]:
-    """The optimizer, and what ranks send each other."""
-    config, own = job.config, job.what.parameters
-    cut = job.strategy.startswith("zero") or (job.strategy == "fsdp" and config.mode != "lora")
+@kept_by("optimizer", "step_in_backward", "weight_update", "gradient_accumulation_steps")
+def _once(
+    config: TrainConfig, spec: FluxSpec, strategy: str, world_size: int, memory: float, bus: float, passes: int
+) -> list[Term]:  # fmt: skip
+    """The optimizer, and what ranks send each other; `memory` and `bus`: GB/s of the card, `passes`: those of one batch
+    through blocks that FSDP2 gathers."""
+    what = trained(config, spec)
+    own = what.parameters
+    cut = strategy.startswith("zero") or (strategy == "fsdp" and config.mode != "lora")
     share = own / world_size if cut else own
     moved = STEPPED[config.optimizer] + (12 if config.ema_decay else 0) + 4 * (config.weight_update == "kahan")
     # A norm reads every gradient once more.
     moved += 4 if config.max_grad_norm else 0
-    seconds, why = share * moved / (job.card.memory * 1e9), f"{moved} bytes for each of {share:,.0f} trained numbers"
-    each = job.strategy in ("single", "ddp") or (job.strategy == "fsdp" and narrow(config))
+    seconds, why = share * moved / (memory * 1e9), f"{moved} bytes for each of {share:,.0f} trained numbers"
+    each = strategy in ("single", "ddp") or (strategy == "fsdp" and narrow(config))
     alone = config.mode != "lora" and width(config) < 4 and each
     if alone and not config.step_in_backward:  # each tensor is stepped after the other, and nothing else is queued
-        launching = STEP_LAUNCHES[config.optimizer] * LAUNCH * 2 * len(job.shapes)
+        tensors = len(shapes(config, spec, what))
+        launching = STEP_LAUNCHES[config.optimizer] * LAUNCH * 2 * tensors
         if launching > seconds:
-            seconds, why = launching, f"the kernels for each of {2 * len(job.shapes)} tensors are launched one by one"
+            seconds, why = launching, f"the kernels for each of {2 * tensors} tensors are launched one by one"
     terms = [Term("optimizer", seconds, why)]
     if world_size > 1:
-        wide = 4 if config.mode == "lora" and not job.strategy.startswith("zero") else width(config)
+        wide = 4 if config.mode == "lora" and not strategy.startswith("zero") else width(config)
         sent = 2 * own * wide
-        if job.strategy == "zero3" or (job.strategy == "fsdp" and config.mode == "finetune"):
-            sent += 2 * job.spec.transformer_parameters * width(config) * config.gradient_accumulation_steps
-        seconds = sent * (world_size - 1) / world_size / (job.card.bus * 1e9)
-        why = f"{sent / 1e9:.1f} GB at {job.card.bus:.0f} GB/s within one host, as if nothing hid it"
+        if strategy == "zero3" or (strategy == "fsdp" and config.mode == "finetune"):
+            sent += 2 * spec.transformer_parameters * width(config) * config.gradient_accumulation_steps
+        seconds = sent * (world_size - 1) / world_size / (bus * 1e9)
+        why = f"{sent / 1e9:.1f} GB at {bus:.0f} GB/s within one host, as if nothing hid it"
         terms.append(Term("exchange between ranks", seconds, why))
-        if job.strategy == "fsdp":
-            passes = 2 * job.blocks + job.again
+        if strategy == "fsdp":
             why = f"what it does around a block beside that, in {passes} passes through one"
             terms.append(Term("FSDP2", passes * AROUND * config.gradient_accumulation_steps, why))
     return terms

@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from xflux_trainer.speed import peak
 
 
-@dataclass(frozen=True)
-class Card:
+class Card(NamedTuple):
     """Attained rates of one kind of card; TFLOP/s and GB/s."""
 
     bf16: float
@@ -67,7 +66,7 @@ def measured(card: Card, rates: Mapping[str, float]) -> Card:
         return card
     bf16, link = rates.get("matmul_bf16_tflops", card.bf16), rates.get("h2d_gbs", card.link)
     share = bf16 / card.bf16
-    return replace(
-        card, bf16=bf16, fp8=None if card.fp8 is None else card.fp8 * share, link=link,
+    return card._replace(
+        bf16=bf16, fp8=None if card.fp8 is None else card.fp8 * share, link=link,
         attention={name: rate * share for name, rate in card.attention.items()},
     )  # fmt: skip

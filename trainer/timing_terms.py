@@ -9,22 +9,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 from xflux_trainer import memory_fused
 from xflux_trainer.config import TrainConfig
+from xflux_trainer.kept import kept_by
 from xflux_trainer.memory_terms import width
-from xflux_trainer.savings import is_modulation, streamed_blocks, units
+from xflux_trainer.savings import is_modulation, leaving, units
 from xflux_trainer.settings import altered
 from xflux_trainer.spec import FluxSpec, image_tokens
-from xflux_trainer.speed import step_flops, tokens_of
+from xflux_trainer.speed import Matrices, flops_of, matrices, tokens_of
 from xflux_trainer.timing_cards import Card
 from xflux_trainer.trained import Trained, controlnet, trained
 
 
-@dataclass(frozen=True)
-class _Blocks:
+class _Blocks(NamedTuple):
     """What a block costs beside its products and its attention; U is one (tokens, hidden) tensor."""
 
     forward: float
@@ -68,23 +68,26 @@ class Job:
         self.fused = memory_fused.computes(config, strategy, "cuda", triton=triton)
         self.recorded = self.fused and memory_fused.records(config, strategy, "cuda")
         self.what = trained(config, spec)
-        self.blocks = spec.double_blocks + spec.single_blocks
-        every = self.blocks if config.gradient_checkpointing else 0
-        self.again = memory_fused.checkpointed(config, spec) if self.fused else every
-        self.streamed = min(config.stream_blocks, self.blocks) / self.blocks
-        self.own_blocks = config.controlnet_depth if config.mode == "controlnet" else 0
-        own_again = self.own_blocks if config.gradient_checkpointing else 0
-        self.kinds = (
-            (FUSED if self.fused else DIFFUSERS, self.blocks, self.again),
-            (DIFFUSERS, self.own_blocks, own_again),  # a ControlNet's
-        )
+        self.kinds = _kinds(config, spec, self.fused)
         """The cost of a block, how many of them there are, and how many are computed again."""
+        _, self.blocks, self.again = self.kinds[0]
+        self.streamed = min(config.stream_blocks, self.blocks) / self.blocks
         self.backend = _backend(config, card, fused=self.fused, flash4=flash4)
+        self.memory, self.attention = card.memory * 1e9, card.attention[self.backend] * 1e12
+        """Bytes and FLOPs a second."""
+        # What arrives is multiplied in 16 bits.
+        self.fp8 = 1 - self.streamed if config.quantization == "fp8-dynamic" else 0.0
+        """Share of the blocks whose products are in fp8."""
+        self.more = FP8 * self.blocks * (1 - self.streamed) if config.quantization == "fp8-dynamic" else 0
+        """U more of all blocks for that, in both directions."""
+        self.dense, self.modulation = _dense(self), _modulation_width(self)
+        self.matrices = _matrices(spec)
+        """Numbers in the blocks' weights: those of the products, and the modulation's."""
 
     @functools.cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Of what is trained."""
-        return _shapes(self.config, self.spec, self.what)
+        return shapes(self.config, self.spec, self.what)
 
     @property
     def extra_launches(self) -> int:
@@ -97,11 +100,6 @@ class Job:
             count += self.blocks * MAKES_DENSE
         return count
 
-    @property
-    def matrices(self) -> tuple[int, int]:
-        """Numbers in the blocks' weights: those of the products, and the modulation's."""
-        return _matrices(self.spec)
-
 
 @functools.lru_cache(maxsize=16)
 def _matrices(spec: FluxSpec) -> tuple[int, int]:
@@ -110,7 +108,15 @@ def _matrices(spec: FluxSpec) -> tuple[int, int]:
     return sum(n for mod, n in sizes if not mod), sum(n for mod, n in sizes if mod)
 
 
-def _shapes(config: TrainConfig, spec: FluxSpec, what: Trained) -> Mapping[str, tuple[int, ...]]:
+def _kinds(config: TrainConfig, spec: FluxSpec, fused: bool) -> tuple[tuple[_Blocks, int, int], ...]:
+    """The base's blocks and a ControlNet's."""
+    blocks, own = spec.double_blocks + spec.single_blocks, config.controlnet_depth * (config.mode == "controlnet")
+    every, own_again = (blocks, own) if config.gradient_checkpointing else (0, 0)
+    again = memory_fused.checkpointed(config, spec) if fused else every
+    return (FUSED if fused else DIFFUSERS, blocks, again), (DIFFUSERS, own, own_again)
+
+
+def shapes(config: TrainConfig, spec: FluxSpec, what: Trained) -> Mapping[str, tuple[int, ...]]:
     """Shapes of what is trained, by the names that `speed` knows."""
     if config.mode == "lora":
         return _sides(what, config.rank)
@@ -161,8 +167,7 @@ def words(job: Job) -> dict[str, float | str]:
             "attention": card.attention[job.backend], "memory": card.memory}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """What one batch of one size asks for: FLOPs as (products, attention), and bytes."""
 
     forward: tuple[float, float]
@@ -174,21 +179,31 @@ class Work:
     """Bytes of all adapters' inputs."""
     high: int
     """Bytes of their outputs."""
+    units: tuple[float, float]
+    """U read or written between products, in the forward and in the backward pass."""
+    starts: float
+    """Seconds in which kernels start and run out."""
 
 
 def work(job: Job, side: int) -> Work:
     """`speed.step_flops` split up, and the sizes of what is moved, for images of `side` pixels squared."""
-    config, spec = job.config, job.spec
+    return _work(job.config, job.spec, job.fused, side)
+
+
+@kept_by("gradient_checkpointing", "checkpointed_blocks", "train_batch_size")
+def _work(config: TrainConfig, spec: FluxSpec, fused: bool, side: int) -> Work:
+    """Of a plan's many ways to hold the same work one is enough."""
+    what, kinds = trained(config, spec), _kinds(config, spec, fused)
     image, text = image_tokens(side, side), config.max_text_tokens
     batch = config.train_batch_size
     one = 4.0 * (image + text) ** 2 * spec.hidden
-    attention = (job.blocks + job.own_blocks) * one
-    again = sum(n for _, _, n in job.kinds) * one
-    once = whole = _flops(_bare(config, gradient_checkpointing=False), spec, image, text, job.fused)
+    attention = sum(n for _, n, _ in kinds) * one
+    again = sum(n for _, _, n in kinds) * one
+    once = whole = _flops(altered(config, gradient_checkpointing=False), spec, image, text, fused)
     if again:
-        whole = _flops(_bare(config), spec, image, text, job.fused)
-    ahead = spec.forward_flops(image, text) - job.blocks * one
-    low, high = _beside(job.what, image, text)
+        whole = _flops(config, spec, image, text, fused)
+    ahead = spec.forward_flops(image, text) - kinds[0][1] * one
+    low, high = _beside(what, image, text)
     return Work(
         (batch * ahead, batch * attention),
         (batch * (once - ahead - 3.5 * attention), batch * 2.5 * attention),
@@ -196,6 +211,8 @@ def work(job: Job, side: int) -> Work:
         batch * (image + text) * spec.hidden * width(config),
         batch * width(config) * low,
         batch * width(config) * high,
+        (sum(n * kind.forward for kind, n, _ in kinds), sum(n * kind.backward for kind, n, _ in kinds)),
+        sum(n * kind.starts for kind, n, _ in kinds),
     )
 
 
@@ -206,78 +223,68 @@ def _beside(what: Trained, image: int, text: int) -> tuple[int, int]:
     return sum(count * one.inputs for count, one in rows), sum(count * one.outputs for count, one in rows)
 
 
-def _bare(config: TrainConfig, **changes: bool) -> TrainConfig:
-    """What `step_flops` reads of it: a plan's many ways to hold the same work differ in nothing here."""
-    same = {"stream_blocks": 0, "modulation": "keep", "quantization": "none", "train_batch_size": 1,
-            "gradient_accumulation_steps": 1, "cuda_graphs": True}  # fmt: skip
-    return altered(config, **{**same, **changes})
-
-
-@functools.lru_cache(maxsize=256)
+@kept_by("gradient_checkpointing", "checkpointed_blocks")
 def _flops(config: TrainConfig, spec: FluxSpec, image: int, text: int, fused: bool) -> float:
-    return step_flops(config, spec, _shapes(config, spec, trained(config, spec)), image, text, fused=fused)
+    return flops_of(config, spec, _asked(config, spec, image, text), image, text, fused=fused)
 
 
-def forward(job: Job, asked: Work) -> dict[str, float]:
-    """Seconds of the device in the forward pass, by the names of `WHY`."""
-    memory, unit = job.card.memory * 1e9, asked.unit
+@kept_by()
+def _asked(config: TrainConfig, spec: FluxSpec, image: int, text: int) -> Matrices:
+    return matrices(shapes(config, spec, trained(config, spec)), image, text)
+
+
+def forward(job: Job, asked: Work) -> tuple[float, ...]:
+    """Seconds of the device in the forward pass, in the order of `WHY`."""
+    memory = job.memory
     linear, attention = asked.forward
     products, modulation = job.matrices
-    return {
-        **_products(job, linear),
-        "attention": attention / (job.card.attention[job.backend] * 1e12),
-        "elementwise": unit * (sum(n * kind.forward for kind, n, _ in job.kinds) + 0.4 * _fp8(job)) / memory,
-        "adapters": asked.low / memory,
-        "modulation": modulation * _modulation_width(job) / memory,
-        "dense weights": products * _dense(job) / memory,
-        "kernels' starts": sum(n * kind.starts for kind, n, _ in job.kinds) / 3,
-    }
+    return (
+        *_products(job, linear),
+        attention / job.attention,
+        0.0,
+        asked.unit * (asked.units[0] + 0.4 * job.more) / memory,
+        asked.low / memory,
+        modulation * job.modulation / memory,
+        products * job.dense / memory,
+        asked.starts / 3,
+    )
 
 
-def backward(job: Job, asked: Work) -> dict[str, float]:
+def backward(job: Job, asked: Work) -> tuple[float, ...]:
     """The same of the backward pass, with what is recomputed in it."""
-    config, memory, unit = job.config, job.card.memory * 1e9, asked.unit
+    config, memory, unit = job.config, job.memory, asked.unit
     linear, attention = asked.backward
     linear_again, attention_again = asked.again
     products, modulation = job.matrices
     share = job.again / job.blocks
-    rate = job.card.attention[job.backend] * 1e12
-    again = sum(_products(job, linear_again).values()) + attention_again / rate
+    again = sum(_products(job, linear_again)) + attention_again / job.attention
     again += (
         sum(n * (unit * kind.again / memory + kind.starts / 2) for kind, _, n in job.kinds) + share * asked.low / memory
     )
     # A fused block leaves its last products out.
-    dense = (1 + share * (2 / 3 if job.fused else 1)) * products * _dense(job)
+    dense = (1 + share * (2 / 3 if job.fused else 1)) * products * job.dense
     turned = products * TURNED if config.quantization == "fp8-dynamic" else 0
     # diffusers' blocks make it anew. Trained, its gradient is written, and it is read for the time's.
-    again_modulation = 0 if job.fused else share * _modulation_width(job)
+    again_modulation = 0 if job.fused else share * job.modulation
     if config.mode == "finetune" and any(is_modulation(name) for name in job.what.layers):
         again_modulation += 2 * width(config)
-    return {
-        **_products(job, linear),
-        "attention": attention / rate,
-        "recomputing": again,
-        "elementwise": unit * (sum(n * kind.backward for kind, n, _ in job.kinds) + 0.6 * _fp8(job)) / memory,
-        "adapters": 2
-        * (asked.low + asked.high)
-        / memory,  # the gradients of its two factors are sums in fp32, two passes each
-        "modulation": modulation * again_modulation / memory,
-        "dense weights": (dense + turned) / memory,
-        "kernels' starts": sum(n * kind.starts for kind, n, _ in job.kinds) * 2 / 3,
-    }
+    return (
+        *_products(job, linear),
+        attention / job.attention,
+        again,
+        unit * (asked.units[1] + 0.6 * job.more) / memory,
+        2 * (asked.low + asked.high) / memory,  # the gradients of its two factors are sums in fp32, two passes each
+        modulation * again_modulation / memory,
+        (dense + turned) / memory,
+        asked.starts * 2 / 3,
+    )
 
 
-def _products(job: Job, flops: float) -> dict[str, float]:
-    """Seconds of products, those of blocks whose weights are multiplied in fp8 apart."""
-    # What arrives is multiplied in 16 bits.
-    share = 1 - job.streamed if job.config.quantization == "fp8-dynamic" else 0.0
+def _products(job: Job, flops: float) -> tuple[float, float]:
+    """Seconds of products, and of those of blocks whose weights are multiplied in fp8."""
+    share = job.fp8
     fast = share * flops / ((job.card.fp8 or 1) * 1e12)
-    return {"products": (1 - share) * flops / (job.card.bf16 * 1e12), "products in fp8": fast}
-
-
-def _fp8(job: Job) -> float:
-    """U more of all blocks, in both directions."""
-    return FP8 * job.blocks * (1 - job.streamed) if job.config.quantization == "fp8-dynamic" else 0
+    return (1 - share) * flops / (job.card.bf16 * 1e12), fast
 
 
 def _dense(job: Job) -> float:
@@ -294,32 +301,24 @@ def _modulation_width(job: Job) -> float:
     return 1 if job.config.quantization == "fp8-dynamic" else DEQUANTISED[job.config.quantization]
 
 
+NONE = (0, 0)
+"""Where nothing arrives."""
+
+
 def arriving(job: Job) -> tuple[int, int]:
     """Bytes that cross the link in the forward and in the backward pass: the modulation comes once."""
     config = job.config
     if not config.stream_blocks and config.modulation != "stream":
-        return 0, 0
+        return NONE
     return _arriving(config.quantization, config.modulation, config.stream_blocks, job.spec, width(config))
 
 
 @functools.lru_cache(maxsize=256)
 def _arriving(quantization: str, modulated: str, count: int, spec: FluxSpec, each: int) -> tuple[int, int]:
-    streamed = set(streamed_blocks(spec.double_blocks, spec.single_blocks, count))
+    gone = leaving(modulated, count, spec)
     there = back = 0
-    for block, (products, modulation) in _stored_blocks(quantization, modulated, spec, each).items():
-        if block in streamed:
-            there += products + modulation
-            back += products
-        elif modulated == "stream":
-            there += modulation
-    return there, back
-
-
-@functools.lru_cache(maxsize=16)
-def _stored_blocks(quantization: str, modulated: str, spec: FluxSpec, each: int) -> dict[str, tuple[int, int]]:
-    """Bytes of each block's products' weights and of its modulation's, as they wait on the host."""
-    found: dict[str, tuple[int, int]] = {}
     for unit in units(quantization, modulated, spec, each):
-        products, own = found.get(unit.block, (0, 0))
-        found[unit.block] = (products, own + unit.bytes) if unit.modulation else (products + unit.bytes, own)
-    return found
+        size = gone[unit.kind, unit.modulation] * unit.bytes
+        there += size
+        back += 0 if unit.modulation else size
+    return there, back

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from xflux_trainer import bfl
 from xflux_trainer.config import TrainConfig
@@ -16,17 +15,16 @@ HINT_CHANNELS = 16
 """Channels of every layer of X-Flux's hint block, eight convolutions of 3 x 3 from 3 channels."""
 
 
-@dataclass(frozen=True, eq=False)
 class Trained:
     """Trained parameters: their number, the largest tensor of them, and the base's linear layers that they change.
 
     Equal is only itself: what is asked for twice is the same object, and others are found by it.
     """
 
-    parameters: int
-    largest: int
-    layers: frozenset[str]
-    adapters: tuple[Adapter, ...] = ()
+    def __init__(
+        self, parameters: int, largest: int, layers: frozenset[str], adapters: tuple[Adapter, ...] = ()
+    ) -> None:
+        self.parameters, self.largest, self.layers, self.adapters = parameters, largest, layers, adapters
 
 
 def trained(config: TrainConfig, spec: FluxSpec) -> Trained:
@@ -150,5 +148,7 @@ def _near(part: str, spellings: Mapping[str, tuple[str, ...]]) -> str:
         for pieces in (spelling.split(".") for spelling in both)
         for start in range(len(pieces) - depth + 1)
     }
+    import difflib  # for a misspelt name alone
+
     near = difflib.get_close_matches(part, sorted(words), 3, 0.6)
     return f"Did you mean {' or '.join(near)}?" if near else "Names such as txt_attn, attn.to_q or single_blocks.3."

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from xflux_trainer.config import RANGES
 
 from xflux_doctor.finding import Change, Edit
@@ -14,8 +14,7 @@ _ACCUMULATION = "gradient_accumulation_steps"
 SECTION = ("deepspeed_config", _ACCUMULATION)
 
 
-@dataclass(frozen=True)
-class Kept:
+class Kept(msgspec.Struct, frozen=True):
     """Edits that go with another number of ranks."""
 
     edits: tuple[Change, ...] = ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 from xflux_trainer import bfl_spec, memory, memory_diffusers, memory_fused, samples, spec
 from xflux_trainer.config import TrainConfig
@@ -42,24 +43,34 @@ def forecast_of(
     None: by the number of its entries. `count`: of the images; None: they are looked at. `gpu_only`: neither the host
     nor the disk is asked for."""
     assert config is not None
-    if case.job.strategy not in memory.STRATEGIES:
-        raise SkipCheck(f"the forecast does not know {case.job.strategy} yet")
+    shared = sharing(case)
     if count is None:
         count = 0 if gpu_only else dataset(case).count
     return memory.forecast(
         config,
         model or spec_of(case),
-        world_size=max(1, case.job.num_processes),
-        strategy=case.job.strategy,
         device="cpu" if case.job.use_cpu else "cuda",
         samples=count,
-        offload=case.job.offloads,
-        triton=has_triton(case),
         encoded=_encoded(case, config, count) if encoded is None else encoded,
-        norms=norms_of(case),
         gpu_only=gpu_only,
-        reshard=str(case.job.section("fsdp_config").get("fsdp_reshard_after_forward", True)).lower() != "false",
+        **shared,
     )
+
+
+def sharing(case: Case) -> dict[str, Any]:
+    """What `memory.forecast` and `memory.peak` are told of how the job's ranks share the work, and of the packages.
+    Raises SkipCheck."""
+    job = case.job
+    if job.strategy not in memory.STRATEGIES:
+        raise SkipCheck(f"the forecast does not know {job.strategy} yet")
+    return {
+        "world_size": max(1, job.num_processes),
+        "strategy": job.strategy,
+        "offload": job.offloads,
+        "triton": has_triton(case),
+        "norms": norms_of(case),
+        "reshard": str(job.section("fsdp_config").get("fsdp_reshard_after_forward", True)).lower() != "false",
+    }
 
 
 def views(config: TrainConfig) -> int:

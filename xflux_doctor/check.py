@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import msgspec
 
@@ -38,14 +38,13 @@ class Case:
 Body = Callable[[Case], Iterator[Finding]]
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(msgspec.Struct, frozen=True):
     """One check: its code (for ever), title, needed facts and body."""
 
     code: str
     title: str
     needs: tuple[str, ...]
-    body: Body = field(repr=False)
+    body: Body
 
     @property
     def help(self) -> str:

@@ -5,15 +5,18 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
+import sys
+
+if __name__ == "__main__":  # the script `xflux-doctor`, which begins before the imports below and does not come back
+    importlib.import_module("xflux_doctor.program").entry()
+
+import functools
+import gc
 import io
 import math
 import os
-import platform
 import signal
-import sys
-import traceback
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, TypeVar
@@ -83,9 +86,16 @@ def _deepened(context: click.Context, options: dict[str, Any], *, deep: bool) ->
     return {**options, "deep": deep, "deep_timeout": _deep_seconds(context, options)}
 
 
+_SHORT = frozenset({"check", "matrix", "nodes", "plan"})
+"""Commands that read, judge and end: they leave Python's search for cycles off (program.py)."""
+
+
 def _command(name: str) -> Any:
     """A command's module, loaded when it is called: `plan` does without the checks, all others without its rows."""
-    return importlib.import_module(f"xflux_doctor.commands.{name}")
+    module = importlib.import_module(f"xflux_doctor.commands.{name}")
+    if name not in _SHORT:
+        gc.enable()
+    return module
 
 
 @functools.cache
@@ -103,7 +113,7 @@ def inputs_of(options: dict[str, Any]) -> Inputs:
         for code in options.get(name, ()):
             if code not in _codes() and (name, code) != ("take", "PLAN"):
                 raise click.BadParameter(f"There is no check {code!r}; see -v for the codes.", param_hint=f"--{name}")
-    names = Inputs.__dataclass_fields__
+    names = Inputs.__struct_fields__
     return Inputs(**{name: value for name, value in options.items() if name in names})
 
 
@@ -205,6 +215,7 @@ def run(
 ) -> int:  # fmt: skip
     """Validate, repair in memory, launch the trainer. EXTRA after -- goes to the trainer."""
     if attach is not None:
+        gc.enable()  # it shows a run for as long as that lives
         module: Any = importlib.import_module("xflux_doctor.attach")
         return int(module.attach(module.folder_of(attach, options["config"]), raw=verbose))
     options["deep_timeout"] = _deep_seconds(context, options)
@@ -398,13 +409,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _bug_report(error: Exception) -> str:
     """A block ready to be pasted into an issue. Paths under the home folder are shortened."""
+    traceback, platform = importlib.import_module("traceback"), importlib.import_module("platform")
     trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     trace = trace.replace(os.path.expanduser("~"), "~")  # noqa: PTH111 - Path.home() raises for a user without one
     return (
         "xflux-doctor itself failed; this is a defect of ours, not of your job. Please report:\n"
         f"```\nxflux-doctor {__version__}, Python {platform.python_version()}, {platform.platform()}\n{trace}```"
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -11,8 +11,9 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from xflux_doctor.job import Job, Override
 
@@ -23,8 +24,7 @@ _PORTS = (20000, 10000)
 """First port and how many: below Linux's ephemeral range (32768 on), which a client could hold."""
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(msgspec.Struct, frozen=True):
     """This process among those that Slurm or torchrun started."""
 
     source: str

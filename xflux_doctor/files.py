@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import os
 import stat
-import tempfile
 from pathlib import Path
 
 from xflux_doctor.errors import DoctorError
+
+BACKUP = ".xflux-doctor.bak-"
+"""Stands behind a file's name in the names of its backups (repair.py)."""
+
+
+def has_backup(path: Path) -> bool:
+    """Whether there may be something to undo: a look at the names, for every start of the doctor."""
+    try:
+        real = path.resolve()
+        return any(entry.name.startswith(real.name + BACKUP) for entry in real.parent.iterdir())
+    except (OSError, RuntimeError):  # a link in a circle, before Python 3.13
+        return False
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -34,6 +46,7 @@ def replace(path: Path, data: bytes, like: os.stat_result | None = None) -> None
     Owner and mode are those of `like`; without it, the mode that this user's new files have.
     """
     folder = path.parent
+    tempfile = importlib.import_module("tempfile")  # not for every start of the doctor
     handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".tmp", dir=folder)
     try:
         with os.fdopen(handle, "wb") as file:

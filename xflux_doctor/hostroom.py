@@ -6,8 +6,7 @@ What ME102 calls an error is what lacks something here. Pure.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import msgspec
 from xflux_trainer import memory
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.spec import FluxSpec
@@ -17,8 +16,7 @@ from xflux_doctor.check import Case, SkipCheck
 from xflux_doctor.verdict import LAUNCHER, host_room
 
 
-@dataclass(frozen=True)
-class HostRoom:
+class HostRoom(msgspec.Struct, frozen=True):
     """What the job as it is takes of the host's memory, and what there is, in bytes."""
 
     together: int

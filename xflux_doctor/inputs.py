@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from xflux_doctor import choose, cluster, joint
+from xflux_doctor import choose, cluster
 from xflux_doctor import job as job_files
 from xflux_doctor.check import Case
-from xflux_doctor.command import Command
-from xflux_doctor.command import parse as parse_command
 from xflux_doctor.errors import DoctorError, UsageError
 from xflux_doctor.facts import SCHEMA, Facts, from_json
+from xflux_doctor.files import has_backup
 from xflux_doctor.gather.cluster import cluster_facts
 from xflux_doctor.gather.environment import environment_facts
 from xflux_doctor.gather.folders import with_folders
@@ -27,15 +27,18 @@ from xflux_doctor.launched import under_command, xflux_script
 from xflux_doctor.matrix import Matrix, Stack
 from xflux_doctor.pins import version_of
 from xflux_doctor.visible import choice, visible
-from xflux_doctor.xflux import SCRIPTS
+from xflux_doctor.xflux_scripts import SCRIPTS
+
+if TYPE_CHECKING:  # loaded where a job has them: every command starts through here
+    from xflux_doctor.command import Command
+    from xflux_doctor.joint import BrokenOff
 
 GIB = 1 << 30
 DEEP_SECONDS = 180.0
 """Deadline of the deep level, which may have to wait out a hang and try again."""
 
 
-@dataclass(frozen=True)
-class Inputs:
+class Inputs(msgspec.Struct, frozen=True):
     """The options that check, fix, run and plan share."""
 
     config: str | None = None
@@ -66,7 +69,9 @@ def build(inputs: Inputs, matrix: Matrix, *, to_run: bool = True) -> Case:
 
     `to_run`: whether the job is to start here; else neither the kernel's log is read nor who listens on its ports.
     """
-    command = parse_command(inputs.launch) if inputs.launch else None
+    command: Command | None = None
+    if inputs.launch:
+        command = importlib.import_module("xflux_doctor.command").parse(inputs.launch)
     if command is not None:
         inputs = _named_by(inputs, command)
     facts = (
@@ -114,7 +119,10 @@ def build(inputs: Inputs, matrix: Matrix, *, to_run: bool = True) -> Case:
 
 def _whole_repair(job: Job) -> Job:
     """A repair that was killed between two files leaves a job that neither file means."""
-    found = joint.broken_off(files_of(job).values())
+    files = files_of(job).values()
+    if not any(has_backup(path) for path in files):
+        return job
+    found: BrokenOff | None = importlib.import_module("xflux_doctor.joint").broken_off(files)
     if found is None:
         return job
     written, waiting = (", ".join(str(path) for path in paths) for paths in (found.written, found.waiting))
@@ -139,7 +147,7 @@ def _ports(job: Job, facts: Facts) -> range:
 def _named_by(inputs: Inputs, command: Command) -> Inputs:
     """The files that the command names, where no option names others."""
     script = xflux_script(command, tuple(SCRIPTS.values()))
-    return dataclasses.replace(
+    return msgspec.structs.replace(
         inputs,
         config=inputs.config or command.training_file,
         accelerate_config=inputs.accelerate_config or command.config_file,

@@ -7,20 +7,25 @@ named and does not exist is a usage error.
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 import yaml
 from xflux_trainer.config import ConfigError, TrainConfig, load_with_notes
 
 from xflux_doctor import deepspeed_file
-from xflux_doctor import xflux as xflux_files
-from xflux_doctor.command import Command
 from xflux_doctor.errors import UsageError
+from xflux_doctor.xflux_scripts import nearby
+
+if TYPE_CHECKING:  # for jobs that have one: most starts do without
+    from xflux_doctor.command import Command
+    from xflux_doctor.xflux import XFlux
 
 TRAIN_NAMES = ("train.yaml", "train_config.yaml")
 ACCELERATE_NAMES = ("accelerate_config.yaml", "accelerate.yaml")
@@ -28,8 +33,7 @@ _LARGEST = 1 << 20
 """A configuration file over 1 MiB is some other file."""
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(msgspec.Struct, frozen=True):
     """One reason why a file of the job cannot be used."""
 
     file: str
@@ -37,8 +41,7 @@ class Problem:
     hint: str
 
 
-@dataclass(frozen=True)
-class Override:
+class Override(msgspec.Struct, frozen=True):
     """A value that wins over accelerate's file, and what it comes from: `--num_processes`, `SLURM_NNODES` …"""
 
     value: Any
@@ -73,7 +76,7 @@ class Job:
     """Bytes per GPU that this job may use, by `--gpu-limit`, else by the training file's gpu_limit_gib."""
     offline: bool = False
     """`--offline` was given: nothing may be fetched."""
-    xflux: xflux_files.XFlux | None = None
+    xflux: XFlux | None = None
     """The X-Flux checkout whose own script runs this job, by `--xflux`; `train` is then None."""
     xflux_nearby: str = ""
     """The X-Flux checkout that the training file lies in, when `--xflux` was not given."""
@@ -263,8 +266,8 @@ def read(
     if accelerate_path is None and default_accelerate:
         accelerate_path = Path(default_accelerate)
     problems: list[Problem] = []
-    checkout = xflux_files.read(xflux, train_path, environment) if xflux is not None else None
-    nearby = xflux_files.nearby(train_path) if checkout is None else None
+    checkout = _checkout(xflux, train_path, environment) if xflux is not None else None
+    around = nearby(train_path) if checkout is None else None
     config, notes = _read_train(None if checkout else train_path, problems)
     text, mapping = _read_accelerate(accelerate_path, problems)
     zero = deepspeed_file.read(mapping, checkout.root if checkout else folder, accelerate_path)
@@ -286,8 +289,13 @@ def read(
         gpu_limit=gpu_limit or _own_limit(config),
         offline=offline,
         xflux=checkout,
-        xflux_nearby=str(nearby or ""),
+        xflux_nearby=str(around or ""),
     )
+
+
+def _checkout(named: str, train: Path | None, environment: Mapping[str, str] | None) -> XFlux:
+    found: XFlux = importlib.import_module("xflux_doctor.xflux").read(named, train, environment)
+    return found
 
 
 def _find(named: str | None, usual: tuple[str, ...], folder: Path, what: str, flag: str) -> Path | None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import PurePath
+from typing import TYPE_CHECKING
 
 from packaging.version import Version
 
-from xflux_doctor.command import Command
 from xflux_doctor.job import Job, Override
+
+if TYPE_CHECKING:
+    from xflux_doctor.command import Command
 
 
 def under_command(job: Job, command: Command, version: Version | None, devices: int | None) -> Job:

@@ -7,8 +7,7 @@ real launches holds the two together (tests/test_launch_table.py).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import msgspec
 from packaging.version import Version
 
 from xflux_doctor import cluster
@@ -27,8 +26,7 @@ _TORCHRUN = ("MULTI_GPU", "MULTI_NPU", "MULTI_MLU", "MULTI_XPU", "MULTI_HPU", "M
              "MULTI_NEURON", "FSDP", "MEGATRON_LM")  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Rank:
+class Rank(msgspec.Struct, frozen=True):
     """One process of this machine."""
 
     rank: int
@@ -37,8 +35,7 @@ class Rank:
     """None: it computes on the CPU, or finds no device."""
 
 
-@dataclass(frozen=True)
-class Placement:
+class Placement(msgspec.Struct, frozen=True):
     """What the launcher starts on this machine, or its own words for not starting."""
 
     launcher: str

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.memory import Bill
 from xflux_trainer.rules import between
@@ -131,7 +132,7 @@ def lay(job: Job, edits: list[Change]) -> Job:
         elif edit.file == "train" and own is not None:
             for place in everywhere(own, edit, bundled=False):
                 own = _laid(own, place)
-    checkout = dataclasses.replace(job.xflux, config=own) if job.xflux else None
+    checkout = msgspec.structs.replace(job.xflux, config=own) if job.xflux else None
     return dataclasses.replace(job, accelerate=mapping, train=train, zero_file=zero, xflux=checkout)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
+
+import msgspec
 
 from xflux_doctor import strategy
 from xflux_doctor.batch import accumulation_places
@@ -38,7 +39,7 @@ def _shared_otherwise(case: Case, cards: tuple[Card, ...], visible: tuple[Gpu, .
             if row.verdict(cards) != "does not fit" and "img_size" not in row.changes:
                 label = strategy.NAMES[name] + (f": {row.label}" if row.changes else "")
                 changes = {edits[0].key[0]: edits[0].value, **row.changes}
-                more.append(dataclasses.replace(row, label=label, changes=changes, sharing=edits))
+                more.append(msgspec.structs.replace(row, label=label, changes=changes, sharing=edits))
     ranked = sorted([*found.rows, *more], key=lambda row: (not row.fits, order_of(row)))
     allowed = [row for row in ranked if row in more and row.allowed and not row.lacks]
     taken = next((row for word in ("fits", "tight") for row in allowed if row.verdict(cards) == word), found.chosen)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from xflux_trainer.config import TrainConfig, altered
 from xflux_trainer.memory_terms import Term
 
@@ -26,8 +26,7 @@ def lossy_keys(changes: dict[str, Any]) -> frozenset[str]:
     return frozenset(found | ({"backward_clip"} if inside else set()))
 
 
-@dataclass(frozen=True)
-class Card:
+class Card(msgspec.Struct, frozen=True):
     """What one rank trains on."""
 
     name: str
@@ -49,8 +48,7 @@ def capability_of(name: str) -> tuple[int, int]:
     return next((found for known, found in _CAPABILITIES if re.search(known, words)), (8, 0))
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(msgspec.Struct, frozen=True):
     """The job under one set of settings, and what a rank of it needs of its GPU at its peak."""
 
     label: str

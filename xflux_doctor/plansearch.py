@@ -13,24 +13,24 @@ import dataclasses
 import gc
 import heapq
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from xflux_trainer import memory, memory_fused, timing
+import msgspec
+from xflux_trainer import memory, timing
 from xflux_trainer.config import TrainConfig, altered
 from xflux_trainer.memory_terms import narrow
 from xflux_trainer.rules import between
 from xflux_trainer.timing_cards import card_of
 
 from xflux_doctor.batch import accumulation
-from xflux_doctor.bill import forecast_of, fused, has_triton, multiplies_fp8, spec_of
+from xflux_doctor.bill import forecast_of, fused, has_triton, multiplies_fp8, sharing, spec_of
 from xflux_doctor.check import Case
 from xflux_doctor.facts import Gpu
 from xflux_doctor.hostroom import host_bill, host_room_of, pinned
 from xflux_doctor.plans import Card, Row, at_peak, describe, lossy_keys, recomputing
 from xflux_doctor.refused import refusals
-from xflux_doctor.verdict import FITS, TIGHT, held_by, reserved
+from xflux_doctor.verdict import FITS, RESERVED, TIGHT, held
 
 FLASH_4 = "flash-attn-4"
 STAND_IN = "NVIDIA H100 80GB HBM3"
@@ -40,14 +40,13 @@ STREAMED = (0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 48, 57)
 COARSE = (0, 20, 36, 57)
 """The same for plans that may not be taken, and are shown only."""
 SMALLER = (1024, 768, 512)
-"""Sizes that are offered where the job's own may not fit."""
+"""Sizes that are offered where nothing fits that may be taken at the job's own."""
 SAME = 0.99
 """Share of a job's own time from which on another plan is not worth a change."""
 _PACKAGES = {"int8": "optimum-quanto", "int4": "optimum-quanto", "fp8": "optimum-quanto", "nf4": "bitsandbytes"}
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(msgspec.Struct, frozen=True):
     """Plans, the quickest first, and which of them is taken."""
 
     rows: list[Row]
@@ -71,9 +70,11 @@ class Search:
         self.limit = min((card.limit for card in cards), default=0)
         ranks = len(cards) or case.job.local_processes
         self.host = None if case.job.use_cpu else host_room_of(case, self.config, self.model, ranks)
-        self._bills: dict[TrainConfig, memory.Bill] = {}
+        self.timed_by = self.name if card_of(self.name) else STAND_IN
+        self.shared, self.timed = sharing(case), _timed(case, self.timed_by)
         self._needs: dict[TrainConfig, int] = {}
         self._orders: dict[TrainConfig, float] = {}
+        self._recomputing: dict[tuple[TrainConfig, int], TrainConfig] = {}
         self._ours: dict[tuple[str, str], bool] = {}
 
     def run(self) -> Found:
@@ -82,9 +83,12 @@ class Search:
             return Found([own], None if self.cards else own, own)
         rows = {self.config: own}
         with _uncollected():
-            for config in self._plans():
-                if config not in rows:
-                    rows[config] = self._row(self._label(config), config)
+            for some in (self._plans, self._smaller):
+                for config in some():
+                    if config not in rows:
+                        rows[config] = self._row(self._label(config), config)
+                if any(row.fits and row.allowed for row in rows.values()):
+                    break
         ranked = sorted(rows.values(), key=lambda row: (not row.fits, order_of(row)))
         return Found(ranked, self._chosen(ranked, own), own)
 
@@ -114,8 +118,7 @@ class Search:
 
     def _row(self, label: str, config: TrainConfig) -> Row:
         bill = self._bill(config)
-        values, mine = dataclasses.asdict(config), dataclasses.asdict(self.config)
-        changes = {key: values[key] for key, value in mine.items() if values[key] != value}
+        changes = self._changes(config)
         if config.train_batch_size != self.config.train_batch_size:
             changes["gradient_accumulation_steps"] = self._accumulation(config)
         seconds, order = self._seconds(config), self._order(config)
@@ -126,20 +129,28 @@ class Search:
             host=whole.host_per_rank if whole else None, lacks=self.host.lacks(whole) if self.host and whole else 0,
         )  # fmt: skip
         fits = bool(self.cards) and row.verdict(self.cards) == "fits" and not row.lacks
-        return dataclasses.replace(row, allowed=lossy_keys(changes) <= set(self.config.allow), fits=fits)
+        return msgspec.structs.replace(row, allowed=lossy_keys(changes) <= set(self.config.allow), fits=fits)
+
+    def _changes(self, config: TrainConfig) -> dict[str, Any]:
+        """Settings that differ from the job's own."""
+        mine, other = vars(self.config), vars(config)
+        return {key: other[key] for key, value in mine.items() if other[key] != value}
 
     # What is tried --------------------------------------------------------------------------------------
 
     def _plans(self) -> Iterator[TrainConfig]:
-        yield dataclasses.replace(self.config, gradient_checkpointing=False, checkpointed_blocks=None)
-        yield dataclasses.replace(self.config, gradient_checkpointing=True, checkpointed_blocks=None)
+        yield altered(self.config, gradient_checkpointing=False, checkpointed_blocks=None)
+        yield altered(self.config, gradient_checkpointing=True, checkpointed_blocks=None)
         for base in self._bases(self.config):
             found = self._best(base)
             if found is not None:
                 yield found
+
+    def _smaller(self) -> Iterator[TrainConfig]:
+        """On smaller images: the last thing to change."""
         for pixels in () if self.config.resolutions else SMALLER:  # several sizes are what is trained on
             if pixels < self.config.img_size:
-                small = dataclasses.replace(self.config, img_size=pixels)
+                small = altered(self.config, img_size=pixels)
                 found = self._best(small)
                 if found is not None:
                     yield found
@@ -151,36 +162,36 @@ class Search:
             yield from self._finetunes(config)
             return
         if config.quantization != "none":
-            yield dataclasses.replace(config, modulation="quantize")
+            yield altered(config, modulation="quantize")
             return
         kinds = [("fp8-dynamic", "quantize"), ("fp8-dynamic", config.modulation)] if self.fp8 else []
         kinds += [("int8", config.modulation), ("int8", "quantize"), ("int4", "quantize"), ("nf4", "quantize")]
         for kind, modulation in kinds:
             if self._has(_PACKAGES.get(kind, "torch")):
-                yield dataclasses.replace(config, quantization=kind, modulation=modulation)
+                yield altered(config, quantization=kind, modulation=modulation)
 
     def _finetunes(self, config: TrainConfig) -> Iterator[TrainConfig]:
         if self.strategy == "fsdp":
             yield from self._cut_up(config)
             return
         inside = {"step_in_backward": True, "backward_clip": "exact"}
-        yield dataclasses.replace(config, **inside)
+        yield altered(config, **inside)
         if config.max_grad_norm:
-            yield dataclasses.replace(config, step_in_backward=True, backward_clip="previous")
+            yield altered(config, step_in_backward=True, backward_clip="previous")
         for optimizer, package in (("adamw8bit", "torchao"), ("adafactor", "transformers")):
             if optimizer != config.optimizer and self._has(package):
-                other = dataclasses.replace(config, optimizer=optimizer)
-                yield from (other, dataclasses.replace(other, **inside))
-                yield dataclasses.replace(other, step_in_backward=True, backward_clip="previous")
+                other = altered(config, optimizer=optimizer)
+                yield from (other, altered(other, **inside))
+                yield altered(other, step_in_backward=True, backward_clip="previous")
 
     def _cut_up(self, config: TrainConfig) -> Iterator[TrainConfig]:
         """Of what steps parts of weights: AdamW with less to hold, and weights in the bits that are computed with."""
         kinds = [config]
         if config.optimizer != "adamw8bit" and self._has("torchao"):
-            kinds.append(dataclasses.replace(config, optimizer="adamw8bit"))
+            kinds.append(altered(config, optimizer="adamw8bit"))
             yield kinds[-1]
         for kind in kinds:
-            rounded = dataclasses.replace(kind, weight_update="stochastic")
+            rounded = altered(kind, weight_update="stochastic")
             if narrow(rounded) and not narrow(kind):
                 yield rounded
 
@@ -191,13 +202,12 @@ class Search:
 
     def _best(self, base: TrainConfig) -> TrainConfig | None:
         """The quickest way to fit that base; where none fits, the one that is tight."""
-        changes = {key for key, value in vars(self.config).items() if getattr(base, key) != value}
-        lossy = lossy_keys({key: getattr(base, key) for key in changes})
+        lossy = lossy_keys(self._changes(base))
         streamed = STREAMED if lossy <= set(self.config.allow) else COARSE
         lines = list(self._lines(base, streamed))
         # What the host has no room for is left out, and shown where nothing else fits.
-        held = [some for line in lines if (some := self._with_room(line))]
-        for some in (held, lines) if held != lines else (lines,):
+        roomy = [some for line in lines if (some := self._with_room(line))]
+        for some in (roomy, lines) if roomy != lines else (lines,):
             if found := self._quickest(some, TIGHT) or self._quickest(some, FITS):
                 return found
         return None
@@ -272,7 +282,8 @@ class Search:
         yield base
         for size in range(base.train_batch_size - 1, 0, -1):
             if base.train_batch_size % size == 0 and not base.step_in_backward:
-                yield altered(base, train_batch_size=size)
+                steps = self.steps * (base.train_batch_size // size)
+                yield altered(base, train_batch_size=size, gradient_accumulation_steps=steps)
 
     def _refused(self, config: TrainConfig) -> bool:
         return bool(between(config)) or any(refusals(config, self.strategy, self._accumulation(config)))
@@ -280,17 +291,25 @@ class Search:
     def _certainly(self, config: TrainConfig, percent: int) -> int:
         """How many blocks have to be recomputed at the least; more than there are: it never fits.
 
-        Each lowers the peak by what it would have kept, at the most.
+        A peak falls by no more than what comes and goes with the passes.
         """
         if not self._partly(config):
             return 0 if self._fits(self._again(config, 0), percent) else self._blocks
         # A ControlNet's own blocks are recomputed with the first of the base's.
         some = 1 if config.mode == "controlnet" else 0
         over = 100 * self._held(self._again(config, some)) - percent * self.limit
-        if over <= 0 and (not some or self._fits(self._again(config, 0), percent)):
-            return 0
-        each = 100 * reserved(memory_fused.most_saved(config, self.model))
-        return max(1, some + max(0, over - 100) // each)
+        if over <= 0:
+            return some if some and not self._fits(self._again(config, 0), percent) else 0
+        passing: Callable[[int], int] = memory.passing(config, self.model, **self.shared)
+        most = passing(some) - int(over / (100 * (1 + RESERVED))) + 2  # bytes, what is reserved for them not counted
+        low, high = some, self._blocks - 1
+        if passing(high) > most:
+            return self._blocks + (passing(self._blocks) > most)
+        while high - low > 1:  # blocks of one kind lower it evenly
+            part = (passing(low) - most) / max(1, passing(low) - passing(high))
+            middle = min(high - 1, max(low + 1, low + math.ceil(part * (high - low))))
+            low, high = (low, middle) if passing(middle) <= most else (middle, high)
+        return high
 
     def _can_fit(self, config: TrainConfig, percent: int) -> bool:
         """Whether it fits with some of the blocks recomputed, or all."""
@@ -328,8 +347,11 @@ class Search:
 
     def _again(self, config: TrainConfig, count: int) -> TrainConfig:
         """Recomputing so many blocks: diffusers' own all, where it is not none."""
-        every = count and (count >= self._blocks or not self._partly(config))
-        return recomputing(config, None if every else count)
+        found = self._recomputing.get((config, count))  # the same object, which is quickly found in what is kept of it
+        if found is None:
+            every = count and (count >= self._blocks or not self._partly(config))
+            found = self._recomputing[config, count] = recomputing(config, None if every else count)
+        return found
 
     def _partly(self, config: TrainConfig) -> bool:
         """Whether some blocks can be recomputed and others not, as this trainer's can."""
@@ -350,15 +372,13 @@ class Search:
     # What it needs and takes ------------------------------------------------------------------------------
 
     def _bill(self, config: TrainConfig) -> memory.Bill:
-        found = self._bills.get(config)  # a config is hashed by its eighty fields, so once
-        if found is None:
-            found = self._bills[config] = forecast_of(self.case, config, self.model, gpu_only=True)
-        return found
+        return forecast_of(self.case, config, self.model, gpu_only=True)
 
     def _held(self, config: TrainConfig) -> int:
         found = self._needs.get(config)
         if found is None:
-            found = self._needs[config] = held_by(self._bill(config))
+            peak = memory.peak(config, self.model, **self.shared)
+            found = self._needs[config] = held(peak.allocated, peak.context, peak.holes)
         return found
 
     def _fits(self, config: TrainConfig, percent: int) -> bool:
@@ -373,19 +393,25 @@ class Search:
         job = self.case.job
         if not self.name or job.use_cpu or job.offloads or job.num_machines > 1 or card_of(self.name) is None:
             return None
-        return self._time(config, self.name)
+        return self._time(config)
 
     def _order(self, config: TrainConfig) -> float:
         """The same, by a stand-in's times where the card's own are not known."""
         found = self._orders.get(config)
         if found is None:
-            found = self._orders[config] = self._time(config, self.name if card_of(self.name) else STAND_IN) or 0.0
+            found = self._orders[config] = self._time(config) or 0.0
         return found
 
-    def _time(self, config: TrainConfig, name: str) -> float | None:
-        asked = altered(config, gradient_accumulation_steps=self._accumulation(config))
-        found = step_time(self.case, asked, self.model, name)
-        return None if found is None else found.seconds
+    def _time(self, config: TrainConfig) -> float | None:
+        steps = self._accumulation(config)
+        same = steps == config.gradient_accumulation_steps  # an accelerate file may have another number
+        asked = config if same else altered(config, gradient_accumulation_steps=steps)
+        try:
+            found = timing.seconds_per_step(asked, self.model, self.timed_by, **self.timed)
+        except timing.NoForecast:
+            return None
+        seconds: float = found.seconds
+        return seconds
 
     def _label(self, config: TrainConfig) -> str:
         return describe(config, self.config, self.model.double_blocks + self.model.single_blocks)
@@ -394,12 +420,21 @@ class Search:
 def step_time(case: Case, config: TrainConfig, model: Any, name: str) -> timing.Forecast | None:
     """The time of a step on a card of that name; None where there is no forecast of it."""
     try:
-        return timing.seconds_per_step(
-            config, model, name, world_size=max(1, case.job.num_processes), strategy=case.job.strategy, device="cuda",
-            triton=has_triton(case), flash4=FLASH_4 in (case.facts.packages or {}), rates=_rates(case, name),
-        )  # fmt: skip
+        return timing.seconds_per_step(config, model, name, **_timed(case, name))
     except timing.NoForecast:
         return None
+
+
+def _timed(case: Case, name: str) -> dict[str, Any]:
+    """What the time of a step depends on beside its settings."""
+    return {
+        "world_size": max(1, case.job.num_processes),
+        "strategy": case.job.strategy,
+        "device": "cuda",
+        "triton": has_triton(case),
+        "flash4": FLASH_4 in (case.facts.packages or {}),
+        "rates": _rates(case, name),
+    }
 
 
 def _rates(case: Case, name: str) -> dict[str, float]:

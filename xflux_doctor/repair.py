@@ -29,9 +29,8 @@ from types import MappingProxyType
 
 import msgspec
 
-from xflux_doctor.files import replace
+from xflux_doctor.files import BACKUP, replace
 
-_MARK = ".xflux-doctor.bak-"
 _TEMPORARY = re.compile(r"(\.xflux-doctor\.bak-[0-9TZ.-]*(\.json)?)?\.[a-z0-9_]{8}\.tmp")
 _STALE = 3600.0
 """Seconds; no write of a few kilobytes takes longer."""
@@ -185,7 +184,7 @@ def backups(path: Path) -> list[Backup]:
     """The writes of this file that can be taken back, oldest first."""
     real = path.resolve()
     found = []
-    for record in real.parent.glob(glob.escape(real.name) + _MARK + "*.json"):
+    for record in real.parent.glob(glob.escape(real.name) + BACKUP + "*.json"):
         copy = record.with_suffix("")
         try:
             data = msgspec.json.decode(record.read_bytes(), type=_Record)
@@ -252,7 +251,7 @@ def _tidy(real: Path, text: bytes) -> None:
         if backup.old_sha256 != sha256(text):
             break
         _forget(backup)
-    for path in real.parent.glob(glob.escape(real.name) + _MARK + "*"):
+    for path in real.parent.glob(glob.escape(real.name) + BACKUP + "*"):
         with contextlib.suppress(OSError):
             if path.suffix != ".json" and not _record(path).exists() and path.read_bytes() == text:
                 path.unlink()
@@ -265,11 +264,11 @@ def _tidy(real: Path, text: bytes) -> None:
 
 def _free_name(real: Path) -> Path:
     stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S.%fZ")
-    name = real.with_name(real.name + _MARK + stamp)
+    name = real.with_name(real.name + BACKUP + stamp)
     for number in range(1, 1000):
         if not name.exists():
             return name
-        name = real.with_name(f"{real.name}{_MARK}{stamp}-{number:03}")
+        name = real.with_name(f"{real.name}{BACKUP}{stamp}-{number:03}")
     raise FileExistsError(errno.EEXIST, "no free name for the backup", str(name))
 
 

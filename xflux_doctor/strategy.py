@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
 
+import msgspec
 from xflux_trainer import memory
 from xflux_trainer.rules import between
 
@@ -31,8 +31,7 @@ _KINDS = {"single": "NO", "ddp": "MULTI_GPU", "fsdp": "FSDP"}
 _FASTEST_FIRST = ("ddp", "zero2", "fsdp", "zero3")
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(msgspec.Struct, frozen=True):
     """A strategy (job.Job.strategy) and why."""
 
     strategy: str

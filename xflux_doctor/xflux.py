@@ -6,23 +6,19 @@ the frozen base fp32, how it mixes noise. Source of the rules: XLabs-AI/x-flux@4
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from xflux_doctor.errors import UsageError
 from xflux_doctor.xflux_config import read_config
 from xflux_doctor.xflux_images import Images, list_images
+from xflux_doctor.xflux_scripts import SCRIPTS
 
-SCRIPTS = {
-    "lora": "train_flux_lora_deepspeed.py",
-    "finetune": "train_flux_deepspeed.py",
-    "controlnet": "train_flux_deepspeed_controlnet.py",
-}
 _LOADERS = {"lora": "dataset.py", "finetune": "dataset.py", "controlnet": "canny_dataset.py"}
 _MODULES = (
     "model.py", "util.py", "sampling.py", "math.py", "controlnet.py", "xflux_pipeline.py", "modules/layers.py",
@@ -34,8 +30,7 @@ WEIGHTS = {"FLUX_DEV": "flux-dev", "FLUX_SCHNELL": "flux-schnell", "FLUX_DEV_FP8
 _LARGEST = 1 << 20
 
 
-@dataclass(frozen=True)
-class Script:
+class Script(msgspec.Struct, frozen=True):
     """One training script, and the loader that it takes its images from."""
 
     kind: str
@@ -43,7 +38,7 @@ class Script:
     path: Path
     because: str = ""
     """Why this one goes with the config."""
-    reads: Mapping[str, str] = field(default_factory=dict)
+    reads: Mapping[str, str] = {}
     """{key of the config: `start` (before the model is loaded), `setup` (after it) or `steps`}."""
     upcasts: bool = False
     """Makes the frozen transformer fp32."""
@@ -59,12 +54,11 @@ class Script:
     """The caption's path is the image's path up to its first dot."""
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(msgspec.Struct, frozen=True):
     """One entry of output_dir whose name begins with `checkpoint`."""
 
     name: str
-    files: Mapping[str, int] = field(default_factory=dict)
+    files: Mapping[str, int] = {}
     """{path below it: bytes}, two levels deep."""
 
     @property
@@ -80,8 +74,7 @@ class Checkpoint:
         return sum("zero_pp_rank_" in name for name in self.files)
 
 
-@dataclass(frozen=True)
-class XFlux:
+class XFlux(msgspec.Struct, frozen=True):
     """A checkout, and the job that its script would make of the config."""
 
     root: Path
@@ -98,7 +91,7 @@ class XFlux:
     """Oldest first; entries without a number last."""
     free: int | None = None
     """Bytes free where output_dir lies."""
-    weights: Mapping[str, str] = field(default_factory=dict)
+    weights: Mapping[str, str] = {}
     """{variable: why the file that it names cannot be loaded}; empty text: it can."""
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -129,14 +122,6 @@ def _known(value: Any, default: Any) -> Any:
     return default if isinstance(value, str) and "${" in value else value
 
 
-def nearby(config: Path | None) -> Path | None:
-    """The checkout that a config lies in, at most three folders up."""
-    if config is None:
-        return None
-    parents = list(config.absolute().parents)[:4]
-    return next((p for p in parents if any((p / name).is_file() for name in SCRIPTS.values())), None)
-
-
 def read(named: str, config: Path | None, environment: Mapping[str, str] | None = None) -> XFlux:
     """The checkout `named` (or one of its scripts) with this config. Paths count from the checkout, where its
     README launches. `environment` None: the variables of another machine, whose files are not looked for.
@@ -164,7 +149,7 @@ def _with_files(found: XFlux, environment: Mapping[str, str] | None) -> XFlux:
     named = found.get("output_dir")
     output = found.root / named if isinstance(named, str) and named else None
     variables = environment or {}
-    return dataclasses.replace(
+    return msgspec.structs.replace(
         found,
         images=images,
         output=output,

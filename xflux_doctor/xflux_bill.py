@@ -11,11 +11,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from xflux_doctor.check import Case, SkipCheck
 from xflux_doctor.verdict import reserved
-from xflux_doctor.xflux import XFlux
+
+if TYPE_CHECKING:
+    from xflux_doctor.xflux import XFlux
 
 GIB = 1 << 30
 GB = 10**9
@@ -48,8 +52,7 @@ CONTEXT = 500 << 20
 """What CUDA and its libraries take of the GPU outside of the allocator."""
 
 
-@dataclass(frozen=True)
-class Term:
+class Term(msgspec.Struct, frozen=True):
     name: str
     bytes: int
 

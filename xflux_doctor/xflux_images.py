@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import os
 import struct
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+
+import msgspec
 
 LISTED = (".jpg", ".png")
 _OTHERS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".avif")
@@ -20,8 +21,7 @@ _MOST = 2000
 _LARGEST_CAPTION = 1 << 20
 
 
-@dataclass(frozen=True)
-class Images:
+class Images(msgspec.Struct, frozen=True):
     """What X-Flux's loader would find in img_dir. Names are relative to it."""
 
     folder: Path

@@ -36,7 +36,7 @@ def rented(matrix: Matrix, count: int = 1, without: tuple[str, ...] = (), **chan
 def roomy(work: Job, free: int = 10**13) -> Job:
     """The job on a disk of that size, whatever the tests' own disk has."""
     assert work.xflux
-    return dataclasses.replace(work, xflux=dataclasses.replace(work.xflux, free=free))
+    return dataclasses.replace(work, xflux=msgspec.structs.replace(work.xflux, free=free))
 
 
 def on(matrix: Matrix, work: Job, facts: Facts | None = None) -> Case:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from conftest import case, job, machine
 from xflux_trainer.config import TrainConfig
 
@@ -85,6 +88,20 @@ def test_an_answer_that_never_comes_costs_the_deadline_and_no_more() -> None:
     started = time.monotonic()
     answers = within(0.3, {"dead": lambda: time.sleep(30), "quick": lambda: 7, "odd": lambda: int("x")})
     assert answers == {"quick": 7} and time.monotonic() - started < 2
+
+
+def test_those_that_never_answer_hold_up_nobody() -> None:
+    """Where one thread does not get through them, each has a thread of its own."""
+    dead = threading.Event()
+    calls: dict[str, Callable[[], object]] = {f"dead {n}": dead.wait for n in range(40)}
+    answers = within(0.5, {"first": lambda: 1, **calls, "quick": lambda: 2})
+    dead.set()
+    assert answers == {"first": 1, "quick": 2}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_question_that_crashes_takes_no_other_with_it() -> None:
+    assert within(1, {"first": lambda: 1, "crash": lambda: {}["none"], "last": lambda: 2}) == {"first": 1, "last": 2}
 
 
 def test_a_half_downloaded_snapshot_is_not_complete(matrix: Matrix, tmp_path: Path) -> None:

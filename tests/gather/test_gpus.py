@@ -98,6 +98,18 @@ def test_nvml_does_not_start(libraries: dict[str, Path], tmp_path: Path, code: i
     assert facts.unknown["gpus"].startswith(words)
 
 
+def test_without_the_driver_s_library_its_bindings_are_not_loaded(tmp_path: Path) -> None:
+    """They take 30 ms, which a login node without a card has no use for. A library that is none hides a real one."""
+    (tmp_path / "libnvidia-ml.so.1").write_text("no library")
+    asked = "import sys; from xflux_doctor.gather import gpus; print(gpus.read().error); print('pynvml' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", asked], env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}, capture_output=True,
+        text=True, timeout=30, check=True, cwd=ROOT,
+    )  # fmt: skip
+    error, loaded = done.stdout.splitlines()
+    assert error.startswith("there is no NVIDIA driver library") and loaded == "False"
+
+
 @needs_compiler
 def test_a_mismatch_names_both_versions(libraries: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "root/proc/driver/nvidia"

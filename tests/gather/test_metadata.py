@@ -50,6 +50,24 @@ def test_requirements_without_extras(tmp_path: Path) -> None:
     assert found(tmp_path, "filelock").version == "3.1"  # of interest because torch names it
 
 
+def test_a_header_of_any_length_and_no_line_of_the_readme(tmp_path: Path) -> None:
+    """It is read block by block, up to the empty line wherever that lies, with either end of line."""
+    site = site_of(tmp_path)
+    info = wheel(site, "torch", "2.4.0")
+    names = [f"package-{n}" for n in range(3000)]
+    for end in ("\n", "\r\n"):
+        for filler in (0, 16343, 16344, 16345, 16346, 50_000):
+            lines = ["Name: torch", f"Summary: Requires-Dist: {'x' * filler}", *[f"Requires-Dist: {n}" for n in names]]
+            text = end.join([*lines, "", "Requires-Dist: not this one", "", "é" * 100_000])
+            (info / "METADATA").write_bytes(text.encode())
+            assert found(tmp_path).requires == tuple(names)
+            (info / "METADATA").write_bytes(end.join(lines).encode())
+            assert found(tmp_path).requires == tuple(names)
+    (info / "METADATA").write_bytes(b"")
+    (info / "PKG-INFO").write_text("Requires-Dist: older\n")
+    assert found(tmp_path).requires == ("older",)
+
+
 def test_egg_info_keeps_them_elsewhere(tmp_path: Path) -> None:
     info = site_of(tmp_path) / "deepspeed-0.14.4.egg-info"
     info.mkdir()
@@ -66,6 +84,36 @@ def test_damage(tmp_path: Path) -> None:
     (site / "torch/lib/libgomp-1.so.1").unlink()
     (site / "torch/big.txt").unlink()  # not a library
     assert found(tmp_path).damaged == ("torch/lib/libtorch_cuda.so", "torch/lib/libgomp-1.so.1")
+
+
+def test_odd_records(tmp_path: Path) -> None:
+    """Ends of line of both kinds, quoted and absolute names, a module that is named last, and a record cut short."""
+    site = site_of(tmp_path)
+    info = wheel(site, "torch", "2.4.0", files={"torch/lib/a,b.so": b"x" * 10, "torch/c.so": b"y"})
+    apart = tmp_path / "elsewhere.so.2"
+    apart.write_bytes(b"z" * 7)
+    rows = ['"torch/lib/a,b.so",sha256=abc,10', f"{apart},sha256=abc,7", "old/torch/__init__.py,sha256=abc,1",
+            "torch/c.so,sha256=abc,1", "torch/__init__.py,sha256=abc,6"]  # fmt: skip
+    for end in ("\n", "\r\n"):
+        (info / "RECORD").write_bytes(end.join(rows).encode())
+        assert found(tmp_path).damaged == ()
+    for order in (rows, rows[::-1]):
+        (info / "RECORD").write_text("\n".join(order).replace(",10", ",11").replace(",7", ",8").replace(",6", ",5"))
+        assert set(found(tmp_path).damaged) == {"torch/lib/a,b.so", str(apart), "torch/__init__.py"}
+    (info / "RECORD").write_bytes(b"torch/c\0.so,sha256=abc,1\ntorch/c.so,sha2")
+    assert found(tmp_path).damaged == ("torch/c\0.so",)
+    (info / "RECORD").write_bytes(b"")
+    assert found(tmp_path).damaged == ()
+
+
+def test_links_of_setuptools(tmp_path: Path) -> None:
+    site = site_of(tmp_path)
+    wheel(site, "peft", "0.13.2")
+    wheel(site, "optimum_quanto", "0.2.4")
+    (site / "__editable__.optimum_quanto-0.2.4.pth").write_text("/src\n")
+    assert found(tmp_path, "optimum-quanto").editable and not found(tmp_path, "peft").editable
+    (site / "peft.egg-link").write_text("/src\n")
+    assert found(tmp_path, "peft").editable
 
 
 def test_editable(tmp_path: Path) -> None:

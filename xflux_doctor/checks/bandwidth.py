@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+import msgspec
 
 from xflux_doctor.check import Case, SkipCheck, check
 from xflux_doctor.finding import Finding, warning
@@ -13,8 +14,7 @@ _SHARE = 0.5
 """Of the public number: sizes, clocks and NCCL releases differ, and half of it is no longer one of these."""
 
 
-@dataclass(frozen=True)
-class Floor:
+class Floor(msgspec.Struct, frozen=True):
     """Bus bandwidth that somebody published, as nccl-tests counts it."""
 
     card: str

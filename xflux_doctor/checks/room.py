@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+import msgspec
 
 from xflux_doctor.bill import dataset, need, spec_of, views
 from xflux_doctor.check import Case, SkipCheck, check
@@ -19,8 +20,7 @@ _HUB_FILES = 60
 _RESULTS = {"lora": "the adapter", "finetune": "the transformer", "controlnet": "the ControlNet"}
 
 
-@dataclass(frozen=True)
-class Share:
+class Share(msgspec.Struct, frozen=True):
     """What this job will put into one of its places."""
 
     purpose: str

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Literal
 
+import msgspec
 from packaging.utils import canonicalize_name
 
 from xflux_doctor.check import Case, SkipCheck, check
@@ -32,8 +32,7 @@ _ROLES = {"deepspeed": "deepspeed", "optimum-quanto": "quantized"}
 """Packages that only some jobs use, and the word for those jobs."""
 
 
-@dataclass(frozen=True)
-class Seen:
+class Seen(msgspec.Struct, frozen=True):
     """What the rows are held against. A thing that is None is not known; a name that is not there is not installed."""
 
     things: dict[str, Thing | None]

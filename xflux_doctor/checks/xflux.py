@@ -9,7 +9,8 @@ from xflux_doctor import xflux_bill
 from xflux_doctor.check import Case, SkipCheck, check
 from xflux_doctor.checks.words import installed
 from xflux_doctor.finding import Change, Edit, Finding, Remove, Rename, Scalar, error, warning
-from xflux_doctor.xflux import SCRIPTS, WEIGHTS, XFlux
+from xflux_doctor.xflux import WEIGHTS, XFlux
+from xflux_doctor.xflux_scripts import SCRIPTS
 
 REPOSITORY = "https://github.com/XLabs-AI/x-flux"
 _ACCUMULATION = "gradient_accumulation_steps"

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import re
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
@@ -26,10 +25,12 @@ from xflux_doctor.facts import Gpu, Package
 from xflux_doctor.files import write_atomic
 from xflux_doctor.inputs import Inputs, build
 from xflux_doctor.plans import Card, Row, capability_of
-from xflux_doctor.report import bars, placement, planjson
+from xflux_doctor.report import planjson
 from xflux_doctor.verdict import reserved
 from xflux_doctor.visible import selected
-from xflux_doctor.xflux import XFlux
+
+if TYPE_CHECKING:
+    from xflux_doctor.xflux import XFlux
 
 GIB = 1 << 30
 _WHILE = {"cache": "while encoding", "load": "while loading", "train": "while training", "sample": "while drawing"}
@@ -72,6 +73,7 @@ def run(inputs: Inputs, *, gpu: str | None, form: str = "text", html: str | None
     if form == "json":
         click.echo(planjson.encode(document), nl=False)
         return 0 if fits else 1
+    placement: Any = importlib.import_module("xflux_doctor.report.placement")  # no program reads it
     for line in placement.lines(case):
         click.echo(line)
     _print(bill)
@@ -265,7 +267,8 @@ def _strategies(case: Case) -> None:
 
 
 def _alternatives(rows: list[Row], cards: tuple[Card, ...], chosen: Row | None) -> None:
+    bars: Any = importlib.import_module("xflux_doctor.report.bars")
     click.echo()
-    width = shutil.get_terminal_size().columns
+    width = importlib.import_module("shutil").get_terminal_size().columns
     for line in bars.lines(rows, cards, chosen, width=width, encoding=sys.stdout.encoding):
         click.echo(line)

@@ -144,7 +144,7 @@ def _met(case: Case, ended: Meeting, summary: Summary, me: Self) -> tuple[Case, 
             click.echo(f"  {together.shown(ended)}")
         return case, summary
     verdicts = examine(case, network.MEETING)
-    late = dataclasses.replace(summary, verdicts=verdicts, facts=case.facts, launch=())
+    late = msgspec.structs.replace(summary, verdicts=verdicts, facts=case.facts, launch=())
     click.echo(text.render(late), nl=False)
     return case, late
 
@@ -260,7 +260,7 @@ def _record(folder: Path, case: Case, plan: Plan, summary: Summary, launch: Laun
 
 
 def _bill(plan: Plan) -> dict[str, Any] | None:
-    return dataclasses.asdict(plan.bill) if plan.bill else None
+    return plan.bill._asdict() if plan.bill else None
 
 
 def _refused(folder: Path, summary: Summary) -> None:

@@ -7,4 +7,4 @@ import sys
 
 if __name__ == "__main__":
     # The command line stands above this package and is loaded by name, as it loads its own commands.
-    sys.exit(importlib.import_module("xflux_doctor.cli").main(["fleet", *sys.argv[1:]]))
+    importlib.import_module("xflux_doctor.program").entry(["fleet", *sys.argv[1:]])

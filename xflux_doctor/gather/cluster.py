@@ -6,11 +6,12 @@ resolver is asked, in a thread with a deadline: it may send a packet, and may ta
 
 from __future__ import annotations
 
-import ipaddress
+import importlib
 import itertools
+import os
 import re
-import socket
 from pathlib import Path
+from typing import Any
 
 from xflux_doctor.facts import Cluster
 from xflux_doctor.gather.deadline import within
@@ -27,7 +28,7 @@ def cluster_facts(main: str, *, ask: bool, root: Path = Path("/"), seconds: floa
 
 
 def _names() -> tuple[str, ...]:
-    name = socket.gethostname()
+    name = os.uname().nodename
     return tuple(dict.fromkeys((name, name.partition(".")[0])))
 
 
@@ -44,14 +45,14 @@ def _addresses(root: Path) -> tuple[str, ...] | None:
         read = True
         digits = line.split()[0] if line.split() else ""
         if re.fullmatch(r"[0-9a-f]{32}", digits):
-            found[str(ipaddress.IPv6Address(bytes.fromhex(digits)))] = None
+            found[str(_ipaddress().IPv6Address(bytes.fromhex(digits)))] = None
     return tuple(found) if read else None
 
 
 def _resolved(name: str, ask: bool, root: Path, seconds: float) -> tuple[tuple[str, ...] | None, str]:
     """(addresses, "") or (None, why not)."""
     try:
-        return (str(ipaddress.ip_address(name.strip("[]"))),), ""
+        return (str(_ipaddress().ip_address(name.strip("[]"))),), ""
     except ValueError:
         pass
     known = tuple(
@@ -70,6 +71,7 @@ def _resolved(name: str, ask: bool, root: Path, seconds: float) -> tuple[tuple[s
 
 
 def _ask(name: str) -> tuple[tuple[str, ...] | None, str]:
+    socket: Any = importlib.import_module("socket")  # only where the resolver may be asked
     try:
         found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except socket.gaierror as error:
@@ -79,6 +81,10 @@ def _ask(name: str) -> tuple[tuple[str, ...] | None, str]:
     except UnicodeError:  # a name that no resolver can be asked for: an empty or overlong label
         return (), "no name that can be looked up"
     return tuple(dict.fromkeys(str(item[4][0]) for item in found)), ""
+
+
+def _ipaddress() -> Any:
+    return importlib.import_module("ipaddress")  # only for a job of several machines
 
 
 def _lines(path: Path) -> list[str]:

@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-_MODULE = re.compile(r"Kernel Module.*?\s(\d+\.\d+(?:\.\d+)?)\s")
-_LIBRARY = re.compile(r"\.so\.(\d+\.[\d.]*\d)$")
+_MODULE = r"Kernel Module.*?\s(\d+\.\d+(?:\.\d+)?)\s"
+_LIBRARY = r"\.so\.(\d+\.[\d.]*\d)$"
 _FOLDERS = (
     "usr/lib/x86_64-linux-gnu",
     "usr/lib/aarch64-linux-gnu",
@@ -27,7 +27,7 @@ def module_version(root: Path = Path("/")) -> str:
         text = (root / "proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
-    match = _MODULE.search(text)
+    match = re.search(_MODULE, text)
     return match[1] if match else ""
 
 
@@ -42,7 +42,7 @@ def library_version(root: Path = Path("/"), environ: Mapping[str, str] | None = 
     for name, first in (("libnvidia-ml.so.1", chosen), ("libcuda.so.1", [])):
         paths = [folder / name for folder in first] + _cached(root, name) + [folder / name for folder in places]
         for path in paths:
-            match = _LIBRARY.search(os.path.realpath(path)) if path.exists() else None
+            match = re.search(_LIBRARY, os.path.realpath(path)) if path.exists() else None
             if match:
                 return match[1]
     return ""

@@ -34,18 +34,18 @@ NAMES = frozenset(
 _PATH_LIBRARIES = ("libcuda.so.1", "libcudnn_graph.so.9")
 """What LD_LIBRARY_PATH can replace under pip's torch: its other CUDA libraries are found by RPATH, which comes first
 (readelf -d of libtorch_cuda.so 2.4.0 to 2.13.0); cuDNN loads its own parts by RUNPATH, which comes after."""
-_PRELOADED = re.compile(r"lib(cuda|cudart|cudnn|nccl|cublas|nvrtc)[^/]*\.so")
+_PRELOADED = r"lib(cuda|cudart|cudnn|nccl|cublas|nvrtc)[^/]*\.so"
 _SECRET = ("TOKEN", "SECRET", "PASS", "AUTH", "KEY", "CREDENTIAL")
 _SECONDS = 0.5
 """How long a file system may take to say whether a file is there: a home on a dead mount must not hold the doctor."""
-_LOGIN = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+_LOGIN = r"(?<=://)[^/@\s]+(?=@)"
 """User and password in a URL."""
 
 
 def environment_facts(environ: Mapping[str, str]) -> dict[str, str]:
     """The variables of the allow-list; a name that smells of a secret is left out even there."""
     found = {
-        name: _LOGIN.sub("***", value.encode("utf-8", "backslashreplace").decode())
+        name: without_login(value.encode("utf-8", "backslashreplace").decode())
         for name, value in sorted(environ.items())
         if (name in NAMES or name.startswith(PREFIXES)) and not any(word in name for word in _SECRET)
     }
@@ -59,14 +59,15 @@ def loaded_instead(environ: Mapping[str, str]) -> dict[str, str]:
         name: next((path for folder in folders if os.path.isfile(path := f"{folder}/{name}")), "")  # noqa: PTH113
         for name in _PATH_LIBRARIES
     }
-    preloaded = [entry for entry in re.split(r"[\s:]+", environ.get("LD_PRELOAD", "")) if _PRELOADED.search(entry)]
+    entries = environ.get("LD_PRELOAD", "").replace(":", " ").split()
+    preloaded = [entry for entry in entries if re.search(_PRELOADED, entry)]
     files = {"LD_LIBRARY_PATH": [path for path in first.values() if path], "LD_PRELOAD": preloaded}
     return {name: ":".join(os.path.realpath(path) for path in paths) for name, paths in files.items() if paths}
 
 
 def without_login(url: str) -> str:
     """The URL without user and password, to be shown."""
-    return _LOGIN.sub("***", url)
+    return re.sub(_LOGIN, "***", url) if "@" in url else url
 
 
 def is_offline(environ: Mapping[str, str]) -> bool:

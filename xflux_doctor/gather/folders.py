@@ -29,7 +29,7 @@ SECONDS = 1.5
 _VOLUME_SECONDS = 0.3
 _OLD = 3600.0
 """Seconds after which a part of a write counts as left over: nobody is writing it any more."""
-_CHECKPOINT = re.compile(r"checkpoint-\d+")
+_CHECKPOINT = r"checkpoint-\d+"
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
 TEMPORARY = ".xflux-tmp-"
 """How the trainer calls what it is still writing (xflux_trainer.files)."""
@@ -189,7 +189,7 @@ def _entries(purpose: str, folder: Path) -> int:
     """What an earlier run left here that this one need not write: encoded images, or checkpoints."""
     if purpose == "cache":
         return sum(name.startswith("image-") and name.endswith(".safetensors") for name in _names(folder))
-    return sum(bool(_CHECKPOINT.fullmatch(name)) for name in _names(folder)) if purpose == "output" else 0
+    return sum(bool(re.fullmatch(_CHECKPOINT, name)) for name in _names(folder)) if purpose == "output" else 0
 
 
 def _leftovers(purpose: str, folder: Path, train: TrainConfig | None) -> Iterator[int]:

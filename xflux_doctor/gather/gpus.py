@@ -19,6 +19,7 @@ from xflux_doctor.gather.topology import topology
 
 DENIED = "denied to this user or container"
 """The reason of a card that is somebody else's, as under a batch system; such a card is not broken."""
+_NO_LIBRARY = "there is no NVIDIA driver library (libnvidia-ml.so.1) on this machine or in this container"
 
 
 class NvmlReading:
@@ -70,7 +71,10 @@ def _read(reading: NvmlReading, root: Path) -> None:
 def _ask(reading: NvmlReading, root: Path) -> None:
     started = time.perf_counter()
     try:
-        # Loaded here: 40 ms that recorded facts do not need.
+        if not _has_library():
+            reading.error = _NO_LIBRARY
+            return
+        # Loaded here: 40 ms that neither recorded facts nor a machine without a driver need.
         nvml: Any = importlib.import_module("pynvml")
         started = time.perf_counter()
         nvml.nvmlInit()
@@ -88,6 +92,16 @@ def _ask(reading: NvmlReading, root: Path) -> None:
         reading.error = f"NVML failed while it read the GPUs: {str(error).rstrip('.')}"
     finally:
         maybe(nvml.nvmlShutdown)
+
+
+def _has_library() -> bool:
+    """By the call that pynvml makes itself; what is loaded once costs it nothing."""
+    ctypes: Any = importlib.import_module("ctypes")
+    try:
+        ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def _cards(nvml: Any, count: int, root: Path) -> tuple[tuple[Gpu, ...], tuple[LostGpu, ...]]:
@@ -131,7 +145,7 @@ def _start_error(error: Exception, root: Path) -> str:
     """One sentence why NVML did not start, by its return code."""
     code = getattr(error, "value", None)
     if code == 12:  # LIBRARY_NOT_FOUND
-        return "there is no NVIDIA driver library (libnvidia-ml.so.1) on this machine or in this container"
+        return _NO_LIBRARY
     if code == 9:  # DRIVER_NOT_LOADED
         return "the NVIDIA kernel module is not loaded"
     if code == 18:  # LIB_RM_VERSION_MISMATCH

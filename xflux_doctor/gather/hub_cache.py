@@ -6,13 +6,14 @@ actually there": huggingface/huggingface_hub, _snapshot_download.py), so the fil
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from xflux_trainer.find import TEXT_REPOS, VAE_REPO
 from xflux_trainer.layout import TRANSFORMER_FILES, VAE_FILE
 
 from xflux_doctor.facts import HubCache
@@ -26,7 +27,7 @@ _TOKENIZERS = {
     "tokenizer_2": (("tokenizer.json",), ("spiece.model",)),
 }
 """Either set of files makes the tokenizer (transformers' CLIPTokenizer and T5TokenizerFast)."""
-_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")
+_SHARD = r"(.+)-\d{5}-of-\d{5}\.safetensors"
 
 
 def repository_folder(hub: Path, repository: str) -> Path:
@@ -63,10 +64,11 @@ def _single_file(folder: Path) -> Path | None:
 
 def _beside(hub: Path, folder: Path) -> tuple[tuple[str, ...], int]:
     """What is not cached of that which goes with such a file, and the bytes of what is."""
-    vae = [path for path in (folder / VAE_FILE, *repository_folder(hub, VAE_REPO).glob(f"snapshots/*/{VAE_FILE}"))
+    find: Any = importlib.import_module("xflux_trainer.find")  # 6 ms that only a single file is worth
+    vae = [path for path in (folder / VAE_FILE, *repository_folder(hub, find.VAE_REPO).glob(f"snapshots/*/{VAE_FILE}"))
            if _is_whole(path)]  # fmt: skip
     missing, present = ([] if vae else [VAE_FILE]), (_bytes(vae[0]) if vae else 0)
-    for repository in dict.fromkeys(TEXT_REPOS.values()):
+    for repository in dict.fromkeys(find.TEXT_REPOS.values()):
         found = _newest(repository_folder(hub, repository) / "snapshots")
         if found is None:
             missing.append(repository)
@@ -131,7 +133,7 @@ def _weights(part: Path) -> list[str]:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return [index]
     files = [name for name in names if name.endswith(".safetensors")]
-    shard = next((match for name in files if (match := _SHARD.fullmatch(name))), None)
+    shard = next((match for name in files if (match := re.fullmatch(_SHARD, name))), None)
     if shard:  # shards without the index that tells how they go together
         return [f"{shard[1]}.safetensors.index.json"]
     return files or ["*.safetensors"]

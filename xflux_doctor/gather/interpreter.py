@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import site
 import sys
-import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from xflux_doctor.errors import UsageError
 from xflux_doctor.facts import PythonFacts
@@ -17,9 +18,8 @@ from xflux_doctor.facts import PythonFacts
 def python_facts(executable: str | None = None) -> PythonFacts:
     """The interpreter that would train: this one, or the one named. Raises UsageError when it is not there."""
     if executable is None:
-        marker = Path(sysconfig.get_path("stdlib")) / "EXTERNALLY-MANAGED"
-        managed = sys.prefix == sys.base_prefix and marker.exists()
-        threaded = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
+        managed = sys.prefix == sys.base_prefix and _is_managed()
+        threaded = "t" in getattr(sys, "abiflags", "")
         number, inside = sys.version.split()[0], sys.prefix != sys.base_prefix
         return PythonFacts(sys.executable, number, sys.prefix, managed, _is_conda(Path(sys.prefix)), threaded, inside)
     path = Path(executable)
@@ -44,6 +44,11 @@ def python_facts(executable: str | None = None) -> PythonFacts:
     return PythonFacts(
         str(path.absolute()), number, str(prefix), managed, _is_conda(prefix), threaded, bool(_pyvenv(prefix))
     )
+
+
+def _is_managed() -> bool:
+    sysconfig: Any = importlib.import_module("sysconfig")  # its data take 2 ms, and a venv is never managed
+    return (Path(sysconfig.get_path("stdlib")) / "EXTERNALLY-MANAGED").exists()
 
 
 def _is_conda(prefix: Path) -> bool:

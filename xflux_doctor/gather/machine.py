@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import datetime
+import importlib
 import os
 import time
 from collections.abc import Container
+from typing import Any
 
 from xflux_doctor import __version__
 from xflux_doctor.facts import Facts
-from xflux_doctor.gather import environment, gpus, host, interpreter, kernel_log, packages, toolchain
+from xflux_doctor.gather import environment, gpus, host, interpreter, packages, toolchain
 
 
 def gather(
@@ -40,6 +42,7 @@ def gather(
 
     xids = None
     if logs:
+        kernel_log: Any = importlib.import_module("xflux_doctor.gather.kernel_log")
         started = time.perf_counter()
         xids = kernel_log.xids()
         timings["kernel_log"] = time.perf_counter() - started

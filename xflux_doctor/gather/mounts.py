@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 _SYSTEM = ("/proc", "/sys", "/dev", "/etc", "/run", "/usr", "/lib", "/lib64", "/bin", "/boot", "/var/lib", "/snap")
 _PSEUDO = frozenset(
@@ -14,11 +14,10 @@ _PSEUDO = frozenset(
 )
 NETWORK = frozenset("nfs nfs4 lustre cifs smb3 ceph beegfs gpfs glusterfs fuse.glusterfs 9p afs wekafs panfs".split())
 """File systems whose disks are another machine's."""
-_ESCAPE = re.compile(r"\\([0-7]{3})")
+_ESCAPE = r"\\([0-7]{3})"
 
 
-@dataclass(frozen=True)
-class Mount:
+class Mount(NamedTuple):
     """One line of /proc/PID/mountinfo (proc(5))."""
 
     device: str
@@ -63,4 +62,4 @@ def under(table: tuple[Mount, ...], path: str) -> Mount | None:
 
 def _plain(text: str) -> str:
     """Blanks and backslashes are written as octal numbers."""
-    return _ESCAPE.sub(lambda match: chr(int(match[1], 8)), text)
+    return re.sub(_ESCAPE, lambda match: chr(int(match[1], 8)), text) if "\\" in text else text

@@ -40,14 +40,15 @@ _CHECKED = frozenset("torch torchvision deepspeed accelerate transformers diffus
 """Distributions whose module must lie beside the metadata."""
 # setup.py install, which pip before 23.1 still does, puts the Python behind the version.
 _METADATA = re.compile(r"(.+?)-(\d[^-]*)(?:-py3\.\d+)?\.(?:dist|egg)-info")
-_VERSION = re.compile(r"^__version__(?:\s*:\s*\w+)?\s*=\s*['\"]([^'\"]+)['\"]", re.M)
+_VERSION = r"(?m)^__version__(?:\s*:\s*\w+)?\s*=\s*['\"]([^'\"]+)['\"]"
 _NAME = re.compile(r"[A-Za-z0-9._-]*")
-_CUDA = re.compile(r"^cuda(?:\s*:\s*[^=]+)?\s*=\s*(?:['\"]([\d.]+)['\"]|None)", re.M)
+_SEPARATORS = re.compile(r"[-_.]+")
+_CUDA = r"(?m)^cuda(?:\s*:\s*[^=]+)?\s*=\s*(?:['\"]([\d.]+)['\"]|None)"
 
 
 def normalize(name: str) -> str:
     """PEP 503: `huggingface_hub` and `Huggingface.Hub` are one name."""
-    return re.sub(r"[-_.]+", "-", name).lower()
+    return _SEPARATORS.sub("-", name).lower()
 
 
 def packages(
@@ -62,64 +63,74 @@ def packages(
     """
     wanted = OF_INTEREST | {normalize(name) for name in names}
     installed: dict[str, list[_Copy]] = {}
-    for folder, origin in site_folders(python, environ):
-        beside = _names(folder)
+    for path, origin in site_folders(python, environ):
+        beside = _names(path)
+        folder = _Folder(str(path), origin, beside, metadata.links(beside))
         for entry in beside:
             match = _METADATA.fullmatch(entry) if entry.endswith("-info") else None
             if match:
-                copy = _Copy(match[2], folder, folder / entry, origin, beside)
+                copy = _Copy(match[2], folder, f"{folder.path}/{entry}")
                 installed.setdefault(normalize(match[1]), []).append(copy)
     conda = metadata.conda_versions(Path(python.prefix)) if python.conda else {}
     found = {name: _package(name, installed[name], conda, known) for name in sorted(wanted & set(installed))}
     required = {normalize(_NAME.match(line)[0]) for p in found.values() for line in p.requires}  # type: ignore[index]
     for name in sorted(((required | PRESENT) & set(installed)) - set(found)):
-        copies = installed[name]
-        found[name] = Package(name, copies[0].version, location=str(copies[0].folder), origin=copies[0].origin)
+        first = installed[name][0]
+        found[name] = Package(name, first.version, location=first.folder.path, origin=first.folder.origin)
     return found
+
+
+class _Folder(NamedTuple):
+    """A folder that the interpreter imports from."""
+
+    path: str
+    origin: str
+    beside: frozenset[str]
+    """All names in it."""
+    links: tuple[str, ...]
 
 
 class _Copy(NamedTuple):
     """One place where a distribution is installed."""
 
     version: str
-    folder: Path
-    info: Path
-    origin: str
-    beside: frozenset[str]
-    """All names in its folder."""
+    folder: _Folder
+    info: str
 
 
 def _names(folder: Path) -> frozenset[str]:
     try:
-        return frozenset(entry.name for entry in folder.iterdir())
+        return frozenset(os.listdir(folder))  # noqa: PTH208 - names are enough, and there are many
     except OSError:
         return frozenset()
 
 
 def _package(name: str, copies: list[_Copy], conda: Mapping[str, str], known: Container[tuple[str, str]]) -> Package:
-    version, folder, info, origin, beside = copies[0]
+    version, folder, info = copies[0]
     module = _MODULES.get(name, name.replace("-", "_"))
-    there = not module or bool({module, f"{module}.py"} & beside) or (folder / module).exists()
+    there = not module or module in folder.beside or f"{module}.py" in folder.beside
+    there = there or os.path.exists(f"{folder.path}/{module}")  # noqa: PTH110 - for each package, as in metadata
     of_torch = name in ("torch", "torchvision", "torchaudio")
-    says, build = _version_file(folder / name / "version.py") if of_torch else ("", "")
+    says, build = _version_file(Path(folder.path, name, "version.py")) if of_torch else ("", "")
     looked_for = name == "torch" and build not in ("", "cpu") and (version.partition("+")[0], build) not in known
-    linked = metadata.editable(info, name, beside)
+    linked = metadata.editable(info, name, folder.beside, folder.links)
+    # a venv's own copy over the system's is what such venvs are made for
+    rivals = [copy for copy in copies if copy.folder.origin == folder.origin or copy.folder.origin != "system"]
     return Package(
         name=name,
         version=version,
         build=build,
         module_version=says,
-        location=str(folder),
-        # a venv's own copy over the system's is what such venvs are made for
-        copies=len({(c.version, c.folder) for c in copies if c.origin == origin or c.origin != "system"}),
+        location=folder.path,
+        copies=len({(copy.version, copy.folder.path) for copy in rivals}),
         files=there or name not in _CHECKED or linked,
         requires=metadata.requires(info),
         editable=linked,
-        origin=origin,
+        origin=folder.origin,
         installer=metadata.installer(info),
         conda=conda.get(name, ""),
-        damaged=() if linked or not there else metadata.damaged(folder, info, module),
-        archs=metadata.archs(folder / "torch") if looked_for else (),
+        damaged=() if linked or not there else metadata.damaged(folder.path, info, module),
+        archs=metadata.archs(Path(folder.path, "torch")) if looked_for else (),
     )
 
 
@@ -129,10 +140,10 @@ def _version_file(path: Path) -> tuple[str, str]:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return "", ""
-    match = _VERSION.search(text)
+    match = re.search(_VERSION, text)
     version, _, build = match[1].partition("+") if match else ("", "", "")
     if not build:
-        cuda = _CUDA.search(text)
+        cuda = re.search(_CUDA, text)
         if cuda is not None:
             build = f"cu{cuda[1].replace('.', '')}" if cuda[1] else "cpu"
     return version, build

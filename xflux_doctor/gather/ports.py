@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import ipaddress
+import importlib
 import struct
 from collections.abc import Container
 from pathlib import Path
+from typing import Any
 
 from xflux_doctor.facts import Listener
 from xflux_doctor.gather.cards import process_facts
@@ -44,6 +45,7 @@ def _listener(port: int, address: str, pid: int | None) -> Listener:
 
 def _address(text: str) -> str:
     """/proc writes words of the address in the machine's byte order."""
+    ipaddress: Any = importlib.import_module("ipaddress")  # only where somebody listens
     words = [int(text[i : i + 8], 16) for i in range(0, len(text), 8)]
     return str(ipaddress.ip_address(struct.pack(f"={len(words)}I", *words)))
 

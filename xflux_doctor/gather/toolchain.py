@@ -5,15 +5,16 @@ The places are torch's own (torch/utils/cpp_extension.py, `_find_cuda_home`, `ge
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
 import shutil
 import sys
-import sysconfig
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from xflux_doctor.facts import PythonFacts, Toolchain
 from xflux_doctor.gather.deadline import within
@@ -90,6 +91,10 @@ def _gcc_version(cxx: str, root: Path) -> str:
 def _has_headers(python: PythonFacts) -> bool:
     minor = ".".join(python.version.split(".")[:2])
     if python.executable == sys.executable:
+        usual = f"{sys.base_prefix}/include/python{minor}{getattr(sys, 'abiflags', '')}/Python.h"
+        if os.path.isfile(usual):  # noqa: PTH113
+            return True
+        sysconfig: Any = importlib.import_module("sysconfig")  # its data take 2 ms
         return (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file()
     config = re.search(r"^home\s*=\s*(.+)$", _read(Path(python.prefix) / "pyvenv.cfg"), re.M)
     prefix = Path(config[1].strip()).parent if config else Path(python.prefix)
@@ -98,8 +103,10 @@ def _has_headers(python: PythonFacts) -> bool:
 
 def _has_libaio(prefix: Path, root: Path) -> bool:
     headers = (root / "usr/include/libaio.h", root / "usr/local/include/libaio.h", prefix / "include/libaio.h")
+    if not any(header.is_file() for header in headers):
+        return False
     folders = [root / name for name in _LIBRARIES] + list(root.glob("usr/lib/*-linux-gnu")) + [prefix / "lib"]
-    return any(h.is_file() for h in headers) and any((folder / "libaio.so").exists() for folder in folders)
+    return any((folder / "libaio.so").exists() for folder in folders)
 
 
 def _locks(environ: Mapping[str, str]) -> dict[str, float]:

@@ -8,9 +8,10 @@ import re
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from xflux_doctor.facts import AllReduce, Bandwidth
 from xflux_doctor.probes.runner import Child, Outcome, has_room
@@ -30,8 +31,7 @@ _OF_OTHERS = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class Ended:
+class Ended(msgspec.Struct, frozen=True):
     """How one rank ended: what it said of itself last, and how its process went."""
 
     rank: int

@@ -18,9 +18,10 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+
+import msgspec
 
 from xflux_doctor.errors import DoctorError
 
@@ -34,8 +35,7 @@ _STACK = re.compile(r'Timeout \(|(Current t|T)hread 0x|  File ".*, line \d+ in |
 _FRAME = re.compile(r'  File "(?P<file>.*)", line (?P<line>\d+) in (?P<name>\S+)')
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(msgspec.Struct, frozen=True):
     """How a child ended. `code` is None when its deadline passed and it was killed."""
 
     code: int | None

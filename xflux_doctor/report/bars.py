@@ -9,9 +9,9 @@ from __future__ import annotations
 import itertools
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import click
+import msgspec
 
 from xflux_doctor.plans import Card, Row
 from xflux_doctor.report.groups import GROUPS, gib, printable, scale, sizes
@@ -25,8 +25,7 @@ _COLORS = ("blue", "magenta", "cyan", "yellow", "bright_black", "white")
 _WORDS = {"fits": "green", "tight": "yellow", "does not fit": "red"}
 
 
-@dataclass(frozen=True)
-class _Signs:
+class _Signs(msgspec.Struct, frozen=True):
     """What the picture is made of."""
 
     fills: str
@@ -45,8 +44,7 @@ _FULL = _Signs("█▓▒░╱■", "│", "┆", "▶", "▸", "…")
 _ASCII = _Signs("#%=-/o", "|", ":", ">", "*", "...")
 
 
-@dataclass(frozen=True)
-class _Picture:
+class _Picture(msgspec.Struct, frozen=True):
     """What all bars share: their signs, the bytes of the whole width, and the cells before each mark."""
 
     signs: _Signs
@@ -59,8 +57,7 @@ class _Picture:
     """None where all of the card may be held."""
 
 
-@dataclass(frozen=True)
-class _Cell:
+class _Cell(msgspec.Struct, frozen=True):
     """One column of a bar."""
 
     sign: str
@@ -93,7 +90,7 @@ def lines(
 def _encodes(encoding: str | None) -> bool:
     """Whether a terminal of that encoding has all signs."""
     try:
-        "".join(vars(_FULL).values()).encode(encoding or "ascii")
+        "".join(msgspec.structs.astuple(_FULL)).encode(encoding or "ascii")
     except (UnicodeEncodeError, LookupError):
         return False
     return True

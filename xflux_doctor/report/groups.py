@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+
+import msgspec
 
 GIB = 1 << 30
 _LONGEST = 1.5
@@ -13,8 +14,7 @@ _LONGEST = 1.5
 _PART = re.compile(r", 1/\d+ of them$")
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(msgspec.Struct, frozen=True):
     """What is drawn as one segment."""
 
     name: str

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from xflux_doctor.finding import Change, Finding
-from xflux_doctor.report.summary import Summary
+
+if TYPE_CHECKING:
+    from xflux_doctor.report.summary import Summary
 
 SCHEMA = 1
 

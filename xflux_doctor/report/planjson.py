@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xflux_trainer.memory import PHASES, Bill, Term
 
@@ -11,7 +11,9 @@ from xflux_doctor.check import Case
 from xflux_doctor.plans import Card, Row, at_peak
 from xflux_doctor.report.jsonreport import encode
 from xflux_doctor.verdict import LAUNCHER, fitting, gpu_entry, host_room
-from xflux_doctor.xflux import XFlux
+
+if TYPE_CHECKING:
+    from xflux_doctor.xflux import XFlux
 
 __all__ = ["document", "encode", "first", "xflux_document"]
 SCHEMA = 1

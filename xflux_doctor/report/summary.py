@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from xflux_doctor import __version__
 from xflux_doctor.facts import Facts
@@ -11,8 +12,7 @@ from xflux_doctor.finding import Verdict
 from xflux_doctor.pins import Word
 
 
-@dataclass(frozen=True)
-class Summary:
+class Summary(msgspec.Struct, frozen=True):
     """The verdicts on one case."""
 
     verdicts: tuple[Verdict, ...]
