@@ -68,9 +68,7 @@ def load_with_notes(path: str | Path) -> tuple[TrainConfig, tuple[str, ...]]:
         # A stand-in for the missing folder lets the rules between keys speak as well.
         values.setdefault("img_dir", "")
     config = TrainConfig(**values)
-    problems += [
-        dataclasses.replace(problem, key=shown_names.get(problem.key, problem.key)) for problem in between(config)
-    ]
+    problems += [problem._replace(key=shown_names.get(problem.key, problem.key)) for problem in between(config)]
     if problems:
         raise ConfigError(path, tuple(problems))
     return config, (*notes, *notes_on(config))

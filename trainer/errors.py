@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 
 class UserError(Exception):
@@ -31,8 +31,7 @@ def tell(error: UserError) -> None:
             print(f"error: {line}", file=sys.stderr, flush=True)
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """One thing wrong with one key of a config file; `key` is empty when it is the file as a whole."""
 
     key: str

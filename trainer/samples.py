@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,8 +41,7 @@ class Sample(NamedTuple):
         return self.image if self.row is None else Path(f"{self.image}#{self.row}")
 
 
-@dataclass(frozen=True)
-class SampleIndex:
+class SampleIndex(NamedTuple):
     """The training set, ordered by path. `ignored` are images of formats that are not read."""
 
     samples: tuple[Sample, ...]
@@ -60,8 +58,7 @@ class Opened(NamedTuple):
     tokens: int
 
 
-@dataclass(frozen=True)
-class Survey:
+class Survey(NamedTuple):
     """A quick look at a training set: every name, and the inside of an even spread of files.
 
     `count` are the images in which no fault was seen, `opened` those that were opened with their captions.

@@ -25,6 +25,7 @@ import click
 
 from xflux_doctor import __version__
 from xflux_doctor.errors import DoctorError
+from xflux_doctor.gather import gpus
 from xflux_doctor.inputs import DEEP_SECONDS, Inputs
 from xflux_doctor.preempt import Requeue
 
@@ -90,8 +91,13 @@ _SHORT = frozenset({"check", "matrix", "nodes", "plan"})
 """Commands that read, judge and end: they leave Python's search for cycles off (program.py)."""
 
 
-def _command(name: str) -> Any:
-    """A command's module, loaded when it is called: `plan` does without the checks, all others without its rows."""
+def _command(name: str, *, cards: bool = False) -> Any:
+    """A command's module, loaded when it is called: `plan` does without the checks, all others without its rows.
+
+    `cards`: it will ask for this machine's GPUs, whose driver starts meanwhile.
+    """
+    if cards:
+        gpus.ahead()
     module = importlib.import_module(f"xflux_doctor.commands.{name}")
     if name not in _SHORT:
         gc.enable()
@@ -144,7 +150,8 @@ def check(
 ) -> int:
     """Say what would stop the job on this machine."""
     options = _deepened(context, options, deep=deep)
-    return int(_command("check").run(inputs_of(options), form=form, output=output, strict=strict, verbose=verbose))
+    module = _command("check", cards=not options["facts"])
+    return int(module.run(inputs_of(options), form=form, output=output, strict=strict, verbose=verbose))
 
 
 @cli.command()
@@ -172,7 +179,7 @@ def fix(
         if form == "json":
             raise click.UsageError("--install shows pip's own words; it has no --format json.")
         return int(_command("install").run(given, yes=yes))
-    return int(_command("fix").run(given, form=form, write=write_config, yes=yes))
+    return int(_command("fix", cards=not options["facts"]).run(given, form=form, write=write_config, yes=yes))
 
 
 @cli.command(context_settings={"ignore_unknown_options": False})
@@ -223,7 +230,7 @@ def run(
     given = {"dry_run": dry_run, "yes": yes, "extra": extra, "wait": wait_for_nodes, "how": how}
     with Requeue(requeue_code) as requeue:
         try:
-            code = int(_command("run").run(inputs_of(options), **given))
+            code = int(_command("run", cards=not options["facts"]).run(inputs_of(options), **given))
         except SystemExit as end:
             if not isinstance(end.code, int):
                 raise
@@ -243,7 +250,8 @@ def run(
 @click.option("--html", metavar="FILE", help="Write the plan as a page as well, with its picture and the whole bill.")
 def plan(gpu: str | None, form: str, html: str | None, **options: Any) -> int:
     """The memory bill, the fastest plan that fits, and its alternatives."""
-    return int(_command("plan").run(inputs_of(options), gpu=gpu, form=form, html=html))
+    here = gpu is None and not options["facts"]
+    return int(_command("plan", cards=here).run(inputs_of(options), gpu=gpu, form=form, html=html))
 
 
 @cli.command()
@@ -405,6 +413,8 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:  # noqa: BLE001 - the one error edge
         click.echo(_bug_report(error), err=True)
         return 3
+    finally:
+        gpus.forget()
 
 
 def _bug_report(error: Exception) -> str:

@@ -64,10 +64,11 @@ class Inputs(msgspec.Struct, frozen=True):
     """The command that the user would start the training by; its flags win over the files."""
 
 
-def build(inputs: Inputs, matrix: Matrix, *, to_run: bool = True) -> Case:
+def build(inputs: Inputs, matrix: Matrix, *, to_run: bool = True, cards: bool = True) -> Case:
     """The case before any probe: everything here is quick and starts no child.
 
     `to_run`: whether the job is to start here; else neither the kernel's log is read nor who listens on its ports.
+    `cards`: whether it is about this machine's; else they are not asked for.
     """
     command: Command | None = None
     if inputs.launch:
@@ -77,7 +78,7 @@ def build(inputs: Inputs, matrix: Matrix, *, to_run: bool = True) -> Case:
     facts = (
         _recorded(inputs.facts)
         if inputs.facts
-        else gather(inputs.python, tuple(sorted(matrix.names())), _torch_builds(matrix), logs=to_run)
+        else gather(inputs.python, tuple(sorted(matrix.names())), _torch_builds(matrix), logs=to_run, cards=cards)
     )
     # accelerate reads no default file under its --cpu (commands/launch.py, `_validate_launch_command`)
     no_default = command is not None and (command.launcher != "accelerate" or "cpu" in command.flags)

@@ -34,13 +34,15 @@ if TYPE_CHECKING:
 
 GIB = 1 << 30
 _WHILE = {"cache": "while encoding", "load": "while loading", "train": "while training", "sample": "while drawing"}
+_NODE = re.compile(r"nvidia\d+|dxg")
+"""The device node of a GPU, or of WSL's."""
 _HOPPER = 9
 """The compute capability that it is fast on, its first number."""
 
 
 def run(inputs: Inputs, *, gpu: str | None, form: str = "text", html: str | None = None) -> int:
     """Print the bill and the alternatives; exit 1 when none fits the card."""
-    case = build(inputs, matrices.load_with(inputs.matrix), to_run=False)
+    case = build(inputs, matrices.load_with(inputs.matrix), to_run=False, cards=gpu is None)
     if case.job.xflux is not None:
         return _xflux(case, case.job.xflux, gpu, form, html)
     stack = ""
@@ -98,7 +100,8 @@ def _elsewhere(case: Case) -> tuple[Case, str]:
     stack's, which is named."""
     packages, name = case.facts.packages, ""
     stack = next((one for one in reversed(case.matrix.stacks) if not one.is_cpu), None)
-    if not case.facts.gpus and stack is not None:
+    nodes = case.facts.host.device_nodes if case.facts.host else {}
+    if not any(_NODE.fullmatch(name) for name in nodes) and stack is not None:
         packages = {key: Package(key, pin.version, pin.build) for key, pin in stack.packages.items()}
         name = stack.name
     return dataclasses.replace(case, facts=msgspec.structs.replace(case.facts, host=None, packages=packages)), name

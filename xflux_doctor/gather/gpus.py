@@ -25,12 +25,12 @@ _NO_LIBRARY = "there is no NVIDIA driver library (libnvidia-ml.so.1) on this mac
 class NvmlReading:
     """What one visit to NVML brought. `error` is empty when `gpus` is complete."""
 
-    def __init__(self) -> None:
+    def __init__(self, error: str = "") -> None:
         self.driver: Driver | None = None
         self.gpus: tuple[Gpu, ...] | None = None
         self.lost: tuple[LostGpu, ...] = ()
         self.topology: Topology | None = None
-        self.error = ""
+        self.error = error
         self.start_seconds = 0.0
         self.seconds = 0.0
 
@@ -54,6 +54,25 @@ class Visit:
         late.error = f"NVML did not answer within {deadline:.0f} s: a GPU or the driver hangs"
         late.start_seconds, late.seconds = self._reading.start_seconds, deadline
         return late
+
+
+_AHEAD: list[Visit] = []
+"""A visit that was begun before its result was asked for."""
+
+
+def ahead() -> None:
+    """Begin a visit: while the command's modules load, the driver starts."""
+    _AHEAD[:] = [Visit()]
+
+
+def forget() -> None:
+    """What was begun is not asked for: a later look must see what is there by then."""
+    _AHEAD.clear()
+
+
+def visit() -> Visit:
+    """The one that was begun, else a new one."""
+    return _AHEAD.pop() if _AHEAD else Visit()
 
 
 def read(deadline: float = 10.0, root: Path = Path("/")) -> NvmlReading:

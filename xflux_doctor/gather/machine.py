@@ -16,23 +16,24 @@ from xflux_doctor.gather import environment, gpus, host, interpreter, packages, 
 
 def gather(
     python: str | None = None, package_names: tuple[str, ...] = (), known_torch: Container[tuple[str, str]] = (),
-    *, logs: bool = True,
+    *, logs: bool = True, cards: bool = True,
 ) -> Facts:  # fmt: skip
     """Look at the machine. `python` names the interpreter whose packages count.
 
     `known_torch`: pairs (version, build) whose GPU architectures the matrix knows. `logs`: whether the kernel's log is
-    read, which is the slowest of all on a machine that has long been up.
+    read, which is the slowest of all on a machine that has long been up. `cards`: whether the driver is asked, whose
+    start takes as long as all else where there are several.
     """
     timings: dict[str, float] = {}
     unknown: dict[str, str] = {}
-    asked = gpus.Visit()
+    asked = gpus.visit() if cards else None
     chosen = interpreter.python_facts(python)
 
     started = time.perf_counter()
     installed = packages.packages(chosen, package_names, os.environ, known_torch)
     timings["packages"] = time.perf_counter() - started
 
-    nvml = asked.result()
+    nvml = asked.result() if asked else gpus.NvmlReading("the GPUs were not asked for")
     timings["nvml"] = nvml.seconds
     timings["nvml_start"] = nvml.start_seconds
     if nvml.error:
