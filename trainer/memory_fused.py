@@ -247,14 +247,17 @@ class Curve:
     last block. A plan's search goes along it for hundreds of ways to hold the same blocks' weights."""
 
     def __init__(self, config: TrainConfig, spec: FluxSpec, growing: int, norms: Norms) -> None:
-        self._config, self._about = config, (spec, growing, norms)
+        self._config, self._spec, self._growing, self._norms = config, spec, growing, norms
         self._known: dict[int, int] = {}
 
     def __call__(self, count: int) -> int:
         found = self._known.get(count)
         if found is None:
             config = altered(self._config, gradient_checkpointing=count > 0, checkpointed_blocks=count)
-            found = self._known[count] = sum(sum(one.sizes) for one in moving(config, *self._about))
+            found = sum([term.bytes for term in _passing(config, self._spec, self._growing)])
+            if config.mode == "controlnet":
+                found += sum(_controlnet(config, self._spec, self._norms).sizes)
+            self._known[count] = found
         return found
 
 

@@ -184,7 +184,7 @@ def _linears(spec: FluxSpec) -> tuple[Linear, ...]:
              ("single_transformer_blocks", spec.single_blocks, spec._single()))  # fmt: skip
     for kind, count, layers in kinds:
         for index in range(count):
-            found += [linear._replace(name=f"{kind}.{index}.{linear.name}") for linear in layers]
+            found += [Linear(f"{kind}.{index}.{name}", *sizes) for name, *sizes in layers]
     return tuple(found)
 
 

@@ -6,6 +6,7 @@ X-Flux's adapters are fused: q, k and v of a stream have one `A` in common, and 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
@@ -112,14 +113,22 @@ def is_target(
 ) -> bool:
     """Whether the linear layer of that diffusers name gets an adapter. `None` means all blocks."""
     head, _, rest = name.partition(".")
+    number, _, inner = rest.partition(".")
     chosen = {"transformer_blocks": double_blocks, "single_transformer_blocks": single_blocks}.get(head)
-    if chosen is not None and int(rest.split(".")[0]) not in chosen:
+    if chosen is not None and int(number) not in chosen:
         return False
-    for ending in LORA_TARGETS[targets] if isinstance(targets, str) else targets:
+    if isinstance(targets, str) and head in BLOCKS.values():  # which block it is says nothing to a named set
+        return _ends(head, inner, LORA_TARGETS[targets])
+    return _ends(head, name, LORA_TARGETS[targets] if isinstance(targets, str) else tuple(targets))
+
+
+@functools.lru_cache(maxsize=1024)
+def _ends(head: str, path: str, endings: tuple[str, ...]) -> bool:
+    for ending in endings:
         kind, colon, bare = ending.rpartition(":")
         if colon and head != f"{kind}_transformer_blocks":
             continue
-        if bare == "*" or name == bare or name.endswith("." + bare):
+        if bare == "*" or path == bare or path.endswith("." + bare):
             return True
     return False
 

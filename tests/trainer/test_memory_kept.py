@@ -17,7 +17,7 @@ import random, sys
 from xflux_trainer import kept
 if sys.argv[1] == "plain":  # before the modules that use it are loaded
     kept.kept_by = lambda *settings: lambda function: function
-from xflux_trainer import memory, spec, timing
+from xflux_trainer import memory, memory_fused, spec, timing
 from xflux_trainer.config import TrainConfig
 draw = random.Random(11)
 for _ in range(400):
@@ -39,6 +39,11 @@ for _ in range(400):
     bill = memory.forecast(config, spec.FLUX_DEV, device="cuda", gpu_only=True, **shared)
     peak = memory.peak(config, spec.FLUX_DEV, **shared)
     assert (peak.allocated, peak.holes, peak.context) == (bill.gpu_allocated, bill.gpu_holes, bill.gpu_context)
+    passing = [term.bytes for term in bill.gpu if term.passing]
+    count = memory_fused.checkpointed(config, spec.FLUX_DEV)
+    ours = memory_fused.computes(config, strategy, "cuda", triton=shared["triton"])
+    if passing and ours and strategy in ("single", "ddp") and (count or not config.gradient_checkpointing):
+        assert memory.passing(config, spec.FLUX_DEV, **shared)(count) == sum(passing)
     try:
         step = timing.seconds_per_step(config, spec.FLUX_DEV, "NVIDIA H200", device="cuda", **shared)
     except timing.NoForecast as error:
