@@ -75,7 +75,7 @@ def test_what_plans_were_measured_at(row: dict[str, Any]) -> None:
     own = TUNED if row["mode"] == "finetune" else {"lora_targets": "diffusers"}
     config = settled({**WHOLE, **own, **row["plan"]["changes"]})
     made = forecast(config, FLUX_DEV, world_size=1, strategy="single", device="cuda", encoded=True)
-    held(made, made.host, row["host"][0]["phases"], near=0.03)
+    held(made, made.host, row["host"][0]["phases"], near=0.04)
 
 
 @pytest.mark.parametrize(("part", "name", "strategy", "own"), [
