@@ -121,6 +121,8 @@ def test_zero_where_only_that_fits(matrix: Matrix) -> None:
     small = machine(matrix, gpus=gpus("H100", 8, memory_total=between, memory_free=between))
     assert strategy.best(case(matrix, small, work), 8).strategy == "zero2"
     assert strategy.best(subject, 8).strategy == "ddp"
+    named = case(matrix, machine(matrix, gpus=None), work)  # a plan's cards, which are not here
+    assert strategy.best(named, 8, between).strategy == "zero2" and strategy.best(named, 8).strategy == "ddp"
 
 
 def test_a_whole_fine_tune_is_cut_up_where_only_that_fits(matrix: Matrix) -> None:

@@ -232,15 +232,16 @@ class TrainConfig:
     __slots__ = ("__dict__", "_family", "_hash")
 
     @property
-    def family(self) -> object:
+    def family(self) -> _Family:
         """The same object for all configs that differ in `VARIED` settings alone. Raises TypeError where a setting is
         of a type that has no hash."""
         try:
-            known: object = self._family
+            known: _Family = self._family
         except AttributeError:
             if len(_FAMILIES) >= _MOST_FAMILIES:
                 _FAMILIES.clear()
-            known = _FAMILIES.setdefault(_others_of(self), object())
+            others = _others_of(self)
+            known = _FAMILIES.setdefault(others, _Family(hash(others)))
             object.__setattr__(self, "_family", known)
         return known
 
@@ -254,12 +255,19 @@ class TrainConfig:
         try:
             known: int = self._hash
         except AttributeError:
-            known = hash((self.family, _varied_of(self)))
+            known = hash((self.family.hash, _varied_of(self)))
             object.__setattr__(self, "_hash", known)
         return known
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__
+
+
+class _Family:
+    """Equal is only itself; what is found by the configs themselves is so by the value of their other settings."""
+
+    def __init__(self, value: int) -> None:
+        self.hash = value
 
 
 VARIED = (
@@ -271,7 +279,7 @@ VARIED = (
 _VARIED = frozenset(VARIED)
 _varied_of = operator.attrgetter(*VARIED)
 _others_of = operator.attrgetter(*(name for name in TrainConfig.__dataclass_fields__ if name not in _VARIED))
-_FAMILIES: dict[Any, object] = {}
+_FAMILIES: dict[Any, _Family] = {}
 _MOST_FAMILIES = 4096
 
 

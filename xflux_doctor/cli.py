@@ -250,7 +250,7 @@ def run(
 @click.option("--html", metavar="FILE", help="Write the plan as a page as well, with its picture and the whole bill.")
 def plan(gpu: str | None, form: str, html: str | None, **options: Any) -> int:
     """The memory bill, the fastest plan that fits, and its alternatives."""
-    here = gpu is None and not options["facts"]
+    here = (gpu is None or options["launch"] is not None) and not options["facts"]
     return int(_command("plan", cards=here).run(inputs_of(options), gpu=gpu, form=form, html=html))
 
 

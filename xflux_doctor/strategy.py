@@ -38,8 +38,9 @@ class Choice(msgspec.Struct, frozen=True):
     because: str
 
 
-def best(case: Case, ranks: int) -> Choice:
-    """For so many ranks; without a training file for any LoRA."""
+def best(case: Case, ranks: int, room: int | None = None) -> Choice:
+    """For so many ranks; without a training file for any LoRA. `room`: bytes of each card, else those of this machine's
+    smallest."""
     if case.job.xflux is not None:
         return Choice("zero2", "without DeepSpeed X-Flux's script keeps the frozen model in fp32")
     if ranks <= 1:
@@ -47,7 +48,8 @@ def best(case: Case, ranks: int) -> Choice:
     found = {name: known for name in _FASTEST_FIRST if (known := bill(case, name, ranks)) is not None}
     if "ddp" not in found:
         return Choice("ddp", "for a LoRA the ranks share nothing but the adapters' gradients")
-    room = min((gpu.memory_total for gpu in case.facts.gpus or ()), default=None)
+    if room is None:
+        room = min((gpu.memory_total for gpu in case.facts.gpus or ()), default=None)
     if room is not None and not _fits(found["ddp"], room):
         choice = _sharded(case, {name: known for name, known in found.items() if done(case, name)}, room)
         if choice is not None:

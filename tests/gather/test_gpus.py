@@ -277,3 +277,20 @@ def test_a_plan_for_a_card_that_is_named_does_not_wait_for_the_driver(
     )  # fmt: skip
     assert done.returncode == 0 and json.loads(done.stdout)["plan"], done.stdout + done.stderr
     assert time.monotonic() - started < 9.5
+
+
+@needs_compiler
+@pytest.mark.parametrize("launch", ["torchrun --nproc-per-node=gpu train.py", "deepspeed train.py"])
+def test_a_launcher_that_counts_cards_is_told_of_those_here(
+    libraries: dict[str, Path], tmp_path: Path, launch: str
+) -> None:
+    """Though the plan is for cards of another name."""
+    (tmp_path / "train.yaml").write_text(json.dumps({"img_dir": str(tmp_path), "img_size": 1024}))
+    command = [sys.executable, "-m", "xflux_doctor.cli", "plan", "--gpu", "H100:80", "--format", "json"]
+    done = subprocess.run(
+        [*command, "--config", "train.yaml", "--launch", launch],
+        env={**environment(libraries["new"], "count 8\n", tmp_path), "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=60, cwd=tmp_path, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode in (0, 1) and not done.stderr, done.stderr
+    assert len(json.loads(done.stdout)["ranks"]) == 8

@@ -42,7 +42,9 @@ _HOPPER = 9
 
 def run(inputs: Inputs, *, gpu: str | None, form: str = "text", html: str | None = None) -> int:
     """Print the bill and the alternatives; exit 1 when none fits the card."""
-    case = build(inputs, matrices.load_with(inputs.matrix), to_run=False, cards=gpu is None)
+    # By how many cards there are here some launchers say how many ranks they start.
+    here = gpu is None or inputs.launch is not None
+    case = build(inputs, matrices.load_with(inputs.matrix), to_run=False, cards=here)
     if case.job.xflux is not None:
         return _xflux(case, case.job.xflux, gpu, form, html)
     stack = ""
@@ -79,7 +81,7 @@ def run(inputs: Inputs, *, gpu: str | None, form: str = "text", html: str | None
     for line in placement.lines(case):
         click.echo(line)
     _print(bill)
-    _strategies(case)
+    _strategies(case, cards)
     _duration(case, config, name)
     if not cards:
         click.echo("No GPU to hold it against: name one with --gpu NAME:GIB.")
@@ -90,7 +92,7 @@ def run(inputs: Inputs, *, gpu: str | None, form: str = "text", html: str | None
         click.echo(line)
     if stack:
         click.echo(f"Planned with the packages of stack {stack}; --facts FILE has those of a machine.")
-    if advice := faster_attention(case):
+    if advice := faster_attention(case, visible):
         click.echo(f"{advice}.")
     return 0 if fits else 1
 
@@ -101,7 +103,7 @@ def _elsewhere(case: Case) -> tuple[Case, str]:
     packages, name = case.facts.packages, ""
     stack = next((one for one in reversed(case.matrix.stacks) if not one.is_cpu), None)
     nodes = case.facts.host.device_nodes if case.facts.host else {}
-    if not any(_NODE.fullmatch(name) for name in nodes) and stack is not None:
+    if not any(_NODE.fullmatch(node) and state == "ok" for node, state in nodes.items()) and stack is not None:
         packages = {key: Package(key, pin.version, pin.build) for key, pin in stack.packages.items()}
         name = stack.name
     return dataclasses.replace(case, facts=msgspec.structs.replace(case.facts, host=None, packages=packages)), name
@@ -136,9 +138,9 @@ def _verdict(found: plansearch.Found, fitting: list[Row], sharing: str, *, ranks
         )
 
 
-def faster_attention(case: Case) -> str:
-    """Advice where the step could be faster by a package that is not installed; empty where it could not."""
-    train, cards = case.job.train, selected(case.facts.gpus or (), case.facts.environment, case.job.gpu_ids)
+def faster_attention(case: Case, cards: tuple[Gpu, ...]) -> str:
+    """Advice where the step could be faster on these cards by a package that is not installed; empty where not."""
+    train = case.job.train
     if train is None or not fused(case) or train.attention != "auto" or train.deterministic or case.job.use_cpu:
         return ""
     if case.facts.packages is None or plansearch.FLASH_4 in case.facts.packages or not cards:
@@ -245,13 +247,13 @@ def _duration(case: Case, config: TrainConfig, name: str) -> None:
     click.echo(f"about {step.seconds:.2f} s a step{ending} (± {step.error:.0%}) on {name}")
 
 
-def _strategies(case: Case) -> None:
+def _strategies(case: Case, cards: tuple[Card, ...]) -> None:
     """What sharding would change: for a LoRA next to nothing by ZeRO 1 and 2, which people learn after hours of it."""
     ranks = case.job.num_processes
     if ranks <= 1 or case.job.use_cpu:
         return
     click.echo(f"how {ranks} ranks share the work, while training, per GPU:")
-    choice = strategy.best(case, ranks)
+    choice = strategy.best(case, ranks, min((card.limit for card in cards), default=None))
     for name in ("ddp", "zero1", "zero2", "fsdp", "zero3"):
         found = strategy.bill(case, name, ranks) if name == case.job.strategy or strategy.done(case, name) else None
         if found is not None:

@@ -39,7 +39,7 @@ def within(seconds: float, calls: Mapping[str, Callable[[], T]]) -> dict[str, T]
     threads[0].start()
     threads[0].join(min(_PATIENCE, seconds))
     if waiting:  # something is slow, and must not hold up the others
-        threads += [threading.Thread(target=ask, daemon=True) for _ in list(waiting)]
+        threads += [threading.Thread(target=ask, daemon=True) for _ in range(len(waiting))]
         for thread in threads[1:]:
             thread.start()
     for thread in threads:
