@@ -28,7 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "probes.gpu_loads", "probes.gpu_attention", "probes.gpu_blocks", "probes.gpu",
         "probes.runner", "probes.reduction", "probes.signs", "probes.retry", "probes.each_gpu", "probes.outside",
         "probes.level",
-        "verdict", "check", "refused", "bill", "deep", "xflux_bill", "strategy", "plans", "hostroom",
+        "verdict", "check", "refused", "bill", "deep", "xflux_bill", "strategy", "plans", "hostroom", "steptime",
         "plansearch", "planner",
     ),
     ("checks.hardware", "checks.software", "checks.rules", "checks.packages", "checks.releases",

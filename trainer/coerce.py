@@ -29,9 +29,7 @@ def coerce(value: Any, hint: Any) -> Any:
         if value in args and isinstance(value, str):
             return value
         words = [arg for arg in args if isinstance(arg, str)]
-        import difflib  # for a misspelt word alone
-
-        near = difflib.get_close_matches(str(value), words, 1)
+        near = _near(str(value), words)
         raise Wrong(
             f"is {show(value)}",
             (f"Did you mean {near[0]}? " if near else "") + f"One of: {', '.join(words)}.",
@@ -83,10 +81,14 @@ def _scalar(value: Any, kind: type) -> Any:
     return (value if isinstance(value, int) else int(number)) if kind is int else number
 
 
-def nearest(key: str, names: Iterable[str]) -> str:
-    import difflib
+def _near(word: str, words: Iterable[str]) -> list[str]:
+    import difflib  # for a misspelt word alone
 
-    near = difflib.get_close_matches(key, [*names], 1, 0.6)
+    return difflib.get_close_matches(word, [*words], 1, 0.6)
+
+
+def nearest(key: str, names: Iterable[str]) -> str:
+    near = _near(key, names)
     return f"Did you mean {near[0]}?" if near else "Remove it."
 
 

@@ -7,22 +7,23 @@ U is one (tokens, hidden) tensor in the format of the products: 27 MiB at 1024 p
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.kept import kept_by
 from xflux_trainer.memory_diffusers import Norms, beside_controlnet, saved_per_block
 from xflux_trainer.memory_passes import Passed, gradients_so_far, parameters_by_block, turn
 from xflux_trainer.memory_terms import CUBLAS, Part, Term, dense, moments, part, width
-from xflux_trainer.savings import is_modulation, streamed_blocks
+from xflux_trainer.savings import KINDS, is_modulation, streamed_blocks
 from xflux_trainer.settings import altered
 from xflux_trainer.spec import FluxSpec, image_tokens
 from xflux_trainer.trained import Trained, controlnet, trained
 
+_T = TypeVar("_T")
 STREAMS = 3
 """Of a recording: the one that it is launched from, its own, and the one beside it."""
-SINGLE, DOUBLE = "single_transformer_blocks", "transformer_blocks"
+DOUBLE, SINGLE = KINDS
 ALIGNED, BURST = 8, 32
 """As in `extended`, which imports torch."""
 _QKV, _TEXT_QKV = ("attn.to_q", "attn.to_k", "attn.to_v"), ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
@@ -130,9 +131,8 @@ def activations(
 
 def moving(config: TrainConfig, spec: FluxSpec, growing: int, norms: Norms) -> tuple[Part, ...]:
     """Those that come and go with the passes."""
-    own = _through_blocks_fp8 if config.quantization == "fp8-dynamic" else _through_blocks
     beside = (_controlnet(config, spec, norms),) if config.mode == "controlnet" else ()
-    return (own(config, spec, growing), *beside)
+    return (_through_blocks(config, spec, growing), *beside)
 
 
 def still(config: TrainConfig, spec: FluxSpec, recorded: bool) -> tuple[Part, ...]:
@@ -140,17 +140,28 @@ def still(config: TrainConfig, spec: FluxSpec, recorded: bool) -> tuple[Part, ..
     return _products(config, spec, recorded), _ends(config, spec)
 
 
-def _passes(config: TrainConfig, spec: FluxSpec, growing: int) -> Part:
-    return part(_passing(config, spec, growing))
+def _kept_by_products(*settings: str) -> Callable[[Callable[..., _T]], Callable[..., _T]]:
+    """`kept_by` those; where products are in fp8 by how weights are held as well, which changes nothing of what passes
+    where they are multiplied in 16 bits."""
+
+    def keep(function: Callable[..., _T]) -> Callable[..., _T]:
+        usual, fp8 = kept_by(*settings)(function), kept_by(*settings, "quantization", "stream_blocks")(function)
+
+        @functools.wraps(function)
+        def found(config: TrainConfig, *values: Any) -> _T:
+            return (fp8 if config.quantization == "fp8-dynamic" else usual)(config, *values)
+
+        return found
+
+    return keep
 
 
-_READ = (
+@_kept_by_products(
     "img_size", "train_batch_size", "gradient_checkpointing", "checkpointed_blocks", "step_in_backward",
     "backward_clip", "optimizer",
 )  # fmt: skip
-_through_blocks = kept_by(*_READ)(_passes)
-"""How weights are held changes nothing where they are multiplied in 16 bits."""
-_through_blocks_fp8 = kept_by(*_READ, "quantization", "stream_blocks")(_passes)
+def _through_blocks(config: TrainConfig, spec: FluxSpec, growing: int) -> Part:
+    return part(_passing(config, spec, growing))
 
 
 def _passing(config: TrainConfig, spec: FluxSpec, growing: int) -> Iterator[Term]:
@@ -261,14 +272,9 @@ class Curve:
         return found
 
 
+@_kept_by_products("img_size", "train_batch_size", "step_in_backward", "backward_clip", "optimizer")
 def curve(config: TrainConfig, spec: FluxSpec, growing: int, norms: Norms) -> Curve:
-    own = _curve_fp8 if config.quantization == "fp8-dynamic" else _curve
-    return own(config, spec, growing, norms)
-
-
-_ONE = ("img_size", "train_batch_size", "step_in_backward", "backward_clip", "optimizer")
-_curve = kept_by(*_ONE)(Curve)
-_curve_fp8 = kept_by(*_ONE, "quantization", "stream_blocks")(Curve)
+    return Curve(config, spec, growing, norms)
 
 
 class _Ways:
@@ -298,14 +304,8 @@ def _mixed(ways: _Ways, again: int) -> tuple[Sequence[Passed], int]:
     return blocks, turn(blocks)
 
 
+@_kept_by_products("train_batch_size")
 def _ways(config: TrainConfig, spec: FluxSpec, tokens: int, growing: int) -> _Ways:
-    """Kept by what either way takes: which blocks are computed again is not in it, nor how weights are held where they
-    are multiplied in 16 bits."""
-    own = _either_way_fp8 if config.quantization == "fp8-dynamic" else _either_way
-    return own(config, spec, tokens, growing)
-
-
-def _both_ways(config: TrainConfig, spec: FluxSpec, tokens: int, growing: int) -> _Ways:
     what = trained(config, spec)
     rows = config.train_batch_size * tokens
     unit = rows * spec.hidden * width(config)
@@ -335,10 +335,6 @@ def _both_ways(config: TrainConfig, spec: FluxSpec, tokens: int, growing: int) -
             known[key] = one, Passed(int(kept * unit), more, checkpointed=True, grads=grads)
         found.append(known[key])
     return _Ways([one for one, _ in found], [other for _, other in found])
-
-
-_either_way = kept_by("train_batch_size")(_both_ways)
-_either_way_fp8 = kept_by("train_batch_size", "quantization", "stream_blocks")(_both_ways)
 
 
 class _Kind(NamedTuple):

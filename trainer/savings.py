@@ -131,10 +131,15 @@ def _by_unit(spec: FluxSpec) -> dict[tuple[str, str], list[Linear]]:
     return found
 
 
+def _counts(spec: FluxSpec) -> dict[str, int]:
+    """How many blocks of each kind there are."""
+    return dict(zip(KINDS, (spec.double_blocks, spec.single_blocks), strict=True))
+
+
 @functools.lru_cache(maxsize=16)
 def _rest(spec: FluxSpec, width: int) -> int:
     """Bytes of everything but the blocks' weights; their biases are in it."""
-    every = dict(zip(KINDS, (spec.double_blocks, spec.single_blocks), strict=True))
+    every = _counts(spec)
     weights = ((kind, layer.inputs * layer.outputs) for (kind, _), own in _by_unit(spec).items() for layer in own)
     return (spec.transformer_parameters - sum(every[kind] * size for kind, size in weights)) * width
 
@@ -145,14 +150,14 @@ def leaving(modulation: str, stream_blocks: int, spec: FluxSpec) -> dict[tuple[s
     names = streamed_blocks(spec.double_blocks, spec.single_blocks, stream_blocks)
     single = sum(name.startswith("single_") for name in names)
     streamed = dict(zip(KINDS, (len(names) - single, single), strict=True))
-    turned = dict(zip(KINDS, (spec.double_blocks, spec.single_blocks), strict=True)) if modulation == "stream" else {}
+    turned = _counts(spec) if modulation == "stream" else {}
     return {(kind, False): count for kind, count in streamed.items()} | {
         (kind, True): turned.get(kind, count) for kind, count in streamed.items()
     }
 
 
 def _held(modulation: str, stream_blocks: int, spec: FluxSpec, own: tuple[Unit, ...], rest: int) -> Held:
-    every = dict(zip(KINDS, (spec.double_blocks, spec.single_blocks), strict=True))
+    every = _counts(spec)
     gone = leaving(modulation, stream_blocks, spec)
     away = [(count, unit) for unit in own if (count := gone[unit.kind, unit.modulation])]
     host = sum(count * unit.bytes for count, unit in away)

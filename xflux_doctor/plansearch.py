@@ -24,15 +24,15 @@ from xflux_trainer.rules import between
 from xflux_trainer.timing_cards import card_of
 
 from xflux_doctor.batch import accumulation
-from xflux_doctor.bill import forecast_of, fused, has_triton, multiplies_fp8, sharing, spec_of
+from xflux_doctor.bill import forecast_of, fused, multiplies_fp8, sharing, spec_of
 from xflux_doctor.check import Case
 from xflux_doctor.facts import Gpu
 from xflux_doctor.hostroom import host_bill, host_room_of, pinned
 from xflux_doctor.plans import Card, Row, at_peak, describe, lossy_keys, recomputing
 from xflux_doctor.refused import refusals
+from xflux_doctor.steptime import timed
 from xflux_doctor.verdict import FITS, RESERVED, TIGHT, held
 
-FLASH_4 = "flash-attn-4"
 STAND_IN = "NVIDIA H100 80GB HBM3"
 """Whose times put the plans of a card that was never timed in order."""
 STREAMED = (0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 48, 57)
@@ -71,7 +71,7 @@ class Search:
         ranks = len(cards) or case.job.local_processes
         self.host = None if case.job.use_cpu else host_room_of(case, self.config, self.model, ranks)
         self.timed_by = self.name if card_of(self.name) else STAND_IN
-        self.shared, self.timed = sharing(case), _timed(case, self.timed_by)
+        self.shared, self.timed = sharing(case), timed(case, self.timed_by)
         self._needs: dict[TrainConfig, int] = {}
         self._orders: dict[TrainConfig, float] = {}
         self._recomputing: dict[tuple[TrainConfig, int], TrainConfig] = {}
@@ -415,32 +415,6 @@ class Search:
 
     def _label(self, config: TrainConfig) -> str:
         return describe(config, self.config, self.model.double_blocks + self.model.single_blocks)
-
-
-def step_time(case: Case, config: TrainConfig, model: Any, name: str) -> timing.Forecast | None:
-    """The time of a step on a card of that name; None where there is no forecast of it."""
-    try:
-        return timing.seconds_per_step(config, model, name, **_timed(case, name))
-    except timing.NoForecast:
-        return None
-
-
-def _timed(case: Case, name: str) -> dict[str, Any]:
-    """What the time of a step depends on beside its settings."""
-    return {
-        "world_size": max(1, case.job.num_processes),
-        "strategy": case.job.strategy,
-        "device": "cuda",
-        "triton": has_triton(case),
-        "flash4": FLASH_4 in (case.facts.packages or {}),
-        "rates": _rates(case, name),
-    }
-
-
-def _rates(case: Case, name: str) -> dict[str, float]:
-    """What the deep level measured, where it was on cards of that name."""
-    probes = case.facts.gpu_probes or ()
-    return case.facts.speeds if probes and all(probe.name == name for probe in probes) else {}
 
 
 def order_of(row: Row) -> float:

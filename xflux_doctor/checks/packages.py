@@ -16,6 +16,7 @@ from xflux_doctor.facts import Package
 from xflux_doctor.finding import Edit, Finding, error, warning
 from xflux_doctor.pins import version_of
 from xflux_doctor.refused import ALL_OR_NONE
+from xflux_doctor.steptime import FLASH_4
 from xflux_doctor.visible import selected
 
 _INSTALL = "xflux-doctor fix --install"
@@ -238,7 +239,6 @@ def formats_installed(case: Case) -> Iterator[Finding]:
         )
 
 
-FLASH_4 = "flash-attn-4"
 _HOPPER = (9, 0)
 
 

@@ -16,7 +16,7 @@ from xflux_trainer import memory, timing
 from xflux_trainer.config import TrainConfig
 
 from xflux_doctor import matrix as matrices
-from xflux_doctor import planner, plansearch, strategy, xflux_bill
+from xflux_doctor import planner, plansearch, steptime, strategy, xflux_bill
 from xflux_doctor.batch import accumulation
 from xflux_doctor.bill import dataset, fused, need, spec_of
 from xflux_doctor.check import Case, SkipCheck
@@ -143,12 +143,12 @@ def faster_attention(case: Case, cards: tuple[Gpu, ...]) -> str:
     train = case.job.train
     if train is None or not fused(case) or train.attention != "auto" or train.deterministic or case.job.use_cpu:
         return ""
-    if case.facts.packages is None or plansearch.FLASH_4 in case.facts.packages or not cards:
+    if case.facts.packages is None or steptime.FLASH_4 in case.facts.packages or not cards:
         return ""
     if any(gpu.capability[0] != _HOPPER for gpu in cards):
         return ""
-    how = f"with it (pip install {plansearch.FLASH_4}) a step takes 25 to 30 % less time"
-    return f"{plansearch.FLASH_4} is not installed: {how} on {cards[0].name}"
+    how = f"with it (pip install {steptime.FLASH_4}) a step takes 25 to 30 % less time"
+    return f"{steptime.FLASH_4} is not installed: {how} on {cards[0].name}"
 
 
 def _page(
@@ -238,7 +238,7 @@ def _duration(case: Case, config: TrainConfig, name: str) -> None:
     if not name or job.use_cpu or job.offloads or job.num_machines > 1:
         return
     asked = dataclasses.replace(config, gradient_accumulation_steps=accumulation(job))
-    step = plansearch.step_time(case, asked, spec_of(case), name)
+    step = steptime.step_time(case, asked, spec_of(case), name)
     if step is None:
         return
     images = 0 if config.repeats else dataset(case).count  # how many repeats there are only a walk by folders says

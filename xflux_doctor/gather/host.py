@@ -23,7 +23,7 @@ def host_facts(root: Path = Path("/")) -> Host:
     """Read the host below `root` (another root is for recorded trees)."""
     base, system = str(root).rstrip("/"), os.uname()
     memory = _meminfo(base)
-    shm = _statvfs(f"{base}/dev/shm")  # noqa: S108
+    shm = _statvfs(f"{base}/dev/shm")  # noqa: S108 - looked at, not written to
     groups = _cgroup_folders(base)
     quota = _cpu_quota(groups)
     limit, held = _memory_limit(groups)
@@ -192,16 +192,16 @@ def _listed(folder: str) -> list[str]:
 
 
 def _is_folder(path: str) -> bool:
-    return os.path.isdir(path)  # noqa: PTH112
+    return os.path.isdir(path)  # noqa: PTH112 - places are text here
 
 
 def _is_there(path: str) -> bool:
-    return os.path.exists(path)  # noqa: PTH110
+    return os.path.exists(path)  # noqa: PTH110 - places are text here
 
 
 def _read(path: str) -> str:
     try:
-        with open(path, "rb", buffering=0) as file:  # noqa: PTH123
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - places are text here
             return file.read().decode("utf-8", "replace")
     except OSError:
         return ""

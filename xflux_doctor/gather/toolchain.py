@@ -91,8 +91,8 @@ def _gcc_version(cxx: str, root: Path) -> str:
 def _has_headers(python: PythonFacts) -> bool:
     minor = ".".join(python.version.split(".")[:2])
     if python.executable == sys.executable:
-        usual = f"{sys.base_prefix}/include/python{minor}{getattr(sys, 'abiflags', '')}/Python.h"
-        if os.path.isfile(usual):  # noqa: PTH113
+        usual = Path(sys.base_prefix, "include", f"python{minor}{getattr(sys, 'abiflags', '')}", "Python.h")
+        if usual.is_file():
             return True
         sysconfig: Any = importlib.import_module("sysconfig")  # its data take 2 ms
         return (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file()
