@@ -12,7 +12,8 @@ from conftest import ROOT
 
 # Floors from the ground up; inside a floor, a module may import those listed before it.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "files", "redact", "facts", "finding", "conditions", "matrix_types", "matrix_lint", "matrix", "choose",
+    ("errors", "files", "redact", "facts", "versions", "finding", "conditions", "matrix_types", "matrix_lint", "matrix",
+     "choose",
      "pins", "accelerate_sections", "accelerate_keys", "known_variables", "visible", "xflux_scripts",
      "xflux_config", "xflux_images", "xflux", "shellwords", "command", "deepspeed_keys", "deepspeed_file", "job",
      "cluster", "placement", "batch", "launched", "topology", "floors", "install_room"),

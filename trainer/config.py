@@ -8,10 +8,13 @@ relative to the working folder, as in X-Flux.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, get_type_hints
 
 import yaml
+from xflux_trainer import settings
 from xflux_trainer.coerce import Wrong, coerce, nearest, show
 from xflux_trainer.errors import ConfigError, Problem
 from xflux_trainer.rules import between, notes_on, out_of_range
@@ -49,11 +52,11 @@ def load_with_notes(path: str | Path) -> tuple[TrainConfig, tuple[str, ...]]:
     data, problems, notes = _flatten(raw)
     if "mode" not in data:
         notes += _xflux_mode(Path(path).name, raw, data)
-    hints = get_type_hints(TrainConfig)
+    hints = _hints(data)
     values: dict[str, Any] = {}
     for key, (shown, value) in data.items():
         if key not in hints:
-            problems.append(Problem(shown, "is not a key of the train config", nearest(key, hints)))
+            problems.append(Problem(shown, "is not a key of the train config", nearest(key, _KEYS)))
             continue
         try:
             values[key] = _SPECIAL[key](value) if key in _SPECIAL else coerce(value, hints[key])
@@ -87,6 +90,16 @@ def to_yaml(config: TrainConfig) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=110)
 
 
+_KEYS: dict[str, Any] = TrainConfig.__dataclass_fields__
+
+
+def _hints(keys: Iterable[str]) -> dict[str, Any]:
+    """{key: its type} of those that the config has. Types are written as text, and evaluating all takes as long as
+    reading the file."""
+    written = SimpleNamespace(__annotations__={key: _KEYS[key].type for key in keys if key in _KEYS})
+    return get_type_hints(written, vars(settings))
+
+
 def _flatten(raw: dict[Any, Any]) -> tuple[dict[str, tuple[str, Any]], list[Problem], list[str]]:
     """{key: (the key as the file shows it, value)}; `data_config` is laid over the top level, as X-Flux reads it."""
     problems: list[Problem] = []
@@ -101,7 +114,7 @@ def _flatten(raw: dict[Any, Any]) -> tuple[dict[str, tuple[str, Any]], list[Prob
         return data, problems, notes
     for key, value in ((str(key), value) for key, value in nested.items()):
         if key not in DATA_CONFIG:
-            hint = "Move it out of data_config." if key in get_type_hints(TrainConfig) else nearest(key, DATA_CONFIG)
+            hint = "Move it out of data_config." if key in _KEYS else nearest(key, DATA_CONFIG)
             problems.append(Problem(f"data_config.{key}", "is not a key of data_config", hint))
             continue
         if key in data and data[key][1] != value:

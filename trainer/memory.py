@@ -231,10 +231,10 @@ def _compute_parts(
     """The terms of the device that computes, phase by phase."""
     about = _about(config, spec, world_size, strategy, offload, device, triton=triton)
     apart = about.recorded and config.gradient_accumulation_steps > 1
-    lying, sent, beside = _placed(
-        config, spec, world_size, strategy, reshard, offload, about.growing, about.fused, apart
-    )
-    own = about.own
+    lying, sent = _placed(config, spec, world_size, strategy, reshard, about.growing)
+    # What stands beside quantised weights is the same wherever these lie.
+    standing = _beside_whole if config.quantization == "none" else _beside_quantised
+    own, beside = about.own, standing(config, spec, strategy, offload, about.fused, apart)
     step = _step(config, spec, about, sent, cut=strategy == "fsdp", norms=norms)
     drawing = () if config.disable_sampling else (_drawing(config, spec, own.drawing + beside.drawing),)
     return (about.encoding, lying, own.all, beside.all, own.load, beside.load, about.quantised, *step, *drawing)
@@ -282,16 +282,24 @@ def _fixed(
 
 @kept_by("quantization", "modulation", "stream_blocks", "weight_update")
 def _placed(
-    config: TrainConfig, spec: FluxSpec, world_size: int, strategy: str, reshard: bool, offload: frozenset[str],
-    growing: bool, fused: bool, apart: bool,
-) -> tuple[Part, tuple[Term, ...], _Stays]:  # fmt: skip
-    """The transformer as it lies there; where gradients grow what ranks send each other of it, apart; and what stands
-    beside its weights."""
+    config: TrainConfig, spec: FluxSpec, world_size: int, strategy: str, reshard: bool, growing: bool
+) -> tuple[Part, tuple[Term, ...]]:
+    """The transformer as it lies there; where gradients grow what ranks send each other of it, apart."""
     phases = ("load", "train") if config.disable_sampling else ("load", "train", "sample")
-    terms = [term for phase in phases for term in weights(config, spec, world_size, strategy, phase, reshard=reshard)]
+    terms = weights(config, spec, world_size, strategy, phases, reshard=reshard)
     sent = tuple(term for term in terms if term.passing) if growing else ()
-    beside = memory_fused.copies(config, spec, apart=apart) if fused else ()
-    return part(term for term in terms if term not in sent), sent, _stays(beside, strategy, offload)
+    return part([term for term in terms if term not in sent]), sent
+
+
+def _beside(
+    config: TrainConfig, spec: FluxSpec, strategy: str, offload: frozenset[str], fused: bool, apart: bool
+) -> _Stays:
+    """What stands beside the transformer's weights."""
+    return _stays(memory_fused.copies(config, spec, apart=apart) if fused else (), strategy, offload)
+
+
+_beside_whole = kept_by("stream_blocks")(_beside)
+_beside_quantised = kept_by("quantization")(_beside)
 
 
 def _encoding(config: TrainConfig, spec: FluxSpec) -> Iterator[Term]:

@@ -7,13 +7,14 @@ U is one (tokens, hidden) tensor in the format of the products: 27 MiB at 1024 p
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.kept import kept_by
 from xflux_trainer.memory_diffusers import Norms, beside_controlnet, saved_per_block
-from xflux_trainer.memory_passes import Passed, gradients_so_far, parameters_by_block, turn
+from xflux_trainer.memory_passes import Passed, gradients_so_far, parameters_by_block
 from xflux_trainer.memory_terms import CUBLAS, Part, Term, dense, moments, part, width
 from xflux_trainer.savings import KINDS, is_modulation, streamed_blocks
 from xflux_trainer.settings import altered
@@ -166,13 +167,11 @@ def _through_blocks(config: TrainConfig, spec: FluxSpec, growing: int) -> Part:
 
 def _passing(config: TrainConfig, spec: FluxSpec, growing: int) -> Iterator[Term]:
     tokens = _tokens(config)
-    unit = _unit(config, spec)
     shape = f"{config.train_batch_size} x {tokens} tokens"
     blocks, turning = _blocks(config, spec, tokens, growing)
     if not blocks:
         return
-    images = unit // tokens * (tokens - config.max_text_tokens)
-    number, last, needed = _fullest(config, spec, blocks, turning, images)
+    number, last, needed = _fullest(config, spec, blocks, turning, _images(config, spec))
     there = blocks[: last + 1]
     inputs = [block.kept for block in there if block.checkpointed]
     whole = [block.kept for block in there if not block.checkpointed]
@@ -197,6 +196,12 @@ def _unit(config: TrainConfig, spec: FluxSpec) -> int:
     return config.train_batch_size * _tokens(config) * spec.hidden * width(config)
 
 
+def _images(config: TrainConfig, spec: FluxSpec) -> int:
+    """U of the images' tokens."""
+    tokens = _tokens(config)
+    return _unit(config, spec) // tokens * (tokens - config.max_text_tokens)
+
+
 @kept_by("img_size", "train_batch_size")
 def _ends(config: TrainConfig, spec: FluxSpec) -> Part:
     """Before the first block and behind the last one."""
@@ -216,7 +221,7 @@ def _fullest(
     the blocks. Where the norm of the step before is used, that is the first step, which finds no optimizer's moments.
     """
     needed = blocks[number].needed
-    if not config.step_in_backward or not config.max_grad_norm or config.backward_clip == "tensor":
+    if not _norm_in_backward(config):
         return number, number, needed
     what = trained(config, spec)
     largest = max(range(len(blocks)), key=lambda each: blocks[each].needed)
@@ -226,6 +231,11 @@ def _fullest(
     first = blocks[largest].needed + behind - int(absent)
     more = sum(block.kept for block in blocks[number + 1 :])
     return (largest, len(blocks) - 1, first) if first + more > needed else (number, number, needed)
+
+
+def _norm_in_backward(config: TrainConfig) -> bool:
+    """Whether weights are stepped in the backward pass, by the norm of all gradients."""
+    return config.step_in_backward and config.max_grad_norm > 0 and config.backward_clip != "tensor"
 
 
 @kept_by("img_size", "train_batch_size", "gradient_checkpointing")
@@ -258,18 +268,31 @@ class Curve:
     last block. A plan's search goes along it for hundreds of ways to hold the same blocks' weights."""
 
     def __init__(self, config: TrainConfig, spec: FluxSpec, growing: int, norms: Norms) -> None:
-        self._config, self._spec, self._growing, self._norms = config, spec, growing, norms
+        self._config, self._spec = config, spec
+        self._ways = _ways(config, spec, _tokens(config), growing)
+        self._before = _before(spec, self._ways)
+        self._beside = (0, 0)
+        """Bytes of a ControlNet where none computes again, and where some do."""
+        if config.mode == "controlnet":
+            kinds = (altered(config, gradient_checkpointing=again) for again in (False, True))
+            self._beside = tuple(sum(_controlnet(kind, spec, norms).sizes) for kind in kinds)
         self._known: dict[int, int] = {}
 
     def __call__(self, count: int) -> int:
         found = self._known.get(count)
         if found is None:
-            config = altered(self._config, gradient_checkpointing=count > 0, checkpointed_blocks=count)
-            found = sum([term.bytes for term in _passing(config, self._spec, self._growing)])
-            if config.mode == "controlnet":
-                found += sum(_controlnet(config, self._spec, self._norms).sizes)
-            self._known[count] = found
+            again = min(max(0, count - self._before), len(self._ways.whole))
+            found = self._known[count] = self._through(again) + self._beside[count > 0]
         return found
+
+    def _through(self, again: int) -> int:
+        ways, config = self._ways, self._config
+        if not ways.whole or not _norm_in_backward(config):
+            return ways.most(again)
+        blocks, turning = _mixed(ways, again)
+        number, last, needed = _fullest(config, self._spec, blocks, turning, _images(config, self._spec))
+        kept, gradients = (block.kept for block in blocks[: last + 1]), (block.grads for block in blocks[number:])
+        return sum(kept) + needed + sum(gradients)
 
 
 @_kept_by_products("img_size", "train_batch_size", "step_in_backward", "backward_clip", "optimizer")
@@ -286,22 +309,55 @@ class _Ways:
         """Where it keeps what it needs."""
         self.inputs = inputs
         """Where it keeps its inputs alone."""
+        # What `memory_passes.turn` adds up, once for all numbers of blocks that are computed again.
+        gone = list(itertools.accumulate([one.grads for one in whole], initial=0))
+        self._kept, there = [], []
+        for some in (whole, inputs):
+            kept = list(itertools.accumulate([one.kept for one in some], initial=0))
+            self._kept.append(kept)
+            steps = zip(kept[1:], some, gone, range(len(some)), strict=False)
+            there.append([(sofar + one.needed + gone[-1] - left, -k) for sofar, one, left, k in steps])
+        self._later = [*itertools.accumulate(reversed(there[0]), max)][::-1]
+        """From each block on the most that is there in a backward pass where all keep what they need, and which it is,
+        as a negative number: of equals the first."""
+        self._first = [*itertools.accumulate(there[1], max)]
+        """Up to each block the same where all keep their inputs alone."""
+
+    def most(self, again: int) -> int:
+        """The most that is there in a block's backward pass where the first so many are computed again, in bytes."""
+        return self._most(again)[0]
+
+    def turn(self, again: int) -> int:
+        """`memory_passes.turn` of the same."""
+        return -self._most(again)[1]
+
+    def _most(self, again: int) -> tuple[int, int]:
+        found = [(0, 0)] if not self.whole else []
+        if again:
+            found.append(self._first[again - 1])
+        if again < len(self.whole):
+            there, number = self._later[again]
+            kept = self._kept[1][again] - self._kept[0][again]
+            found.append((there + kept, number))
+        return max(found)
+
+
+def _before(spec: FluxSpec, ways: _Ways) -> int:
+    """Blocks before the first one that a gradient passes through: they keep nothing, computed again or not."""
+    return spec.double_blocks + spec.single_blocks - len(ways.whole)
 
 
 def _blocks(config: TrainConfig, spec: FluxSpec, tokens: int, growing: int = 0) -> tuple[Sequence[Passed], int]:
     """The blocks from the first one that a gradient passes through, and in whose backward pass most is there."""
     ways = _ways(config, spec, tokens, growing)
-    # Those before the first one keep nothing, computed again or not.
-    before = spec.double_blocks + spec.single_blocks - len(ways.whole)
-    return _mixed(ways, max(0, checkpointed(config, spec) - before))
+    return _mixed(ways, max(0, checkpointed(config, spec) - _before(spec, ways)))
 
 
 @functools.lru_cache(maxsize=1024)
 def _mixed(ways: _Ways, again: int) -> tuple[Sequence[Passed], int]:
     """The blocks where the first so many are computed again, and in whose backward pass most is there. Kept: a plan's
     search asks for the same ones, whose weights are held in other ways."""
-    blocks = [*ways.inputs[:again], *ways.whole[again:]]
-    return blocks, turn(blocks)
+    return [*ways.inputs[:again], *ways.whole[again:]], ways.turn(again)
 
 
 @_kept_by_products("train_batch_size")
@@ -311,7 +367,7 @@ def _ways(config: TrainConfig, spec: FluxSpec, tokens: int, growing: int) -> _Wa
     unit = rows * spec.hidden * width(config)
     lse = rows * spec.heads * 4
     dynamic, weights, wide = config.quantization == "fp8-dynamic", config.mode == "finetune", 4 / width(config)
-    streamed = streamed_blocks(spec.double_blocks, spec.single_blocks, config.stream_blocks)
+    streamed = frozenset(streamed_blocks(spec.double_blocks, spec.single_blocks, config.stream_blocks))
     time, kinds, blocks = _by_block(what, spec)
     reached = time or not what.layers.isdisjoint(("x_embedder", "context_embedder")) or config.mode == "controlnet"
     sizes = parameters_by_block(config, spec) if growing else {}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import operator
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -27,14 +29,15 @@ class Passed(NamedTuple):
 
 def turn(blocks: Sequence[Passed]) -> int:
     """The block in whose backward pass most is there: what later ones kept is gone, and their gradients are there."""
-    there = sum([block.grads for block in blocks])
-    most, found = -1, 0
-    for number, (kept, needed, _, grads) in enumerate(blocks):
-        there += kept
-        if there + needed > most:
-            most, found = there + needed, number
-        there -= grads
-    return found
+    if not blocks:
+        return 0
+    kept, needed, _, grads = zip(*blocks, strict=True)
+    there = itertools.accumulate(kept, initial=sum(grads))
+    next(there)
+    if any(grads):
+        there = map(operator.sub, there, itertools.accumulate(grads, initial=0))
+    sums = list(map(operator.add, there, needed))
+    return sums.index(max(sums))
 
 
 def gradients_so_far(blocks: Sequence[Passed], number: int, *, cut: bool = False) -> Iterator[Term]:

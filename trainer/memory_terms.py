@@ -68,10 +68,10 @@ def width(config: TrainConfig) -> int:
 
 
 def weights(
-    config: TrainConfig, spec: FluxSpec, world_size: int, strategy: str, phase: str, *, reshard: bool = True
-) -> Iterator[Term]:
-    """The frozen or trained transformer as it lies on the device. `reshard`: whether FSDP2's blocks are cut up again
-    after the forward pass."""
+    config: TrainConfig, spec: FluxSpec, world_size: int, strategy: str, phases: Iterable[str], *, reshard: bool = True
+) -> list[Term]:
+    """The frozen or trained transformer as it lies on the device in these phases. `reshard`: whether FSDP2's blocks are
+    cut up again after the forward pass."""
     size = width(config)
     base = held(config, spec, size)
     total, why = base.device, f"{spec.transformer_parameters:,} parameters, {size} bytes each"
@@ -81,8 +81,18 @@ def weights(
     if base.host:
         why += f"; {base.host / MIB:,.0f} MiB wait in host memory, {base.slots / MIB:,.0f} are room for what arrives"
     if strategy not in ("zero3", "fsdp") or world_size == 1:
-        yield Term(TRANSFORMER, total, phase, why)
-        return
+        return [Term(TRANSFORMER, total, phase, why) for phase in phases]
+    lying = Term(TRANSFORMER, total, "", why)
+    return [
+        term for phase in phases for term in _cut_up(config, spec, world_size, strategy, phase, lying, reshard=reshard)
+    ]
+
+
+def _cut_up(
+    config: TrainConfig, spec: FluxSpec, world_size: int, strategy: str, phase: str, lying: Term, *, reshard: bool
+) -> Iterator[Term]:
+    """Of what lies there in one phase a rank's share, and what is whole while it computes."""
+    size, total, why = width(config), lying.bytes, lying.why
     if strategy == "fsdp" and phase == "load" and config.mode == "finetune" and not cut_as_loaded(config):
         yield Term(TRANSFORMER, total, phase, f"{why}; whole until all of it is there, since a part is trained")
         return

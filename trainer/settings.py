@@ -12,8 +12,8 @@ PATCH = 16
 """Pixels on a side of one image token: the VAE's 8 times the 2 of a latent patch."""
 
 
-# What dataclass would write of eq and repr is compiled anew at each start of the doctor.
-@dataclass(frozen=True, eq=False, repr=False)
+# What dataclass would write of init, eq and repr is compiled anew at each start of the doctor.
+@dataclass(frozen=True, init=False, eq=False, repr=False)
 class TrainConfig:
     """Everything that one training run is told. Names and meanings are X-Flux's where it has the key."""
 
@@ -202,6 +202,11 @@ class TrainConfig:
     push_to_hub: str | None = None
     """Hub repository that the result is uploaded to at the end, made private if it is new; null: none."""
 
+    def __init__(self, img_dir: str, **settings: Any) -> None:
+        if unknown := settings.keys() - _DEFAULTS.keys():
+            raise TypeError(f"TrainConfig has no setting {', '.join(sorted(unknown))}")
+        self.__dict__.update({"img_dir": img_dir, **_DEFAULTS, **settings})
+
     @property
     def base_model(self) -> str:
         """The folder or hub id of the base model."""
@@ -270,6 +275,9 @@ class _Family:
         self.hash = value
 
 
+_DEFAULTS: dict[str, Any] = {name: one.default for name, one in TrainConfig.__dataclass_fields__.items()}
+del _DEFAULTS["img_dir"]
+"""Of all settings but the one that has none."""
 VARIED = (
     "img_size", "train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "checkpointed_blocks",
     "cuda_graphs", "quantization", "modulation", "stream_blocks", "optimizer", "step_in_backward", "backward_clip",

@@ -154,13 +154,7 @@ class FluxSpec:
 
     def forward_flops(self, image_tokens: int, text_tokens: int = 512) -> float:
         """FLOPs of one forward pass of one image; a multiply and an add are two."""
-        tokens = image_tokens + text_tokens
-        blocks = self.double_blocks + self.single_blocks
-        # A double block sends every token through one of its two streams, so it costs what a single one costs.
-        per_block = 2 * tokens * (4 * self.hidden**2 + 2 * self.hidden * self.mlp)
-        attention = 4 * tokens**2 * self.hidden
-        ends = 2 * self.hidden * (text_tokens * self.text_dim + 2 * image_tokens * self.in_channels)
-        return float(blocks * (per_block + attention) + ends + _vectors(self))
+        return _forward_flops(self, image_tokens, text_tokens)
 
     def step_flops(self, image_tokens: int, text_tokens: int = 512, *, checkpointing: bool) -> float:
         """FLOPs that one adapter step executes: forward, input gradients, attention's backward (2.5 forwards)."""
@@ -170,10 +164,16 @@ class FluxSpec:
         return forward * (2 if checkpointing else 1) + (forward - attention) + 2.5 * attention
 
 
-@functools.lru_cache(maxsize=16)
-def _vectors(spec: FluxSpec) -> int:
-    """FLOPs of the layers that see one vector of an image."""
-    return 2 * sum(linear.inputs * linear.outputs for linear in spec.linears() if not linear.per_token)
+@functools.lru_cache(maxsize=64)
+def _forward_flops(spec: FluxSpec, image_tokens: int, text_tokens: int) -> float:
+    tokens, blocks = image_tokens + text_tokens, spec.double_blocks + spec.single_blocks
+    # A double block sends every token through one of its two streams, so it costs what a single one costs.
+    per_block = 2 * tokens * (4 * spec.hidden**2 + 2 * spec.hidden * spec.mlp)
+    attention = 4 * tokens**2 * spec.hidden
+    ends = 2 * spec.hidden * (text_tokens * spec.text_dim + 2 * image_tokens * spec.in_channels)
+    # Some layers see one vector of an image.
+    vectors = 2 * sum(linear.inputs * linear.outputs for linear in spec.linears() if not linear.per_token)
+    return float(blocks * (per_block + attention) + ends + vectors)
 
 
 @functools.lru_cache(maxsize=16)

@@ -19,7 +19,7 @@ from xflux_trainer.kept import kept_by
 from xflux_trainer.memory_terms import narrow, width
 from xflux_trainer.spec import FluxSpec
 from xflux_trainer.timing_cards import card_of, measured
-from xflux_trainer.timing_terms import NONE, WHY, Job, arriving, backward, forward, shapes, words, work
+from xflux_trainer.timing_terms import NONE, WHY, Job, backward, forward, shapes, words, work
 from xflux_trainer.trained import trained
 
 LAUNCH = 0.045e-3
@@ -119,9 +119,9 @@ def _micro_step(job: Job, side: int) -> tuple[float, ...]:
     busy = sum(ahead), sum(behind)
     first = busy[1] + _read(job) if _measures(job) else 0.0
     late = 0.0
-    if (arrives := arriving(job)) != NONE:
+    if (arrives := job.held.arriving) != NONE:
         link = job.card.link * 1e9
-        late = sum(max(0.0, size / link - time) for size, time in zip(arrives, busy, strict=True))
+        late = max(0.0, arrives[0] / link - busy[0]) + max(0.0, arrives[1] / link - busy[1])
     host = 0.0
     if not job.recorded:
         launching = _launches(job) * LAUNCH
@@ -138,7 +138,7 @@ def _told(job: Job, found: Iterable[float]) -> list[Term]:
 
 def _reasons(job: Job) -> dict[str, str]:
     """The words for it, by name."""
-    names, gigabytes = words(job), sum(arriving(job)) / 1e9
+    names, gigabytes = words(job), sum(job.held.arriving) / 1e9
     found = {name: why.format(**names) for name, why in WHY.items()}
     found[MEASURING] = "a backward pass before the one that steps: backward_clip is exact"
     found[LINK] = f"{gigabytes:.1f} GB come from the host at {job.card.link} GB/s, longer than the passes compute"
@@ -161,14 +161,14 @@ def _read(job: Job) -> float:
 
 def _launches(job: Job) -> int:
     """Kernels that the host launches in one pass, forward and backward."""
-    count, tensors = 0, 2 * len(job.shapes)  # weights of several dimensions and their biases
-    twice = 1 + _measures(job)
+    count, twice = job.held.launches, 1 + _measures(job)
     for kind, blocks, recomputed in job.kinds:
         ahead, behind, again = kind.launches
         count += blocks * (ahead + twice * behind) + twice * recomputed * again
     if job.config.step_in_backward:
+        tensors = 2 * len(job.shapes)  # weights of several dimensions and their biases
         count += (STEP_LAUNCHES[job.config.optimizer] + _measures(job) * NORM_LAUNCHES) * tensors
-    return count + job.extra_launches
+    return count
 
 
 @kept_by("optimizer", "step_in_backward", "weight_update", "gradient_accumulation_steps")

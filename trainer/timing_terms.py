@@ -71,16 +71,10 @@ class Job:
         self.kinds = _kinds(config, spec, self.fused)
         """The cost of a block, how many of them there are, and how many are computed again."""
         _, self.blocks, self.again = self.kinds[0]
-        self.streamed = min(config.stream_blocks, self.blocks) / self.blocks
         self.backend = _backend(config, card, fused=self.fused, flash4=flash4)
         self.memory, self.attention = card.memory * 1e9, card.attention[self.backend] * 1e12
         """Bytes and FLOPs a second."""
-        # What arrives is multiplied in 16 bits.
-        self.fp8 = 1 - self.streamed if config.quantization == "fp8-dynamic" else 0.0
-        """Share of the blocks whose products are in fp8."""
-        self.more = FP8 * self.blocks * (1 - self.streamed) if config.quantization == "fp8-dynamic" else 0
-        """U more of all blocks for that, in both directions."""
-        self.dense, self.modulation = _dense(self), _modulation_width(self)
+        self.held = _held(config, spec, self.fused)
         self.matrices = _matrices(spec)
         """Numbers in the blocks' weights: those of the products, and the modulation's."""
 
@@ -89,16 +83,44 @@ class Job:
         """Of what is trained."""
         return shapes(self.config, self.spec, self.what)
 
-    @property
-    def extra_launches(self) -> int:
-        """Launches of a step beside those of the blocks' own kernels."""
-        config, dynamic = self.config, self.config.quantization == "fp8-dynamic"
-        arriving = round(self.streamed * self.blocks)
-        count = arriving * (ARRIVES_FP8 if dynamic else ARRIVES)
-        count += (self.blocks - arriving) * TURNS * (config.modulation == "stream")
-        if self.fused and config.quantization != "none" and not dynamic:  # diffusers' products do it in fewer
-            count += self.blocks * MAKES_DENSE
-        return count
+
+class _Held(NamedTuple):
+    """What follows for a step from how the base's weights are held."""
+
+    fp8: float
+    """Share of the blocks whose products are in fp8."""
+    more: float
+    """U more of all blocks for that, in both directions."""
+    dense: float
+    """Bytes moved to make one number of a product's weight dense."""
+    modulation: float
+    """Bytes moved for one number of the modulation in the forward pass."""
+    arriving: tuple[int, int]
+    """Bytes that cross the link in the forward and in the backward pass: the modulation comes once."""
+    launches: int
+    """Those of a step beside the blocks' own kernels."""
+
+
+@kept_by("quantization", "modulation", "stream_blocks")
+def _held(config: TrainConfig, spec: FluxSpec, fused: bool) -> _Held:
+    blocks, kind, dynamic = spec.double_blocks + spec.single_blocks, config.quantization, False
+    streamed = min(config.stream_blocks, blocks) / blocks
+    fp8, more, dense = 0.0, 0.0, float(DEQUANTISED.get(kind, 0))
+    if kind == "fp8-dynamic":  # what arrives is made dense, and multiplied in 16 bits
+        dynamic, fp8, more = True, 1 - streamed, FP8 * blocks * (1 - streamed)
+        dense *= streamed
+    modulation: float = width(config)
+    if kind != "none" and config.modulation == "quantize":
+        modulation = 1 if dynamic else DEQUANTISED[kind]  # fp8's few rows are multiplied as the weight lies
+    come = round(streamed * blocks)
+    count = come * (ARRIVES_FP8 if dynamic else ARRIVES)
+    count += (blocks - come) * TURNS * (config.modulation == "stream")
+    if fused and kind != "none" and not dynamic:  # diffusers' products do it in fewer
+        count += blocks * MAKES_DENSE
+    arrives = NONE
+    if config.stream_blocks or config.modulation == "stream":
+        arrives = _arriving(kind, config.modulation, config.stream_blocks, spec, width(config))
+    return _Held(fp8, more, dense, modulation, arrives, count)
 
 
 @functools.lru_cache(maxsize=16)
@@ -187,15 +209,19 @@ class Work(NamedTuple):
 
 def work(job: Job, side: int) -> Work:
     """`speed.step_flops` split up, and the sizes of what is moved, for images of `side` pixels squared."""
-    return _work(job.config, job.spec, job.fused, side)
+    batch = job.config.train_batch_size
+    ahead, behind, again, unit, low, high, units, starts = _work(job.config, job.spec, job.fused, side)
+    return Work(
+        (batch * ahead[0], batch * ahead[1]), (batch * behind[0], batch * behind[1]),
+        (batch * again[0], batch * again[1]), batch * unit, batch * low, batch * high, units, starts,
+    )  # fmt: skip
 
 
-@kept_by("gradient_checkpointing", "checkpointed_blocks", "train_batch_size")
+@kept_by("gradient_checkpointing", "checkpointed_blocks")
 def _work(config: TrainConfig, spec: FluxSpec, fused: bool, side: int) -> Work:
-    """Of a plan's many ways to hold the same work one is enough."""
+    """That of one image. Of a plan's many ways to hold the same work one is enough."""
     what, kinds = trained(config, spec), _kinds(config, spec, fused)
     image, text = image_tokens(side, side), config.max_text_tokens
-    batch = config.train_batch_size
     one = 4.0 * (image + text) ** 2 * spec.hidden
     attention = sum(n for _, n, _ in kinds) * one
     again = sum(n for _, _, n in kinds) * one
@@ -205,12 +231,12 @@ def _work(config: TrainConfig, spec: FluxSpec, fused: bool, side: int) -> Work:
     ahead = spec.forward_flops(image, text) - kinds[0][1] * one
     low, high = _beside(what, image, text)
     return Work(
-        (batch * ahead, batch * attention),
-        (batch * (once - ahead - 3.5 * attention), batch * 2.5 * attention),
-        (batch * (whole - once - again), batch * again),
-        batch * (image + text) * spec.hidden * width(config),
-        batch * width(config) * low,
-        batch * width(config) * high,
+        (ahead, attention),
+        (once - ahead - 3.5 * attention, 2.5 * attention),
+        (whole - once - again, again),
+        (image + text) * spec.hidden * width(config),
+        width(config) * low,
+        width(config) * high,
         (sum(n * kind.forward for kind, n, _ in kinds), sum(n * kind.backward for kind, n, _ in kinds)),
         sum(n * kind.starts for kind, n, _ in kinds),
     )
@@ -235,24 +261,24 @@ def _asked(config: TrainConfig, spec: FluxSpec, image: int, text: int) -> Matric
 
 def forward(job: Job, asked: Work) -> tuple[float, ...]:
     """Seconds of the device in the forward pass, in the order of `WHY`."""
-    memory = job.memory
+    memory, held = job.memory, job.held
     linear, attention = asked.forward
     products, modulation = job.matrices
     return (
         *_products(job, linear),
         attention / job.attention,
         0.0,
-        asked.unit * (asked.units[0] + 0.4 * job.more) / memory,
+        asked.unit * (asked.units[0] + 0.4 * held.more) / memory,
         asked.low / memory,
-        modulation * job.modulation / memory,
-        products * job.dense / memory,
+        modulation * held.modulation / memory,
+        products * held.dense / memory,
         asked.starts / 3,
     )
 
 
 def backward(job: Job, asked: Work) -> tuple[float, ...]:
     """The same of the backward pass, with what is recomputed in it."""
-    config, memory, unit = job.config, job.memory, asked.unit
+    config, memory, unit, held = job.config, job.memory, asked.unit, job.held
     linear, attention = asked.backward
     linear_again, attention_again = asked.again
     products, modulation = job.matrices
@@ -262,17 +288,17 @@ def backward(job: Job, asked: Work) -> tuple[float, ...]:
         sum(n * (unit * kind.again / memory + kind.starts / 2) for kind, _, n in job.kinds) + share * asked.low / memory
     )
     # A fused block leaves its last products out.
-    dense = (1 + share * (2 / 3 if job.fused else 1)) * products * job.dense
+    dense = (1 + share * (2 / 3 if job.fused else 1)) * products * held.dense
     turned = products * TURNED if config.quantization == "fp8-dynamic" else 0
     # diffusers' blocks make it anew. Trained, its gradient is written, and it is read for the time's.
-    again_modulation = 0 if job.fused else share * job.modulation
+    again_modulation = 0 if job.fused else share * held.modulation
     if config.mode == "finetune" and any(is_modulation(name) for name in job.what.layers):
         again_modulation += 2 * width(config)
     return (
         *_products(job, linear),
         attention / job.attention,
         again,
-        unit * (asked.units[1] + 0.6 * job.more) / memory,
+        unit * (asked.units[1] + 0.6 * held.more) / memory,
         2 * (asked.low + asked.high) / memory,  # the gradients of its two factors are sums in fp32, two passes each
         modulation * again_modulation / memory,
         (dense + turned) / memory,
@@ -282,35 +308,13 @@ def backward(job: Job, asked: Work) -> tuple[float, ...]:
 
 def _products(job: Job, flops: float) -> tuple[float, float]:
     """Seconds of products, and of those of blocks whose weights are multiplied in fp8."""
-    share = job.fp8
+    share = job.held.fp8
     fast = share * flops / ((job.card.fp8 or 1) * 1e12)
     return (1 - share) * flops / (job.card.bf16 * 1e12), fast
 
 
-def _dense(job: Job) -> float:
-    """Bytes moved to make one number of a product's weight dense; of fp8-dynamic those that arrive alone are."""
-    share = job.streamed if job.config.quantization == "fp8-dynamic" else 1
-    return share * DEQUANTISED.get(job.config.quantization, 0)
-
-
-def _modulation_width(job: Job) -> float:
-    """Bytes moved for one number of the modulation in the forward pass."""
-    if job.config.quantization == "none" or job.config.modulation != "quantize":
-        return width(job.config)
-    # fp8's few rows are multiplied as the weight lies.
-    return 1 if job.config.quantization == "fp8-dynamic" else DEQUANTISED[job.config.quantization]
-
-
 NONE = (0, 0)
 """Where nothing arrives."""
-
-
-def arriving(job: Job) -> tuple[int, int]:
-    """Bytes that cross the link in the forward and in the backward pass: the modulation comes once."""
-    config = job.config
-    if not config.stream_blocks and config.modulation != "stream":
-        return NONE
-    return _arriving(config.quantization, config.modulation, config.stream_blocks, job.spec, width(config))
 
 
 @functools.lru_cache(maxsize=256)

@@ -12,8 +12,8 @@ from xflux_trainer.config import TrainConfig
 from xflux_doctor.check import Case, SkipCheck
 from xflux_doctor.facts import Gpu
 from xflux_doctor.gather.folders import base_place
-from xflux_doctor.pins import version_of
 from xflux_doctor.refused import fp8_lacks
+from xflux_doctor.versions import version_of
 
 
 def need(case: Case) -> memory.Bill:

@@ -6,11 +6,11 @@ import dataclasses
 import importlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from xflux_doctor import choose, cluster
+from xflux_doctor import cluster
 from xflux_doctor import job as job_files
 from xflux_doctor.check import Case
 from xflux_doctor.errors import DoctorError, UsageError
@@ -25,7 +25,7 @@ from xflux_doctor.gather.shadows import shadows
 from xflux_doctor.job import Job
 from xflux_doctor.launched import under_command, xflux_script
 from xflux_doctor.matrix import Matrix, Stack
-from xflux_doctor.pins import version_of
+from xflux_doctor.versions import version_of
 from xflux_doctor.visible import choice, visible
 from xflux_doctor.xflux_scripts import SCRIPTS
 
@@ -67,7 +67,8 @@ class Inputs(msgspec.Struct, frozen=True):
 def build(inputs: Inputs, matrix: Matrix, *, to_run: bool = True, cards: bool = True) -> Case:
     """The case before any probe: everything here is quick and starts no child.
 
-    `to_run`: whether the job is to start here; else neither the kernel's log is read nor who listens on its ports.
+    `to_run`: whether the job is to start here; else nobody asks who listens on its ports, which stack fits, nor what
+    `gather` leaves out.
     `cards`: whether it is about this machine's; else they are not asked for.
     """
     command: Command | None = None
@@ -78,7 +79,7 @@ def build(inputs: Inputs, matrix: Matrix, *, to_run: bool = True, cards: bool = 
     facts = (
         _recorded(inputs.facts)
         if inputs.facts
-        else gather(inputs.python, tuple(sorted(matrix.names())), _torch_builds(matrix), logs=to_run, cards=cards)
+        else gather(inputs.python, tuple(sorted(matrix.names())), _torch_builds(matrix), to_run=to_run, cards=cards)
     )
     # accelerate reads no default file under its --cpu (commands/launch.py, `_validate_launch_command`)
     no_default = command is not None and (command.launcher != "accelerate" or "cpu" in command.flags)
@@ -112,7 +113,7 @@ def build(inputs: Inputs, matrix: Matrix, *, to_run: bool = True, cards: bool = 
             cluster=cluster_facts(main, ask=not (inputs.quick or inputs.offline)) if main else None,
         )
         facts = with_folders(facts, job.train, os.environ)
-    chosen, because = _stack(inputs, matrix, facts, job.use_cpu)
+    chosen, because = _stack(inputs, matrix, facts, job.use_cpu, ask=to_run)
     if inputs.matrix:
         because += f"; {inputs.matrix} is laid over our matrix"
     return Case(facts, job, matrix, chosen, because, frozenset(inputs.accept), frozenset(inputs.take))
@@ -162,10 +163,14 @@ def _torch_builds(matrix: Matrix) -> frozenset[tuple[str, str]]:
     return frozenset((pin.version, pin.build) for pin in pins)
 
 
-def _stack(inputs: Inputs, matrix: Matrix, facts: Facts, cpu: bool) -> tuple[Stack | None, str]:
-    """The stack that was named; else the fitting one that is installed already; else the best fit."""
+def _stack(inputs: Inputs, matrix: Matrix, facts: Facts, cpu: bool, *, ask: bool) -> tuple[Stack | None, str]:
+    """The stack that was named; else the fitting one that is installed already; else the best fit. None where nobody
+    asks for what was not named."""
     if inputs.stack:
         return matrix.stack(inputs.stack), "named by --stack"
+    if not ask:
+        return None, ""
+    choose: Any = importlib.import_module("xflux_doctor.choose")  # and specifiers: a plan has none
     choice = choose.choose(matrix, facts, cpu=cpu)
     if choice.stack is None:
         return None, choice.because

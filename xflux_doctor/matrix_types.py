@@ -8,8 +8,6 @@ A stack keeps version and build apart, because the public index's wheel calls it
 from typing import Literal
 
 import msgspec
-from packaging.specifiers import SpecifierSet
-from packaging.version import Version
 
 from xflux_doctor.errors import DoctorError
 from xflux_doctor.finding import Severity
@@ -44,24 +42,6 @@ class Pin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def page(self, name: str) -> str:
         """The one page of the other index that lists this project's wheels; empty where the public index has it."""
         return f"{self.index}/{name}/" if self.index and self.index_required else ""
-
-    def allows(self, version: Version) -> bool:
-        """Whether an installed version is the pin, or inside `accepts`. Local parts do not count here."""
-        public = Version(version.public)
-        if public == Version(self.version):
-            return True
-        return bool(self.accepts) and SpecifierSet(self.accepts).contains(public, prereleases=True)
-
-    def patched(self, version: Version) -> bool:
-        """Whether it is a later bug-fix release (x.y.Z) of the newest that was tested, of a package of which several
-        were fine."""
-        public, spans = Version(version.public), SpecifierSet(self.accepts)
-        if self.allows(version) or any(one.operator == "!=" and not one.contains(public) for one in spans):
-            return False
-        bounds = [Version(one.version) for one in spans if one.operator == "<="]
-        return not public.is_prerelease and any(
-            bound.release[:2] == public.release[:2] and public > bound for bound in bounds
-        )
 
 
 class Tested(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

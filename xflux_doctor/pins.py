@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
+from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
-from xflux_doctor.facts import Facts, Package
+from xflux_doctor.facts import Package
 from xflux_doctor.matrix import Pin, Stack
 
 Word = Literal[
@@ -25,15 +26,6 @@ Word = Literal[
 GOOD = ("exact", "compatible")
 
 
-def version_of(facts: Facts, name: str) -> Version | None:
-    """The installed version; None where the package is missing, or calls itself by no version that PEP 440 knows."""
-    package = (facts.packages or {}).get(name)
-    try:
-        return Version(package.version) if package else None
-    except InvalidVersion:
-        return None
-
-
 def judge(pin: Pin, package: Package | None) -> Word:
     """The gravest thing first: a package that is broken has no version worth comparing."""
     if package is None:
@@ -44,8 +36,8 @@ def judge(pin: Pin, package: Package | None) -> Word:
         return "unreadable"
     if not package.files or package.damaged:
         return "broken"
-    later = pin.patched(version)
-    if not later and not pin.allows(version):
+    later = _patched(pin, version)
+    if not later and not _allows(pin, version):
         return "too old" if Version(version.public) < Version(pin.version) else "too new"
     if pin.build and package.build and package.build != pin.build:
         return "wrong build"
@@ -56,6 +48,26 @@ def judge(pin: Pin, package: Package | None) -> Word:
     if package.editable:
         return "editable"
     return "exact" if Version(version.public) == Version(pin.version) else "compatible"
+
+
+def _allows(pin: Pin, version: Version) -> bool:
+    """Whether an installed version is the pin, or inside `accepts`. Local parts do not count here."""
+    public = Version(version.public)
+    if public == Version(pin.version):
+        return True
+    return bool(pin.accepts) and SpecifierSet(pin.accepts).contains(public, prereleases=True)
+
+
+def _patched(pin: Pin, version: Version) -> bool:
+    """Whether it is a later bug-fix release (x.y.Z) of the newest that was tested, of a package of which several
+    were fine."""
+    public, spans = Version(version.public), SpecifierSet(pin.accepts)
+    if _allows(pin, version) or any(one.operator == "!=" and not one.contains(public) for one in spans):
+        return False
+    bounds = [Version(one.version) for one in spans if one.operator == "<="]
+    return not public.is_prerelease and any(
+        bound.release[:2] == public.release[:2] and public > bound for bound in bounds
+    )
 
 
 def wanted(pin: Pin) -> str:

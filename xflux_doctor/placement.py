@@ -13,7 +13,7 @@ from packaging.version import Version
 from xflux_doctor import cluster
 from xflux_doctor.facts import Facts, Gpu
 from xflux_doctor.job import Job
-from xflux_doctor.pins import version_of
+from xflux_doctor.versions import version_of
 from xflux_doctor.visible import choice, visible
 
 WRAPS = Version("0.33.0")

@@ -248,7 +248,7 @@ class Search:
                 ask(number, max(place + 1, enough[number]))
                 if place < enough[number] or self._refused(member):
                     continue
-                low = self._certainly(member, percent)
+                low = floors[number] if member is line[-1] else self._certainly(member, percent)
                 if floors[number] < low <= self._blocks:
                     ask(number, place, low)
                     continue
@@ -301,14 +301,19 @@ class Search:
         if over <= 0:
             return some if some and not self._fits(self._again(config, 0), percent) else 0
         passing: Callable[[int], int] = memory.passing(config, self.model, **self.shared)
-        most = passing(some) - int(over / (100 * (1 + RESERVED))) + 2  # bytes, what is reserved for them not counted
         low, high = some, self._blocks - 1
-        if passing(high) > most:
+        above, below = passing(low), passing(high)
+        most = above - int(over / (100 * (1 + RESERVED))) + 2  # bytes, what is reserved for them not counted
+        if below > most:
             return self._blocks + (passing(self._blocks) > most)
         while high - low > 1:  # blocks of one kind lower it evenly
-            part = (passing(low) - most) / max(1, passing(low) - passing(high))
+            part = (above - most) / max(1, above - below)
             middle = min(high - 1, max(low + 1, low + math.ceil(part * (high - low))))
-            low, high = (low, middle) if passing(middle) <= most else (middle, high)
+            bytes_there = passing(middle)
+            if bytes_there <= most:
+                high, below = middle, bytes_there
+            else:
+                low, above = middle, bytes_there
         return high
 
     def _can_fit(self, config: TrainConfig, percent: int) -> bool:

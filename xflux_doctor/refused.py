@@ -10,7 +10,7 @@ from xflux_trainer.memory_terms import narrow
 
 from xflux_doctor.facts import Facts
 from xflux_doctor.finding import Change, Edit, Finding, error
-from xflux_doctor.pins import version_of
+from xflux_doctor.versions import version_of
 
 FSDP2 = Version("1.6.0")
 """The first accelerate that hands fsdp_version to its ranks."""

@@ -12,8 +12,8 @@ from xflux_doctor.check import Case, SkipCheck, check
 from xflux_doctor.choose import driver_need
 from xflux_doctor.finding import Edit, Finding, error, warning
 from xflux_doctor.matrix import has_kernels
-from xflux_doctor.pins import version_of
 from xflux_doctor.refused import fp8_lacks
+from xflux_doctor.versions import version_of
 from xflux_doctor.visible import selected
 
 _RELOAD = "sudo rmmod nvidia_uvm nvidia_drm nvidia_modeset nvidia && sudo modprobe nvidia"

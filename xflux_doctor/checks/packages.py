@@ -14,9 +14,9 @@ from xflux_doctor.checks.rules import LINKED, broken, look
 from xflux_doctor.checks.software import role_needed
 from xflux_doctor.facts import Package
 from xflux_doctor.finding import Edit, Finding, error, warning
-from xflux_doctor.pins import version_of
 from xflux_doctor.refused import ALL_OR_NONE
 from xflux_doctor.steptime import FLASH_4
+from xflux_doctor.versions import version_of
 from xflux_doctor.visible import selected
 
 _INSTALL = "xflux-doctor fix --install"

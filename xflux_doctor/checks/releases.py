@@ -9,7 +9,7 @@ from xflux_doctor.accelerate_keys import KEYS, TYPES
 from xflux_doctor.accelerate_sections import Span
 from xflux_doctor.check import Case, SkipCheck
 from xflux_doctor.finding import Finding, error
-from xflux_doctor.pins import version_of
+from xflux_doctor.versions import version_of
 
 UNREAD_SINCE = Version("0.23.0")
 """First release that lists all unknown keys (huggingface/accelerate@cec5ae8e); older ones die of the first."""

@@ -14,7 +14,7 @@ from xflux_doctor.check import Case, SkipCheck, check
 from xflux_doctor.checks.releases import key_span, local, release, stops_with, type_span
 from xflux_doctor.facts import Gpu
 from xflux_doctor.finding import Comment, Edit, Finding, Nest, Rename, error
-from xflux_doctor.pins import version_of
+from xflux_doctor.versions import version_of
 from xflux_doctor.visible import selected
 
 _ALIASES = {"GPU": "MULTI_GPU", "DDP": "MULTI_GPU", "CPU": "NO", "SINGLE_GPU": "NO", "NONE": "NO", "FALSE": "NO",

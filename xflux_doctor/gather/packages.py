@@ -56,10 +56,13 @@ def packages(
     names: Iterable[str] = (),
     environ: Mapping[str, str] = os.environ,
     known: Container[tuple[str, str]] = (),
+    *,
+    whole: bool = True,
 ) -> dict[str, Package]:
     """Distributions of interest (ours and `names`) that the interpreter would import, and what those require.
 
-    `known` holds pairs (version, build) of torch whose architectures need not be searched for in its library.
+    `known` holds pairs (version, build) of torch whose architectures need not be searched for in its library. `whole`:
+    whether their libraries are held against their RECORDs.
     """
     wanted = OF_INTEREST | {normalize(name) for name in names}
     installed: dict[str, list[_Copy]] = {}
@@ -72,7 +75,9 @@ def packages(
                 copy = _Copy(match[2], folder, f"{folder.path}/{entry}")
                 installed.setdefault(normalize(match[1]), []).append(copy)
     conda = metadata.conda_versions(Path(python.prefix)) if python.conda else {}
-    found = {name: _package(name, installed[name], conda, known) for name in sorted(wanted & set(installed))}
+    found = {
+        name: _package(name, installed[name], conda, known, whole=whole) for name in sorted(wanted & set(installed))
+    }
     required = {normalize(_NAME.match(line)[0]) for p in found.values() for line in p.requires}  # type: ignore[index]
     for name in sorted(((required | PRESENT) & set(installed)) - set(found)):
         first = installed[name][0]
@@ -105,7 +110,9 @@ def _names(folder: Path) -> frozenset[str]:
         return frozenset()
 
 
-def _package(name: str, copies: list[_Copy], conda: Mapping[str, str], known: Container[tuple[str, str]]) -> Package:
+def _package(
+    name: str, copies: list[_Copy], conda: Mapping[str, str], known: Container[tuple[str, str]], *, whole: bool
+) -> Package:
     version, folder, info = copies[0]
     module = _MODULES.get(name, name.replace("-", "_"))
     there = not module or module in folder.beside or f"{module}.py" in folder.beside
@@ -129,7 +136,7 @@ def _package(name: str, copies: list[_Copy], conda: Mapping[str, str], known: Co
         origin=folder.origin,
         installer=metadata.installer(info),
         conda=conda.get(name, ""),
-        damaged=() if linked or not there else metadata.damaged(folder.path, info, module),
+        damaged=() if linked or not there or not whole else metadata.damaged(folder.path, info, module),
         archs=metadata.archs(Path(folder.path, "torch")) if looked_for else (),
     )
 
