@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import signal
 import subprocess
@@ -210,13 +209,13 @@ def job(accelerate: str | None = XFLUX_ACCELERATE, *, cpu: bool = False, **train
 
 def case(matrix: matrices.Matrix, facts: Facts, work: Job, stack: str | None = "cuda13", **changes: Any) -> Case:
     chosen = matrix.stack(stack) if stack else None
-    return dataclasses.replace(Case(facts, work, matrix, chosen), **changes)
+    return msgspec.structs.replace(Case(facts, work, matrix, chosen), **changes)
 
 
 def on_this_disk(subject: Case, **environ: str) -> Case:
     """The case with the folders of its job as they are here: the real gatherer, under a home that is not there."""
     environment = {"HOME": "/nowhere", **subject.facts.environment, **environ}
-    return dataclasses.replace(subject, facts=with_folders(subject.facts, subject.job.train, environment))
+    return msgspec.structs.replace(subject, facts=with_folders(subject.facts, subject.job.train, environment))
 
 
 def verdict(subject: Case, check: Check) -> Verdict:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.metadata
 import json
@@ -11,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import xflux_kit
 import yaml
 from conftest import ROOT, case, findings, job, machine
@@ -93,7 +93,7 @@ BUCKET = ("zero_optimization", "reduce_bucket_size")
 def with_file(work: Job, zero: dict[str, Any] | None, accelerate: str | None = None) -> Job:
     """The job with a DeepSpeed file of these values."""
     text = accelerate or named()
-    return dataclasses.replace(
+    return msgspec.structs.replace(
         work, accelerate=yaml.safe_load(text), accelerate_text=text, deepspeed_path=Path("ds.json"), zero_file=zero,
         zero_text=json.dumps(zero),
     )  # fmt: skip

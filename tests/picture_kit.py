@@ -73,7 +73,7 @@ def xflux_names(matrix: Matrix, folder: Path) -> set[str]:
         work = xflux_kit.job(folder, script=script, accelerate=launch, mixed_precision=precision)
         assert work.xflux is not None
         own = msgspec.structs.replace(work.xflux, script=msgspec.structs.replace(work.xflux.script, upcasts=upcasts))
-        subject = case(matrix, machine(matrix), dataclasses.replace(work, xflux=own))
+        subject = case(matrix, machine(matrix), msgspec.structs.replace(work, xflux=own))
         for engine in (None, True, False):
             made |= {term.name for term in xflux_bill.gpu_terms(subject, own, deepspeed=engine)}
     return made

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
+import msgspec
 import pytest
 from conftest import job, tree
 
@@ -138,9 +138,9 @@ def test_a_task_for_each_rank() -> None:
 
 
 def test_the_command_wins() -> None:
-    flagged = dataclasses.replace(job(ONE), overrides={"num_machines": Override(3, "--num_machines")})
+    flagged = msgspec.structs.replace(job(ONE), overrides={"num_machines": Override(3, "--num_machines")})
     assert under(flagged, step(2, 2)).num_machines == 3
-    assert under(dataclasses.replace(job(ONE), launcher="torchrun"), step(2, 2)).overrides == {}
+    assert under(msgspec.structs.replace(job(ONE), launcher="torchrun"), step(2, 2)).overrides == {}
     assert under(Job(), step(2, 2)).num_machines == 2  # no file at all
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
+import msgspec
 import pytest
 from conftest import XFLUX_ACCELERATE, case, findings, job, machine, record
 from packaging.version import Version
@@ -22,7 +22,7 @@ NEW, OLD = Version("1.15.0"), Version("0.30.1")
 
 def launched(text: str, file: str | None = XFLUX_ACCELERATE, version: Version = NEW, devices: int = 2) -> Job:
     command = parse(text)
-    return under_command(dataclasses.replace(job(file), command=command), command, version, devices)
+    return under_command(msgspec.structs.replace(job(file), command=command), command, version, devices)
 
 
 @pytest.mark.parametrize("text", [

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import xflux_kit
 import yaml
@@ -34,7 +34,7 @@ from xflux_doctor.plan import lay, make
 def test_xfluxs_own_file_on_eight_h100_is_well(matrix: Matrix, tmp_path: Path, stack: str) -> None:
     facts = machine(matrix, count=8, stack=stack)
     for work in (job(gradient_accumulation_steps=2), xflux_kit.job(tmp_path, accelerate=XFLUX_ACCELERATE),
-                 dataclasses.replace(job(), train=None)):  # fmt: skip
+                 msgspec.structs.replace(job(), train=None)):  # fmt: skip
         verdicts = examine(case(matrix, facts, work, stack), MINE)
         assert [f.seen for verdict in verdicts for f in verdict.findings] == []
         assert not [verdict for verdict in verdicts if verdict.status == "crashed"]
@@ -48,8 +48,8 @@ def test_a_right_file_is_well_for_every_script(matrix: Matrix, tmp_path: Path, s
 
 
 def test_other_jobs_are_not_looked_at(matrix: Matrix) -> None:
-    plain = dataclasses.replace(ours(), accelerate={"distributed_type": "MULTI_GPU", "num_processes": 2})
-    problem = dataclasses.replace(plain, problems=(jobs.Problem("deepspeed", "it is odd", ""),), zero_file=None)
+    plain = msgspec.structs.replace(ours(), accelerate={"distributed_type": "MULTI_GPU", "num_processes": 2})
+    problem = msgspec.structs.replace(plain, problems=(jobs.Problem("deepspeed", "it is odd", ""),), zero_file=None)
     for work in (plain, problem):
         verdicts = examine(case(matrix, machine(matrix, count=2), work), MINE)
         assert [f for verdict in verdicts for f in verdict.findings] == []
@@ -76,8 +76,8 @@ def test_no_check_falls_over_odd_values(matrix: Matrix, tmp_path: Path, odd: Any
                     "deepspeed_config": {"deepspeed_config_file": "ds.json", **keys},
                 }
                 alone = {**head, "mixed_precision": "bf16", "deepspeed_config": keys or odd}
-                none = dataclasses.replace(base, accelerate=alone, zero_file=None, deepspeed_path=None)
-                for work in (dataclasses.replace(base, accelerate=both), none):
+                none = msgspec.structs.replace(base, accelerate=alone, zero_file=None, deepspeed_path=None)
+                for work in (msgspec.structs.replace(base, accelerate=both), none):
                     subject = case(matrix, machine(matrix, count=2), work)
                     crashed = [v for v in examine(subject, MINE) if v.status == "crashed"]
                     assert not crashed, crashed[0].reason
@@ -204,7 +204,7 @@ def test_what_becomes_of_an_inline_key(matrix: Matrix, line: str, zero: Any, edi
 
 
 def test_mixed_precision_of_the_launch_command_may_stand_beside_a_file(matrix: Matrix) -> None:
-    work = dataclasses.replace(neither(), overrides={"mixed_precision": jobs.Override("bf16", "--mixed_precision")})
+    work = msgspec.structs.replace(neither(), overrides={"mixed_precision": jobs.Override("bf16", "--mixed_precision")})
     assert one(matrix, work, deepspeed.alone) is None
 
 
@@ -221,7 +221,7 @@ def test_xflux_has_its_precision_from_its_own_config(matrix: Matrix, tmp_path: P
 
 def test_unknown_keys_and_flags(matrix: Matrix) -> None:
     text = inline("overlap_comm: true", "num_processes: 4", "module: true", "zero_stage: 2")
-    work = dataclasses.replace(neither(accelerate=text), zero_file=None, deepspeed_path=None)
+    work = msgspec.structs.replace(neither(accelerate=text), zero_file=None, deepspeed_path=None)
     found = findings(case(matrix, machine(matrix, count=2), work), deepspeed_section.keys_read)
     assert [(f.severity, sets(f.edits)) for f in found] == [
         ("warning", {}),
@@ -233,17 +233,19 @@ def test_unknown_keys_and_flags(matrix: Matrix) -> None:
 
 
 def test_a_zero_of_clipping(matrix: Matrix) -> None:
-    work = dataclasses.replace(neither(accelerate=inline("gradient_clipping: 0")), zero_file=None, deepspeed_path=None)
+    work = msgspec.structs.replace(
+        neither(accelerate=inline("gradient_clipping: 0")), zero_file=None, deepspeed_path=None
+    )
     assert one(matrix, work, deepspeed_section.values_taken, "xflux-2024") is None
     finding = one(matrix, work, deepspeed_section.values_taken)
     assert finding and "clips at its own 1.0" in finding.because and not finding.edits
     assert sets(finding.offers) == {"accelerate:deepspeed_config.gradient_clipping": 1e9}
-    mine = dataclasses.replace(job(), accelerate=work.accelerate)
+    mine = msgspec.structs.replace(job(), accelerate=work.accelerate)
     assert one(matrix, mine, deepspeed_section.values_taken) is None  # the bundled trainer hands it on
 
 
 def test_transformers_for_zero3_init(matrix: Matrix) -> None:
-    work = dataclasses.replace(neither(accelerate=inline("zero_stage: 3")), zero_file=None, deepspeed_path=None)
+    work = msgspec.structs.replace(neither(accelerate=inline("zero_stage: 3")), zero_file=None, deepspeed_path=None)
     assert one(matrix, work, deepspeed_stages.stage_three_flags) is None
     facts = machine(matrix, count=2)
     assert facts.packages is not None

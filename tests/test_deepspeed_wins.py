@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import yaml
 from conftest import case, findings, job, machine
@@ -133,7 +133,9 @@ def test_clipping_of_xflux(
 ) -> None:
     work = theirs(tmp_path, zero or {})
     if zero is None:
-        work = dataclasses.replace(work, accelerate=yaml.safe_load(inline(line)), zero_file=None, deepspeed_path=None)
+        work = msgspec.structs.replace(
+            work, accelerate=yaml.safe_load(inline(line)), zero_file=None, deepspeed_path=None
+        )
     finding = one(matrix, work, deepspeed_wins.clipping_agrees, stack)
     assert (finding is None) == (limit is None)
     if finding:
@@ -146,7 +148,7 @@ def test_clipping_of_the_bundled_trainer(matrix: Matrix) -> None:
     assert finding and sets(finding.edits) == {"train:max_grad_norm": 0.25}
     assert one(matrix, ours({**Z, "gradient_clipping": "auto"}, max_grad_norm=3.0), check) is None
     assert one(matrix, ours({}, max_grad_norm=3.0), check) is None  # it writes its own number
-    off = dataclasses.replace(job(max_grad_norm=0.0), accelerate=yaml.safe_load(inline("gradient_clipping: 0")))
+    off = msgspec.structs.replace(job(max_grad_norm=0.0), accelerate=yaml.safe_load(inline("gradient_clipping: 0")))
     assert one(matrix, off, check) is None
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from conftest import ROOT, case, job, machine
 from test_probes import assert_gone
@@ -179,7 +180,7 @@ class TestAsk:
         assert "attention xformers" in asked.stages and "attention flash-attn-2" not in asked.stages
 
     def test_without_a_job(self, matrix: Matrix) -> None:
-        bare = dataclasses.replace(job(None), train=None)
+        bare = msgspec.structs.replace(job(None), train=None)
         assert deep.ask_of(case(matrix, machine(matrix), bare)).stages[-1] == "link"
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jsonschema
+import msgspec
 import pytest
 import yaml
 from cli_kit import SCHEMA, doctor, job_of
@@ -247,7 +248,7 @@ def test_a_key_at_two_places(key: tuple[str, ...], text: str, bundled: bool, pla
 def test_both_places_are_written(matrix: Matrix, tmp_path: Path) -> None:
     path = tmp_path / "train.yaml"
     path.write_text(RIGHT)
-    work = fix.dataclasses.replace(job(), train_path=path, accelerate_path=tmp_path / "accelerate.yaml")
+    work = msgspec.structs.replace(job(), train_path=path, accelerate_path=tmp_path / "accelerate.yaml")
     subject = case(matrix, machine(matrix), work)
     (item,) = fix.repairs(subject, (Edit("train", ("train_batch_size",), 1, "why"),))
     assert item.new == RIGHT.replace("size: 2", "size: 1").replace("size: 4", "size: 1")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import yaml
 from conftest import XFLUX_ACCELERATE, case, job, machine
@@ -121,8 +121,8 @@ def settles(data: dict[Any, Any], facts: Facts, stack: str | None, cpu: bool) ->
     read = yaml.safe_load(after)
     where = difference(plan.job.accelerate, read)
     assert where is None, f"the text says something else than the plan at {where}: {plan.edits}"
-    written = dataclasses.replace(plan.job, accelerate=read, accelerate_text=after)
-    again = make(dataclasses.replace(subject, job=written), judged)
+    written = msgspec.structs.replace(plan.job, accelerate=read, accelerate_text=after)
+    again = make(msgspec.structs.replace(subject, job=written), judged)
     assert again.edits == (), f"a second plan has {again.edits}"
 
 

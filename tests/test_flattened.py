@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 import yaml
 from conftest import XFLUX_ACCELERATE, case, findings, job, machine, record
@@ -37,7 +37,7 @@ num_processes: 2
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_the_whole_file_comes_back(matrix: Matrix, newline: str) -> None:
-    work = dataclasses.replace(job(FLAT), accelerate_text=FLAT.replace("\n", newline))
+    work = msgspec.structs.replace(job(FLAT), accelerate_text=FLAT.replace("\n", newline))
     subject = case(matrix, machine(matrix, count=8), work)
     (finding,) = findings(subject, words.sections_indented)
     assert "deepspeed_config has no value" in finding.seen and "zero_stage stand below it" in finding.seen

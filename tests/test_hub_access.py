@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import http.server
 import json
 import os
@@ -191,7 +190,7 @@ def test_nobody_is_asked_without_need(matrix: Matrix, tmp_path: Path) -> None:
         assert level.ask_hub(needing(matrix, whole), job(None), surroundings, 5).hub is None
         local = msgspec.structs.replace(needing(matrix), hub_cache=None)
         assert level.ask_hub(local, job(None), surroundings, 5).hub is None
-        work = dataclasses.replace(job(None), offline=True)
+        work = msgspec.structs.replace(job(None), offline=True)
         facts = level.ask_hub(needing(matrix), work, surroundings, 5)
         assert facts.hub is None and "offline" in facts.unknown["hub"]
         for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):

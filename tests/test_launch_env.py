@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import msgspec
@@ -42,7 +41,7 @@ def test_cpu_ranks_under_deepspeed_are_told_so() -> None:
 
 
 def test_offline_reaches_the_ranks() -> None:
-    work = dataclasses.replace(job(), offline=True)
+    work = msgspec.structs.replace(job(), offline=True)
     assert build("python", work, Path("a.yaml"), Path("t.yaml"), USERS).added == {"HF_HUB_OFFLINE": "1"}
 
 
@@ -70,24 +69,26 @@ def test_a_pass_is_remembered_for_exactly_its_case(
         assert remember.recall(facts, name) == passed  # whatever the probes had added
 
     of_the_machine = (
-        dataclasses.replace(quick, facts=machine(matrix, count=2, driver="590.1")),
-        dataclasses.replace(quick, facts=machine(matrix, count=2, environment={"NCCL_P2P_DISABLE": "1"})),
-        dataclasses.replace(quick, facts=machine(matrix, count=1)),
-        dataclasses.replace(quick, facts=machine(matrix, gpus=gpus(count=2, health=GpuHealth(ecc_uncorrected=1)))),
-        dataclasses.replace(quick, facts=machine(matrix, count=2, xids=(Xid(79, "0000:1", 5.0),))),
-        dataclasses.replace(quick, job=job(XFLUX_ACCELERATE.replace("num_processes: 8", "num_processes: 2"))),
-        dataclasses.replace(quick, stack=matrix.stack("cuda12")),
+        msgspec.structs.replace(quick, facts=machine(matrix, count=2, driver="590.1")),
+        msgspec.structs.replace(quick, facts=machine(matrix, count=2, environment={"NCCL_P2P_DISABLE": "1"})),
+        msgspec.structs.replace(quick, facts=machine(matrix, count=1)),
+        msgspec.structs.replace(quick, facts=machine(matrix, gpus=gpus(count=2, health=GpuHealth(ecc_uncorrected=1)))),
+        msgspec.structs.replace(quick, facts=machine(matrix, count=2, xids=(Xid(79, "0000:1", 5.0),))),
+        msgspec.structs.replace(quick, job=job(XFLUX_ACCELERATE.replace("num_processes: 8", "num_processes: 2"))),
+        msgspec.structs.replace(quick, stack=matrix.stack("cuda12")),
     )
     of_the_job = (
-        dataclasses.replace(quick, job=job(XFLUX_ACCELERATE.replace("bf16", "fp16"))),
-        dataclasses.replace(quick, job=job(rank=8)),
-        dataclasses.replace(quick, job=dataclasses.replace(job(), zero_text="{}")),
-        dataclasses.replace(quick, job=dataclasses.replace(job(), overrides={"x": Override(1, "SLURM_NNODES")})),
+        msgspec.structs.replace(quick, job=job(XFLUX_ACCELERATE.replace("bf16", "fp16"))),
+        msgspec.structs.replace(quick, job=job(rank=8)),
+        msgspec.structs.replace(quick, job=msgspec.structs.replace(job(), zero_text="{}")),
+        msgspec.structs.replace(
+            quick, job=msgspec.structs.replace(job(), overrides={"x": Override(1, "SLURM_NNODES")})
+        ),
     )
     assert [name for other in of_the_machine for name in _kept(other)] == []
     assert [_kept(other) for other in of_the_job] == [["machine"]] * len(of_the_job)
     # the same job by Slurm's next number, and a log line that is a minute older
-    again = dataclasses.replace(quick, facts=machine(matrix, count=2, environment={"SLURM_JOB_ID": "2"}))
+    again = msgspec.structs.replace(quick, facts=machine(matrix, count=2, environment={"SLURM_JOB_ID": "2"}))
     assert _kept(again) == ["job", "machine"]
     monkeypatch.setenv("LD_LIBRARY_PATH", "/opt/other")
     assert _kept(quick) == []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shlex
 import socket
@@ -40,7 +39,7 @@ def subject(matrix: Matrix, row: Row, stack: str, text: str | None = None) -> Ca
     facts = machine(matrix, count=max(1, row.gpus), stack=stack, environment=environment)
     if not row.gpus:
         facts = msgspec.structs.replace(facts, gpus=())
-    work = dataclasses.replace(job(text or row.text), train=None, train_path=None, command=command)
+    work = msgspec.structs.replace(job(text or row.text), train=None, train_path=None, command=command)
     if command:
         seen = len(visible(facts.gpus or (), choice(environment, work.gpu_ids)))
         work = under_command(work, command, STACKS[stack], seen)
@@ -120,7 +119,7 @@ def test_a_real_launcher_does_what_was_foretold(
         for node in range(len(cases[number]["nodes"])):
             work = found.job
             if row.machines > 1:
-                work = dataclasses.replace(work, accelerate={**(work.accelerate or {}), "machine_rank": node})
+                work = msgspec.structs.replace(work, accelerate={**(work.accelerate or {}), "machine_rank": node})
             elif "--node_rank" in row.line and node != placed_rank(row):
                 continue
             compare(place(work, facts), out / str(number) / str(node), row)

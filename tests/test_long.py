@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import random
 import signal
@@ -11,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 from conftest import XFLUX_ACCELERATE, case, job, machine
 from hypothesis import HealthCheck, given, settings
@@ -76,7 +76,7 @@ KEYS = sorted({line.partition(":")[0].strip() for line in XFLUX_ACCELERATE.split
 def test_no_check_crashes_on_any_accelerate_values(changes: dict[str, object], count: int) -> None:
     matrix = load()
     work = job()
-    work = dataclasses.replace(work, accelerate={**(work.accelerate or {}), **changes})
+    work = msgspec.structs.replace(work, accelerate={**(work.accelerate or {}), **changes})
     facts = machine(matrix, card="H100" if count else None, count=count or 1)
     verdicts = examine(case(matrix, facts, work), ALL)
     assert [(v.check, v.reason) for v in verdicts if v.status == "crashed"] == []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,7 @@ def test_a_slip_of_the_finger(matrix: Matrix) -> None:
 
 
 def test_what_wins_over_the_file_is_said(matrix: Matrix) -> None:
-    work = dataclasses.replace(job(DDP), overrides={"num_processes": Override(2, "SLURM_NTASKS")})
+    work = msgspec.structs.replace(job(DDP), overrides={"num_processes": Override(2, "SLURM_NTASKS")})
     assert list(placement.lines(case(matrix, machine(matrix, count=2), work)))[-1] == (
         "  num_processes is 2 by SLURM_NTASKS")  # fmt: skip
 

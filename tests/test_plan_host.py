@@ -29,7 +29,7 @@ def subject(matrix: Matrix, limit: int, text: str = ONE, *, host: dict[str, Any]
     assert facts.host
     facts = msgspec.structs.replace(facts, host=msgspec.structs.replace(facts.host, **(host or {})))
     settings = {"img_size": 1024, "lora_targets": "diffusers", "disable_sampling": True, **train}
-    return case(matrix, facts, dataclasses.replace(job(text, **settings), gpu_limit=limit * GIB))
+    return case(matrix, facts, msgspec.structs.replace(job(text, **settings), gpu_limit=limit * GIB))
 
 
 def planned(case: Case) -> Found:
@@ -51,7 +51,7 @@ def test_a_plan_says_what_it_holds_of_the_host(matrix: Matrix) -> None:
 @pytest.mark.parametrize("limit", [12, 16, 24, 32])
 def test_with_room_it_is_as_without_a_host(matrix: Matrix, limit: int) -> None:
     work = subject(matrix, limit)
-    nothing = dataclasses.replace(work, facts=msgspec.structs.replace(work.facts, host=None))
+    nothing = msgspec.structs.replace(work, facts=msgspec.structs.replace(work.facts, host=None))
     assert planned(work).rows == planned(nothing).rows
 
 
@@ -81,7 +81,7 @@ def test_what_the_host_lacks_is_shown_and_not_taken(matrix: Matrix) -> None:
     lossy = planned(subject(matrix, 16, host={"memory_limit": 7 * GIB}, allow=("quantization",))).chosen
     assert lossy is not None and not lossy.lacks and "quantization" in lossy.changes
     # Who says that ME102 is no concern gets the plan as if the limit was none.
-    accepted = dataclasses.replace(work, accepted=frozenset({"ME102"}))
+    accepted = msgspec.structs.replace(work, accepted=frozenset({"ME102"}))
     assert planned(accepted).chosen == planned(subject(matrix, 16)).chosen
 
 
@@ -148,7 +148,7 @@ def test_every_row_has_the_host_s_bill_of_the_job_that_it_makes(
     assert len(rows) > 3 and work.job.train is not None
     for row in rows:
         changes = {key: value for key, value in row.changes.items() if key != "gradient_accumulation_steps"}
-        job = dataclasses.replace(work.job, train=dataclasses.replace(work.job.train, **changes))
+        job = msgspec.structs.replace(work.job, train=dataclasses.replace(work.job.train, **changes))
         assert row.host == need(case(matrix, work.facts, job)).host_per_rank
 
 

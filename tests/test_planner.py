@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from conftest import GIB, ROOT, XFLUX_ACCELERATE, case, gpus, job, machine, packages
 
@@ -29,7 +29,7 @@ def subject(matrix: Matrix, limit: float, text: str = ONE, **train: Any) -> Case
     """The seed's job on one H100 of which `limit` GiB may be taken, with flash-attn-4 and torchao."""
     more = {"triton": "3.6.0", "flash-attn-4": "4.0.0", "torchao": "0.18.0", "bitsandbytes": "0.50.2"}
     facts = machine(matrix, gpus=gpus("H100", 1, memory_free=79 * GIB), packages=packages(matrix, "cuda13", **more))
-    work = dataclasses.replace(job(text, **{**SEED, **train}), gpu_limit=int(limit * GIB))
+    work = msgspec.structs.replace(job(text, **{**SEED, **train}), gpu_limit=int(limit * GIB))
     return case(matrix, facts, work)
 
 
@@ -224,7 +224,7 @@ def pair(matrix: Matrix, limit: float, text: str, **train: Any) -> Case:
     """A fine-tune of all weights on two H200s of which `limit` GiB each may be taken."""
     more = {"triton": "3.6.0", "torchao": "0.18.0"}
     facts = machine(matrix, gpus=gpus("H200", 2, memory_free=139 * GIB), packages=packages(matrix, "cuda13", **more))
-    return case(matrix, facts, dataclasses.replace(job(text, **{**ALL, **train}), gpu_limit=int(limit * GIB)))
+    return case(matrix, facts, msgspec.structs.replace(job(text, **{**ALL, **train}), gpu_limit=int(limit * GIB)))
 
 
 @pytest.mark.parametrize(("text", "limit", "allow", "kind"), [
@@ -240,7 +240,7 @@ def test_the_ranks_share_the_work_in_another_way_where_nothing_else_fits(
     assert chosen(found).changes["distributed_type"] == kind
     plan = make(work, lambda mended: examine(mended, [memory.gpu_memory]))
     assert not plan.blockers and plan.job.distributed_type == kind
-    assert held_by(need(dataclasses.replace(work, job=plan.job))) <= limit * GIB
+    assert held_by(need(msgspec.structs.replace(work, job=plan.job))) <= limit * GIB
     # A step still sees as many samples, and clips as before.
     before = work.job.section("deepspeed_config")
     assert plan.job.training("gradient_accumulation_steps") == before.get("gradient_accumulation_steps", 1)
@@ -357,6 +357,6 @@ def test_what_is_chosen_is_what_was_measured(matrix: Matrix, row: dict[str, Any]
     settings = {"rank": 16, "max_train_steps": 5, "checkpointing_steps": 10**6, "heldout_samples": 0, **own}
     work = job(ONE, **{**SEED, "mixed_precision": "bf16", "allow": tuple(row["allow"]), **settings})
     facts = machine(matrix, gpus=gpus("H200", 1), packages=packages(matrix, "cuda13", triton="3.6.0", torchao="0.18.0"))
-    found = planner.known(case(matrix, facts, dataclasses.replace(work, gpu_limit=row["limit_gib"] * GIB)))
+    found = planner.known(case(matrix, facts, msgspec.structs.replace(work, gpu_limit=row["limit_gib"] * GIB)))
     assert found is not None
     assert (found.chosen and found.chosen.changes) == (row["plan"] and row["plan"]["changes"])

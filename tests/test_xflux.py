@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
+import msgspec
 import pytest
 import xflux_kit as kit
 import yaml
@@ -178,7 +178,7 @@ def test_edits_reach_the_config_and_its_text(tmp_path: Path) -> None:
     assert work.xflux.batch == 4  # the old job is as it was
     assert work.train_path is not None
     assert yaml.safe_load(yamltext.apply(work.train_path.read_text(), edits)) == mended.config
-    assert dataclasses.replace(work, xflux=None).xflux is None
+    assert msgspec.structs.replace(work, xflux=None).xflux is None
 
 
 def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ def subject(matrix: Matrix, folder: Path, *, cast: bool = False, job: Any = None
     assert work.xflux is not None
     if cast:
         script = msgspec.structs.replace(work.xflux.script, upcasts=False)
-        work = dataclasses.replace(work, xflux=msgspec.structs.replace(work.xflux, script=script))
+        work = msgspec.structs.replace(work, xflux=msgspec.structs.replace(work.xflux, script=script))
     return case(matrix, machine(matrix), work)
 
 
@@ -70,7 +69,7 @@ def test_zero_2_as_nvml_shows_it(matrix: Matrix, tmp_path: Path) -> None:
 @pytest.mark.parametrize("named", [100_000_000, 1e8, "auto"])
 def test_the_bucket_is_the_one_that_deepspeed_s_file_names(matrix: Matrix, tmp_path: Path, named: Any) -> None:
     block = {"stage": 2, "reduce_bucket_size": named}
-    work = dataclasses.replace(kit.job(tmp_path), zero_file={"zero_optimization": block})
+    work = msgspec.structs.replace(kit.job(tmp_path), zero_file={"zero_optimization": block})
     wanted = 1_000_000_000 if named == "auto" else 200_000_000
     found = terms(subject(matrix, tmp_path, job=work))
     assert found["DeepSpeed's bucket, 2 x reduce_bucket_size"] == wanted

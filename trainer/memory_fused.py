@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -310,36 +311,39 @@ class _Ways:
         self.inputs = inputs
         """Where it keeps its inputs alone."""
         # What `memory_passes.turn` adds up, once for all numbers of blocks that are computed again.
-        gone = list(itertools.accumulate([one.grads for one in whole], initial=0))
-        self._kept, there = [], []
+        grads = [one.grads for one in whole]
+        left = list(itertools.accumulate(grads, operator.sub, initial=sum(grads)))
+        self._kept: list[list[int]] = []
+        """What the first blocks keep, by how many, where all keep what they need; and where they keep their inputs."""
+        self._there: list[list[int]] = []
+        """Of each block what is there in its backward pass, either way."""
         for some in (whole, inputs):
             kept = list(itertools.accumulate([one.kept for one in some], initial=0))
+            there = map(operator.add, kept[1:], [one.needed for one in some])
             self._kept.append(kept)
-            steps = zip(kept[1:], some, gone, range(len(some)), strict=False)
-            there.append([(sofar + one.needed + gone[-1] - left, -k) for sofar, one, left, k in steps])
-        self._later = [*itertools.accumulate(reversed(there[0]), max)][::-1]
-        """From each block on the most that is there in a backward pass where all keep what they need, and which it is,
-        as a negative number: of equals the first."""
-        self._first = [*itertools.accumulate(there[1], max)]
-        """Up to each block the same where all keep their inputs alone."""
+            self._there.append(list(map(operator.add, there, left)))
+        self._later = [*itertools.accumulate(reversed(self._there[0]), max)][::-1]
+        self._first = [*itertools.accumulate(self._there[1], max)]
+        """The most from each block on where they keep what they need, and up to each where they keep their inputs."""
 
     def most(self, again: int) -> int:
         """The most that is there in a block's backward pass where the first so many are computed again, in bytes."""
-        return self._most(again)[0]
+        return max(self._either(again))
 
     def turn(self, again: int) -> int:
         """`memory_passes.turn` of the same."""
-        return -self._most(again)[1]
+        first, later = self._either(again)
+        if not self.whole:
+            return 0
+        if again and first >= later:
+            return self._there[1].index(first)
+        return self._there[0].index(self._later[again], again)
 
-    def _most(self, again: int) -> tuple[int, int]:
-        found = [(0, 0)] if not self.whole else []
-        if again:
-            found.append(self._first[again - 1])
-        if again < len(self.whole):
-            there, number = self._later[again]
-            kept = self._kept[1][again] - self._kept[0][again]
-            found.append((there + kept, number))
-        return max(found)
+    def _either(self, again: int) -> tuple[int, int]:
+        """The most among those, and among the others."""
+        kept = self._kept[1][again] - self._kept[0][again]
+        later = self._later[again] + kept if again < len(self.whole) else 0
+        return self._first[again - 1] if again else 0, later
 
 
 def _before(spec: FluxSpec, ways: _Ways) -> int:
@@ -369,28 +373,27 @@ def _ways(config: TrainConfig, spec: FluxSpec, tokens: int, growing: int) -> _Wa
     dynamic, weights, wide = config.quantization == "fp8-dynamic", config.mode == "finetune", 4 / width(config)
     streamed = frozenset(streamed_blocks(spec.double_blocks, spec.single_blocks, config.stream_blocks))
     time, kinds, blocks = _by_block(what, spec)
-    reached = time or not what.layers.isdisjoint(("x_embedder", "context_embedder")) or config.mode == "controlnet"
+    named = list(blocks.items())
+    if not time and config.mode != "controlnet" and what.layers.isdisjoint(("x_embedder", "context_embedder")):
+        first = next((place for place, (_, number) in enumerate(named) if kinds[number].own), len(named))
+        named = named[first:]
     sizes = parameters_by_block(config, spec) if growing else {}
-    known: dict[tuple[int, bool, int], tuple[Passed, Passed]] = {}
-    found = []
-    for name, number in blocks.items():
-        reached = reached or bool(kinds[number].own)
-        if not reached:
-            continue
-        key = (number, dynamic and name not in streamed, sizes.get(name, 0) * growing)
-        if key not in known:  # most blocks are alike
-            (single, own, adapters), (_, fp8, grads) = kinds[number], key
-            shape = _Shape(own, weights, time or any(map(is_modulation, own)), fp8, wide)
-            # Half of a double block's adapters see the text alone, the others the image.
-            low = adapters * rows * config.rank * width(config) // (1 if single else 2)
-            units = shape.single if single else shape.double
-            kept, made, needed = units(again=False)
-            one = Passed(int((kept + made) * unit) + lse + low, int(needed * unit), checkpointed=False, grads=grads)
-            kept, made, needed = units(again=True)
-            more = int((made + needed) * unit) + lse + low
-            known[key] = one, Passed(int(kept * unit), more, checkpointed=True, grads=grads)
-        found.append(known[key])
-    return _Ways([one for one, _ in found], [other for _, other in found])
+
+    def either(number: int, fp8: bool, grads: int) -> tuple[Passed, Passed]:
+        single, own, adapters = kinds[number]
+        shape = _Shape(own, weights, time or any(map(is_modulation, own)), fp8, wide)
+        # Half of a double block's adapters see the text alone, the others the image.
+        low = adapters * rows * config.rank * width(config) // (1 if single else 2)
+        units = shape.single if single else shape.double
+        kept, made, needed = units(again=False)
+        whole = Passed(int((kept + made) * unit) + lse + low, int(needed * unit), checkpointed=False, grads=grads)
+        kept, made, needed = units(again=True)
+        more = int((made + needed) * unit) + lse + low
+        return whole, Passed(int(kept * unit), more, checkpointed=True, grads=grads)
+
+    keys = [(number, dynamic and name not in streamed, sizes.get(name, 0) * growing) for name, number in named]
+    known = {key: either(*key) for key in dict.fromkeys(keys)}  # most blocks are alike
+    return _Ways([known[key][0] for key in keys], [known[key][1] for key in keys])
 
 
 class _Kind(NamedTuple):

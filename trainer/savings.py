@@ -157,13 +157,15 @@ def leaving(modulation: str, stream_blocks: int, spec: FluxSpec) -> dict[tuple[s
 
 
 def _held(modulation: str, stream_blocks: int, spec: FluxSpec, own: tuple[Unit, ...], rest: int) -> Held:
-    every = _counts(spec)
-    gone = leaving(modulation, stream_blocks, spec)
-    away = [(count, unit) for unit in own if (count := gone[unit.kind, unit.modulation])]
-    host = sum(count * unit.bytes for count, unit in away)
-    slots = min(SLOTS, sum(count for count, _ in away)) * max((unit.bytes for _, unit in away), default=0)
-    traffic = sum(count * unit.bytes * (1 if unit.modulation else 2) for count, unit in away)
-    total = sum(every[unit.kind] * unit.bytes for unit in own)
+    every, gone = _counts(spec), leaving(modulation, stream_blocks, spec)
+    total = host = traffic = units_away = largest = 0
+    for kind, modulates, size in own:
+        total += every[kind] * size
+        if count := gone[kind, modulates]:
+            host += count * size
+            traffic += count * size * (1 if modulates else 2)
+            units_away, largest = units_away + count, max(largest, size)
+    slots = min(SLOTS, units_away) * largest
     return Held(rest + total - host + slots, host, slots, traffic)
 
 

@@ -295,7 +295,7 @@ def altered(config: TrainConfig, **changes: Any) -> TrainConfig:
     """`dataclasses.replace`, for searches that make hundreds: the fields are not handed through the constructor."""
     found: TrainConfig = object.__new__(TrainConfig)
     found.__dict__.update(config.__dict__, **changes)
-    if changes.keys() <= _VARIED:
+    if _VARIED.issuperset(changes):
         object.__setattr__(found, "_family", config.family)
     return found
 

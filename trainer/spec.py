@@ -105,6 +105,13 @@ class FluxSpec:
         )
         return max(linear.inputs * linear.outputs for linear in kinds)
 
+    def kinds(self) -> tuple[tuple[str, int, list[Linear]], ...]:
+        """The two kinds of blocks: where they hang, how many there are, and the linear layers of one; all are alike."""
+        return (
+            ("transformer_blocks", self.double_blocks, self._double()),
+            ("single_transformer_blocks", self.single_blocks, self._single()),
+        )
+
     def linears(self) -> tuple[Linear, ...]:
         """Every linear layer of the transformer, by its diffusers name."""
         return _linears(self)
@@ -180,9 +187,7 @@ def _forward_flops(spec: FluxSpec, image_tokens: int, text_tokens: int) -> float
 def _linears(spec: FluxSpec) -> tuple[Linear, ...]:
     """Kept: a plan asks for them hundreds of times."""
     found = spec._ends()
-    kinds = (("transformer_blocks", spec.double_blocks, spec._double()),
-             ("single_transformer_blocks", spec.single_blocks, spec._single()))  # fmt: skip
-    for kind, count, layers in kinds:
+    for kind, count, layers in spec.kinds():
         for index in range(count):
             found += [Linear(f"{kind}.{index}.{name}", *sizes) for name, *sizes in layers]
     return tuple(found)

@@ -88,8 +88,11 @@ class Matrices:
         self.sizes, self.whole, self.gates = sizes, whole, gates
         """FLOPs by name; whether all modulations' gradients are asked for, and the blocks of which they are."""
         self.products = sum(size for _, size in sizes)
-        blocks = {tuple(name.split(".")[:2]) for name, _ in sizes if "transformer_blocks." in name}
-        self.blocks = len(blocks)
+
+    @functools.cached_property
+    def blocks(self) -> int:
+        """How many blocks have some."""
+        return len({tuple(name.split(".")[:2]) for name, _ in self.sizes if "transformer_blocks." in name})
 
 
 def matrices(trained: Mapping[str, tuple[int, ...]], image_tokens: int, text_tokens: int) -> Matrices:
@@ -110,7 +113,7 @@ def flops_of(
     base = spec.step_flops(image_tokens, text_tokens, checkpointing=config.gradient_checkpointing and not fused)
     if count:
         attention = 4 * (image_tokens + text_tokens) ** 2 * spec.hidden
-        base += count * attention + _again(_linears(spec, image_tokens, text_tokens), spec, count, asked)
+        base += count * attention + _base_again(spec, image_tokens, text_tokens, asked)[count]
     products = asked.products
     if config.mode == "finetune":
         return base + products  # the weights' own gradients; forward and input gradients are in the base
@@ -121,7 +124,8 @@ def flops_of(
         return base + products * (3 + passes) + asked.blocks * (3.5 + passes) * attention
     if not fused:
         return base + products * (4 if config.gradient_checkpointing else 3)
-    return base + products * 3 + _again(asked, spec, count, asked)
+    again = _again(asked, spec.double_blocks)
+    return base + products * 3 + again[min(count, len(again) - 1)]
 
 
 def _checkpointed(config: TrainConfig, spec: FluxSpec) -> int:
@@ -133,27 +137,25 @@ def _checkpointed(config: TrainConfig, spec: FluxSpec) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def _linears(spec: FluxSpec, image_tokens: int, text_tokens: int) -> Matrices:
-    """The base's own, of which none is trained."""
-    sizes = tuple(
-        (linear.name, 2.0 * linear.inputs * linear.outputs * tokens_of(linear.name, image_tokens, text_tokens))
-        for linear in spec.linears()
-        if linear.per_token
-    )
-    return Matrices(sizes, False, frozenset())
-
-
-def _again(computed: Matrices, spec: FluxSpec, count: int, asked: Matrices) -> float:
-    """FLOPs that the first `count` fused blocks compute a second time: all but a block's last layers, which nobody
+def _base_again(spec: FluxSpec, image_tokens: int, text_tokens: int, asked: Matrices) -> tuple[float, ...]:
+    """FLOPs that the first fused blocks compute a second time, by how many: all but a block's last layers, which nobody
     reads (7/12 of a single block's products, 8/12 of a double block's), unless its gate's gradient wants them."""
-    summed = _up_to(computed, spec.double_blocks, asked)
-    return summed[min(count, len(summed) - 1)]
+    each = []
+    for kind, count, layers in spec.kinds():
+        named = {f"{kind}.0.{linear.name}": linear for linear in layers if linear.per_token}
+        alike = tuple(
+            (name, 2.0 * linear.inputs * linear.outputs * tokens_of(name, image_tokens, text_tokens))
+            for name, linear in named.items()
+        )
+        for _, _, inner, last in _by_block(alike, 0):
+            each += [inner + last * (asked.whole or f"{kind}.{number}" in asked.gates) for number in range(count)]
+    return tuple(itertools.accumulate(each, initial=0.0))
 
 
 @functools.lru_cache(maxsize=64)
-def _up_to(computed: Matrices, double: int, asked: Matrices) -> tuple[float, ...]:
-    """The same of the first block, of the first two and so on, after nothing: a plan's search asks for each number."""
-    blocks = _by_block(computed.sizes, double)
+def _again(asked: Matrices, double: int) -> tuple[float, ...]:
+    """The same of what is trained in them."""
+    blocks = _by_block(asked.sizes, double)
     each = [0.0] * (1 + max((place for place, *_ in blocks), default=-1))
     for place, block, inner, last in blocks:
         each[place] = inner + last * (asked.whole or block in asked.gates)
@@ -177,7 +179,7 @@ def _by_block(sizes: _Sizes, double: int) -> tuple[tuple[int, str, float, float]
 def _modulated(names: Collection[str]) -> tuple[bool, frozenset[str]]:
     """Whether all modulations' gradients are asked for, and the blocks of which they are."""
     whole = any(name.startswith("time_text_embed.") for name in names)
-    own = {".".join(name.split(".")[:2]) for name in names if _MODULATION.search(name)}
+    own = {".".join(name.split(".")[:2]) for name in names if "norm" in name and _MODULATION.search(name)}
     return whole, frozenset(own)
 
 

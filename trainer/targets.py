@@ -52,6 +52,8 @@ LORA_TARGETS: dict[str, tuple[str, ...]] = {
 FUSED = {"to_qkv": ("to_q", "to_k", "to_v"), "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj")}
 """Layers that X-Flux's adapters have in common, in the order of their rows, by diffusers' name of the fused layer."""
 
+_TOGETHER = {leaf: (together, leaves) for together, leaves in FUSED.items() for leaf in leaves}
+
 BLOCKS = {"single_blocks": "single_transformer_blocks", "double_blocks": "transformer_blocks"}
 """The train config's block lists, and where in diffusers' transformer those blocks hang."""
 
@@ -68,7 +70,7 @@ def adapters_of(
     for name, layer in chosen.items():
         together, parts = fused(name) if targets == "xflux" else (name, (name,))
         if together not in adapters:
-            rows = sum(chosen[part].outputs for part in parts)
+            rows = sum([chosen[part].outputs for part in parts])
             adapters[together] = Adapter(together, parts, layer.inputs, rows)
     return list(adapters.values())
 
@@ -76,10 +78,10 @@ def adapters_of(
 def fused(name: str) -> tuple[str, tuple[str, ...]]:
     """The fused layer that a layer is part of, and its parts in order; a layer that is part of none is its own."""
     stem, _, leaf = name.rpartition(".")
-    for together, leaves in FUSED.items():
-        if stem.endswith("attn") and leaf in leaves:
-            return f"{stem}.{together}", tuple(f"{stem}.{part}" for part in leaves)
-    return name, (name,)
+    if leaf not in _TOGETHER or not stem.endswith("attn"):
+        return name, (name,)
+    together, leaves = _TOGETHER[leaf]
+    return f"{stem}.{together}", tuple([f"{stem}.{part}" for part in leaves])
 
 
 def parts_of(name: str) -> tuple[str, ...]:

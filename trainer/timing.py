@@ -89,11 +89,11 @@ def seconds_per_step(
         raise NoForecast("fp8-dynamic needs a card with fp8 products and the trainer's own blocks.")
     sizes = [_micro_step(job, size) for size in config.sizes]
     share = config.gradient_accumulation_steps / len(sizes)
-    found = [sum(each) * share for each in zip(*sizes, strict=True)]
+    found = [each * share for each in (sizes[0] if len(sizes) == 1 else map(sum, zip(*sizes, strict=True)))]
     passes = 2 * job.blocks + job.again if strategy == "fsdp" else 0
     once = _once(config, spec, strategy, world_size, known.memory, known.bus, passes)
     error = known.error + (RANKS_ERROR if world_size > 1 or strategy not in ("single", "ddp") else 0)
-    seconds = sum(each for each in [*found, *(term.seconds for term in once)] if each > 0)
+    seconds = sum([each for each in (*found, *(term.seconds for term in once)) if each > 0])
     return Forecast(seconds, error, lambda: tuple(term for term in (*_told(job, found), *once) if term.seconds > 0))
 
 

@@ -74,7 +74,8 @@ class Job:
         self.backend = _backend(config, card, fused=self.fused, flash4=flash4)
         self.memory, self.attention = card.memory * 1e9, card.attention[self.backend] * 1e12
         """Bytes and FLOPs a second."""
-        self.held = _held(config, spec, self.fused)
+        lies = config.quantization, config.modulation, config.stream_blocks
+        self.held = _held(*lies, width(config), spec, self.fused)
         self.matrices = _matrices(spec)
         """Numbers in the blocks' weights: those of the products, and the modulation's."""
 
@@ -101,32 +102,33 @@ class _Held(NamedTuple):
     """Those of a step beside the blocks' own kernels."""
 
 
-@kept_by("quantization", "modulation", "stream_blocks")
-def _held(config: TrainConfig, spec: FluxSpec, fused: bool) -> _Held:
-    blocks, kind, dynamic = spec.double_blocks + spec.single_blocks, config.quantization, False
-    streamed = min(config.stream_blocks, blocks) / blocks
-    fp8, more, dense = 0.0, 0.0, float(DEQUANTISED.get(kind, 0))
-    if kind == "fp8-dynamic":  # what arrives is made dense, and multiplied in 16 bits
-        dynamic, fp8, more = True, 1 - streamed, FP8 * blocks * (1 - streamed)
-        dense *= streamed
-    modulation: float = width(config)
-    if kind != "none" and config.modulation == "quantize":
-        modulation = 1 if dynamic else DEQUANTISED[kind]  # fp8's few rows are multiplied as the weight lies
+@functools.lru_cache(maxsize=1024)
+def _held(quantization: str, modulation: str, stream_blocks: int, each: int, spec: FluxSpec, fused: bool) -> _Held:
+    """`each`: bytes of a number of the computation."""
+    blocks, dynamic = spec.double_blocks + spec.single_blocks, quantization == "fp8-dynamic"
+    streamed = min(stream_blocks, blocks) / blocks
+    fp8, more, dense = 0.0, 0.0, float(DEQUANTISED.get(quantization, 0))
+    if dynamic:  # what arrives is made dense, and multiplied in 16 bits
+        fp8, more, dense = 1 - streamed, FP8 * blocks * (1 - streamed), dense * streamed
+    turned: float = each
+    if quantization != "none" and modulation == "quantize":
+        turned = 1 if dynamic else DEQUANTISED[quantization]  # fp8's few rows are multiplied as the weight lies
     come = round(streamed * blocks)
     count = come * (ARRIVES_FP8 if dynamic else ARRIVES)
-    count += (blocks - come) * TURNS * (config.modulation == "stream")
-    if fused and kind != "none" and not dynamic:  # diffusers' products do it in fewer
+    count += (blocks - come) * TURNS * (modulation == "stream")
+    if fused and quantization != "none" and not dynamic:  # diffusers' products do it in fewer
         count += blocks * MAKES_DENSE
-    arrives = NONE
-    if config.stream_blocks or config.modulation == "stream":
-        arrives = _arriving(kind, config.modulation, config.stream_blocks, spec, width(config))
-    return _Held(fp8, more, dense, modulation, arrives, count)
+    arrives = _arriving(quantization, modulation, stream_blocks, spec, each)
+    return _Held(fp8, more, dense, turned, arrives, count)
 
 
 @functools.lru_cache(maxsize=16)
 def _matrices(spec: FluxSpec) -> tuple[int, int]:
-    inside = [linear for linear in spec.linears() if "transformer_blocks." in linear.name]
-    sizes = [(is_modulation(linear.name), linear.inputs * linear.outputs) for linear in inside]
+    sizes = [
+        (is_modulation(linear.name), count * linear.inputs * linear.outputs)
+        for _, count, layers in spec.kinds()
+        for linear in layers
+    ]
     return sum(n for mod, n in sizes if not mod), sum(n for mod, n in sizes if mod)
 
 
@@ -317,8 +319,9 @@ NONE = (0, 0)
 """Where nothing arrives."""
 
 
-@functools.lru_cache(maxsize=256)
 def _arriving(quantization: str, modulated: str, count: int, spec: FluxSpec, each: int) -> tuple[int, int]:
+    if not count and modulated != "stream":
+        return NONE
     gone = leaving(modulated, count, spec)
     there = back = 0
     for unit in units(quantization, modulated, spec, each):

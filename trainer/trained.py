@@ -6,7 +6,6 @@ import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
-from xflux_trainer import bfl
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.errors import ConfigError, Problem
 from xflux_trainer.spec import Adapter, FluxSpec, adapters_of
@@ -131,6 +130,8 @@ def controlnet_size(config: TrainConfig, spec: FluxSpec) -> int:
 
 def _spellings(name: str) -> tuple[str, ...]:
     """diffusers' name, and BFL's of the tensor that it lies in."""
+    from xflux_trainer import bfl  # where parts of the model are named alone
+
     place = bfl.place(name)
     return (name, place.name) if place else (name,)
 

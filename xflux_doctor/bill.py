@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from pathlib import Path
 from typing import Any
 
-from xflux_trainer import bfl_spec, memory, memory_diffusers, memory_fused, samples, spec
+from xflux_trainer import memory, memory_diffusers, memory_fused, samples, spec
 from xflux_trainer.config import TrainConfig
 
 from xflux_doctor.check import Case, SkipCheck
@@ -126,7 +127,8 @@ def spec_of(case: Case) -> spec.FluxSpec:
     place = model_place(case)
     if place is not None and place.exists():
         try:
-            return bfl_spec.read_local(place)
+            local: Any = importlib.import_module("xflux_trainer.bfl_spec")  # for a model that is here
+            return local.read_local(place)
         except (OSError, ValueError, KeyError, TypeError):
             pass  # the model's fault is WE101's to report; FLUX.1's own sizes are what it should hold
     return spec.SPECS[case.job.train.model_name]

@@ -7,7 +7,6 @@ SLURM_NTASKS, and is no task; only what srun starts has SLURM_STEP_ID.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import re
 from collections.abc import Iterator, Mapping
@@ -126,7 +125,7 @@ def under(job: Job, environment: Mapping[str, str]) -> Job:
         return job
     values = _as_rank(job, found) if found.a_rank else _as_launcher(job, found)
     overrides = {key: Override(value, source) for key, (value, source) in values.items()}
-    return dataclasses.replace(job, overrides={**overrides, **job.overrides})
+    return msgspec.structs.replace(job, overrides={**overrides, **job.overrides})
 
 
 def _as_rank(job: Job, found: Task) -> dict[str, tuple[Any, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import os
 from pathlib import Path
@@ -130,7 +129,7 @@ def _whole_repair(job: Job) -> Job:
     written, waiting = (", ".join(str(path) for path in paths) for paths in (found.written, found.waiting))
     seen = f"The last repair was broken off: {written} was written and {waiting} was not"
     hint = "`xflux-doctor fix --write-config` takes it back and repairs anew; `fix --undo` only takes it back."
-    return dataclasses.replace(job, problems=(*job.problems, job_files.Problem("accelerate", seen, hint)))
+    return msgspec.structs.replace(job, problems=(*job.problems, job_files.Problem("accelerate", seen, hint)))
 
 
 def files_of(job: Job) -> dict[str, Path]:

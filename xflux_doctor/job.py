@@ -10,7 +10,6 @@ import functools
 import importlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -48,8 +47,7 @@ class Override(msgspec.Struct, frozen=True):
     source: str
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(msgspec.Struct, frozen=True, dict=True):
     """What would be trained, and how it would be launched."""
 
     train_path: Path | None = None
@@ -64,7 +62,7 @@ class Job:
     zero_file: dict[str, Any] | None = None
     """Its values."""
     zero_text: str = ""
-    overrides: Mapping[str, Override] = field(default_factory=lambda: MappingProxyType({}))
+    overrides: Mapping[str, Override] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """Keys of accelerate's file that a flag of the launch command, Slurm or torchrun sets instead."""
     command: Command | None = None
     """The launch command that `--launch` gave."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
+import msgspec
 from packaging.version import Version
 
 from xflux_doctor.job import Job, Override
@@ -26,7 +26,7 @@ def under_command(job: Job, command: Command, version: Version | None, devices: 
             kind = "MULTI_GPU" if found["num_processes"][0] > 1 and devices > 1 else "NO"
             found.setdefault("distributed_type", (kind, "accelerate, without a file"))
     else:
-        job = dataclasses.replace(job, accelerate=None, accelerate_path=None, accelerate_text="",
+        job = msgspec.structs.replace(job, accelerate=None, accelerate_path=None, accelerate_text="",
                                   problems=tuple(p for p in job.problems if p.file == "train"))  # fmt: skip
         if "num_processes" not in found and devices is not None:
             each = str(command.flags.get("nproc_per_node", ""))
@@ -35,7 +35,7 @@ def under_command(job: Job, command: Command, version: Version | None, devices: 
                 found["num_processes"] = (count, "the number of visible GPUs")
     overrides = {key: Override(value, source) for key, (value, source) in found.items()}
     launcher = "" if command.launcher == "accelerate" else command.launcher
-    return dataclasses.replace(job, overrides={**job.overrides, **overrides}, launcher=launcher)
+    return msgspec.structs.replace(job, overrides={**job.overrides, **overrides}, launcher=launcher)
 
 
 def xflux_script(command: Command, scripts: tuple[str, ...]) -> str | None:

@@ -52,7 +52,7 @@ def make(case: Case, examine: Examine) -> Plan:
         if not new:
             break
         edits += new
-        case = dataclasses.replace(case, job=job)
+        case = msgspec.structs.replace(case, job=job)
         verdicts = examine(case)
     blockers = tuple(f for v in verdicts for f in v.findings if f.severity == "error")
     again = {edit.key: edit for edit in _edits(verdicts) if _asks(case.job, edit)}
@@ -133,7 +133,7 @@ def lay(job: Job, edits: list[Change]) -> Job:
             for place in everywhere(own, edit, bundled=False):
                 own = _laid(own, place)
     checkout = msgspec.structs.replace(job.xflux, config=own) if job.xflux else None
-    return dataclasses.replace(job, accelerate=mapping, train=train, zero_file=zero, xflux=checkout)
+    return msgspec.structs.replace(job, accelerate=mapping, train=train, zero_file=zero, xflux=checkout)
 
 
 def changed(before: Job, after_: Job) -> bool:

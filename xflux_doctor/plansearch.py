@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import dataclasses
 import gc
 import heapq
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -54,6 +53,23 @@ class Found(msgspec.Struct, frozen=True):
     """None where none fits that may be taken."""
     own: Row
     """The job as it is."""
+
+
+class _Line(Sequence[TrainConfig]):
+    """The same work with more and more blocks streamed; each member is made when it is asked for, and few are."""
+
+    def __init__(self, config: TrainConfig, modulation: str, counts: Sequence[int]) -> None:
+        self._config, self._modulation, self._counts = config, modulation, counts
+        self._known: dict[int, TrainConfig] = {}
+
+    def __len__(self) -> int:
+        return len(self._counts)
+
+    def __getitem__(self, place: Any) -> Any:
+        count = self._counts[place]
+        if count not in self._known:
+            self._known[count] = altered(self._config, modulation=self._modulation, stream_blocks=count)
+        return self._known[count]
 
 
 class Search:
@@ -212,7 +228,7 @@ class Search:
                 return found
         return None
 
-    def _quickest(self, lines: list[list[TrainConfig]], percent: int) -> TrainConfig | None:
+    def _quickest(self, lines: list[Sequence[TrainConfig]], percent: int) -> TrainConfig | None:
         """The quickest that fits, of lines whose members take longer each than the one before, and with everything
         recomputed hold less; the last one does so with nothing recomputed too.
 
@@ -263,7 +279,7 @@ class Search:
                 )
         return best
 
-    def _lines(self, base: TrainConfig, streamed: tuple[int, ...]) -> Iterator[list[TrainConfig]]:
+    def _lines(self, base: TrainConfig, streamed: tuple[int, ...]) -> Iterator[Sequence[TrainConfig]]:
         """What changes no number: streaming, recording, the split of a batch."""
         for split in self._splits(base):
             yield [split]
@@ -273,10 +289,9 @@ class Search:
                 continue
             for modulation in dict.fromkeys((split.modulation, "stream", *["keep"] * (split.modulation == "stream"))):
                 counts = [count for count in streamed if (modulation, count) != (split.modulation, split.stream_blocks)]
-                line = [altered(split, modulation=modulation, stream_blocks=count) for count in counts]
                 if counts[0] == 0:  # none needs no room for what arrives
-                    yield line[:1]
-                yield line[counts[0] == 0 :]
+                    yield [altered(split, modulation=modulation, stream_blocks=0)]
+                yield _Line(split, modulation, counts[counts[0] == 0 :])
 
     def _splits(self, base: TrainConfig) -> Iterator[TrainConfig]:
         yield base
@@ -363,11 +378,11 @@ class Search:
         key = config.kernels, config.mixed_precision
         if key not in self._ours:
             self._ours[key] = fused(
-                dataclasses.replace(self.case, job=dataclasses.replace(self.case.job, train=config))
+                msgspec.structs.replace(self.case, job=msgspec.structs.replace(self.case.job, train=config))
             )
         return self._ours[key]
 
-    def _with_room(self, line: list[TrainConfig]) -> list[TrainConfig]:
+    def _with_room(self, line: Sequence[TrainConfig]) -> Sequence[TrainConfig]:
         """Of a line, whose members stream more and more, the first so many that the host has room for."""
         host = self.host
         if host is None or host.holds(pinned(line[-1], self.model)):

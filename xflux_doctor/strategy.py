@@ -101,7 +101,7 @@ def bill(case: Case, strategy: str, ranks: int) -> memory.Bill | None:
     if case.job.train is None:
         return None
     try:
-        return need(dataclasses.replace(case, job=under(case.job, strategy, ranks)))
+        return need(msgspec.structs.replace(case, job=under(case.job, strategy, ranks)))
     except (SkipCheck, OSError):
         return None
 
@@ -126,9 +126,9 @@ def others(case: Case) -> Iterator[tuple[str, Case, tuple[Edit, ...]]]:
         laid = under(job, name, ranks)
         train = {edit.key[0]: edit.value for edit in edits if edit.file == "train"}
         if train and laid.train is not None:
-            laid = dataclasses.replace(laid, train=dataclasses.replace(laid.train, **train))
+            laid = msgspec.structs.replace(laid, train=dataclasses.replace(laid.train, **train))
         if laid.train is None or not between(laid.train):
-            yield name, dataclasses.replace(case, job=laid), tuple(edits)
+            yield name, msgspec.structs.replace(case, job=laid), tuple(edits)
 
 
 def _of_deepspeed(job: Job) -> dict[str, int | float]:
@@ -150,4 +150,4 @@ def under(job: Job, strategy: str, ranks: int) -> Job:
         file["deepspeed_config"] = {**job.section("deepspeed_config"), "zero_stage": int(strategy[-1])}
     elif strategy == "fsdp":
         file["fsdp_config"] = {**job.section("fsdp_config"), "fsdp_version": 2}
-    return dataclasses.replace(job, accelerate=file, overrides={}, zero_file=None)
+    return msgspec.structs.replace(job, accelerate=file, overrides={}, zero_file=None)

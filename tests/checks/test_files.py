@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -333,7 +332,7 @@ def test_a_mirror_that_gives_a_gated_model_without_a_token(matrix: Matrix, tmp_p
 
 def test_offline_by_option(matrix: Matrix, tmp_path: Path) -> None:
     subject = cached(matrix, tmp_path)
-    subject = dataclasses.replace(subject, job=dataclasses.replace(subject.job, offline=True))
+    subject = msgspec.structs.replace(subject, job=msgspec.structs.replace(subject.job, offline=True))
     assert "--offline was given" in findings(subject, weights.hub_access)[0].seen
 
 

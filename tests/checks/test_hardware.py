@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import msgspec
 import pytest
 from conftest import XFLUX_ACCELERATE, case, findings, gpus, job, machine, packages, verdict
@@ -184,7 +182,7 @@ def test_fp8(matrix: Matrix) -> None:
     (finding,) = findings(case(matrix, machine(matrix, card="A100", count=2), job(asked)), hardware.fp8)
     assert finding.severity == "warning" and "capability 8.0" in finding.seen
     assert finding.edits == (Edit("accelerate", ("mixed_precision",), "bf16", "fp8 wants capability 8.9"),)
-    own = dataclasses.replace(job(asked), train=None)
+    own = msgspec.structs.replace(job(asked), train=None)
     (finding,) = findings(case(matrix, machine(matrix, card="V100"), own), hardware.fp8)
     assert finding.severity == "error" and "fp16" in finding.hint
     assert findings(case(matrix, machine(matrix, card="L40S"), job(asked)), hardware.fp8) == ()

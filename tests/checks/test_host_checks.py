@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import msgspec
@@ -114,7 +113,7 @@ def test_a_container_without_the_driver_is_told_once(matrix: Matrix) -> None:
 
 def compiling(matrix: Matrix, accelerate: str = OFFLOAD, **values: Any) -> Case:
     """accelerate's file alone: some trainer that lets DeepSpeed offload. The bundled one does not."""
-    work = dataclasses.replace(job(accelerate), train=None)
+    work = msgspec.structs.replace(job(accelerate), train=None)
     return case(matrix, machine(matrix, toolchain=msgspec.structs.replace(TOOLS, **values)), work)
 
 

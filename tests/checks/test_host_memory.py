@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +56,7 @@ def test_what_others_hold_of_the_limit_is_not_there(matrix: Matrix) -> None:
     (finding,) = findings(subject, host_memory)
     assert finding.severity == "error" and finding.seen.endswith("of which 2 are in use.")
     # Where the machine has less than its group may take, the group's count says nothing of it.
-    total = dataclasses.replace(subject, facts=machine(matrix)).facts.host
+    total = msgspec.structs.replace(subject, facts=machine(matrix)).facts.host
     assert total
     roomy = limited(matrix, ONE, 1, memory_limit=total.memory_total * 2, memory_held=total.memory_total)
     assert findings(roomy, host_memory) == ()
@@ -71,7 +70,7 @@ def test_a_limit_as_the_kernel_writes_it_is_found(matrix: Matrix, tmp_path: Path
     own = "0::/job\n" if "cgroup.controllers" in files else "4:memory:/job\n"
     root = tree(tmp_path, {f"sys/fs/cgroup/{name}": text for name, text in files.items()})
     tree(root, {"proc/self/cgroup": own, "proc/meminfo": "MemTotal: 134217728 kB\nMemAvailable: 134217728 kB\n"})
-    subject = dataclasses.replace(
+    subject = msgspec.structs.replace(
         limited(matrix, ONE, 1), facts=msgspec.structs.replace(machine(matrix), host=host_facts(root))
     )
     (finding,) = findings(subject, host_memory)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
+import msgspec
 import pytest
 from conftest import XFLUX_ACCELERATE, case, findings, job, machine, packages, verdict
 
@@ -106,7 +106,7 @@ def test_python_home(matrix: Matrix) -> None:
 def test_cuda_guard(matrix: Matrix) -> None:
     check, off = job_variables.cuda_guard_on, {"DS_SKIP_CUDA_CHECK": "1"}
     offload = XFLUX_ACCELERATE.replace("offload_optimizer_device: none", "offload_optimizer_device: cpu")
-    work = dataclasses.replace(job(offload), train=None)  # the bundled trainer offloads nothing
+    work = msgspec.structs.replace(job(offload), train=None)  # the bundled trainer offloads nothing
     assert "nvcc is 12.4" in found(matrix, check, off, work, toolchain=Toolchain(cuda_version="12.4"))
     assert found(matrix, check, off, work, toolchain=Toolchain(cuda_version="13.1")) == ""
     facts = machine(matrix, environment=off, toolchain=Toolchain(cuda_version="12.4"))

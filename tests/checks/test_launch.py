@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-
+import msgspec
 import pytest
 from conftest import XFLUX_ACCELERATE, case, findings, gpus, job, machine, packages, values, verdict
 
@@ -21,7 +20,7 @@ def changed(old: str, new: str) -> str:
 
 
 def test_unreadable_files_are_findings(matrix: Matrix) -> None:
-    work = dataclasses.replace(
+    work = msgspec.structs.replace(
         job(), problems=(Problem("accelerate", "a is empty", "Write it."), Problem("train", "t is empty", "Write it."))
     )
     subject = case(matrix, machine(matrix), work)
@@ -185,7 +184,7 @@ def test_ddp_keeps_its_samples_by_the_training_file_alone(matrix: Matrix) -> Non
     text = changed("distributed_type: DEEPSPEED", "distributed_type: MULTI_GPU")
     (finding,) = findings(case(matrix, machine(matrix, count=2), job(text)), launch.ranks_have_devices)
     assert [e.file for e in finding.edits] == ["accelerate", "train"] and values(finding) == [2, 4]
-    bare = dataclasses.replace(job(text), train=None, train_path=None)
+    bare = msgspec.structs.replace(job(text), train=None, train_path=None)
     (finding,) = findings(case(matrix, machine(matrix, count=2), bare), launch.ranks_have_devices)
     assert [e.file for e in finding.edits] == ["accelerate"] and "set gradient_accumulation_steps to 4" in finding.hint
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -210,7 +209,7 @@ def test_tasks_fit(matrix: Matrix) -> None:
 def test_no_launcher_in_a_rank(matrix: Matrix, tmp_path: Path) -> None:
     text = "distributed_type: MULTI_GPU\nnum_processes: 2\n"
     assert look(matrix, machines.no_launcher_in_rank, text, environment=STEP) == ()  # run starts the trainer itself
-    work = dataclasses.replace(under(job(text), STEP), xflux=xflux_kit.job(tmp_path).xflux)
+    work = msgspec.structs.replace(under(job(text), STEP), xflux=xflux_kit.job(tmp_path).xflux)
     subject = case(matrix, machine(matrix, count=2, environment=STEP), work)
     (found,) = verdict(subject, machines.no_launcher_in_rank).findings
     assert found.seen == "srun started 2 tasks, and each of them would start accelerate's launcher."

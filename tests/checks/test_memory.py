@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import msgspec
@@ -25,7 +24,7 @@ def test_fits(matrix: Matrix) -> None:
 
 
 def test_card_too_small_says_the_terms(matrix: Matrix) -> None:
-    small = dataclasses.replace(job(ONE), gpu_limit=5 * GIB)
+    small = msgspec.structs.replace(job(ONE), gpu_limit=5 * GIB)
     (finding,) = findings(case(matrix, machine(matrix, card="T4"), small), memory.gpu_memory)
     assert "Tesla T4" in finding.seen and "has 5.0 GiB by --gpu-limit" in finding.seen and finding.edits == ()
     # Of the moment of most, each term once.
@@ -44,7 +43,7 @@ KEPT = {"img_size": 1024, "gradient_checkpointing": False}
     ({}, 5, {}),
 ])  # fmt: skip
 def test_the_plan_is_the_repair(matrix: Matrix, train: dict[str, Any], limit: int, edits: dict[str, Any]) -> None:
-    work = dataclasses.replace(job(ONE, **{**KEPT, **train}), gpu_limit=limit * GIB)
+    work = msgspec.structs.replace(job(ONE, **{**KEPT, **train}), gpu_limit=limit * GIB)
     (finding,) = findings(case(matrix, machine(matrix), work), memory.gpu_memory)
     assert {e.key[0]: e.value for e in finding.edits if isinstance(e, Edit)} == edits
     for key in edits:
@@ -53,7 +52,7 @@ def test_the_plan_is_the_repair(matrix: Matrix, train: dict[str, Any], limit: in
 
 @pytest.mark.parametrize("limit", [12, 20, 32])
 def test_the_repair_is_enough(matrix: Matrix, limit: int) -> None:
-    work = dataclasses.replace(job(ONE, **KEPT), gpu_limit=limit * GIB)
+    work = msgspec.structs.replace(job(ONE, **KEPT), gpu_limit=limit * GIB)
     subject = case(matrix, machine(matrix), work)
     plan = make(subject, lambda mended: examine(mended, [memory.gpu_memory]))
     assert plan.blockers == () and plan.verdicts[0].status == "ok" and plan.job.train is not None
@@ -61,11 +60,11 @@ def test_the_repair_is_enough(matrix: Matrix, limit: int) -> None:
 
 
 def test_where_it_is_tight_the_plan_is_offered(matrix: Matrix) -> None:
-    work = dataclasses.replace(job(ONE, **KEPT), gpu_limit=int(41.3 * GIB))
+    work = msgspec.structs.replace(job(ONE, **KEPT), gpu_limit=int(41.3 * GIB))
     subject = case(matrix, machine(matrix), work)
     (finding,) = findings(subject, memory.gpu_memory)
     assert finding.severity == "warning" and finding.edits == () and "It is tight" in finding.because
-    taken = dataclasses.replace(subject, taken=frozenset({"ME101"}))
+    taken = msgspec.structs.replace(subject, taken=frozenset({"ME101"}))
     plan = make(taken, lambda mended: examine(mended, [memory.gpu_memory]))
     assert plan.verdicts[0].status == "ok" and plan.job.train is not None
     assert plan.job.train.gradient_checkpointing and 0 < (plan.job.train.checkpointed_blocks or 0) < 10
@@ -78,7 +77,7 @@ def test_where_it_is_tight_the_plan_is_offered(matrix: Matrix) -> None:
 ])  # fmt: skip
 def test_fp8_products_are_advised_where_they_can_be_had(matrix: Matrix, changes: dict[str, Any], words: str) -> None:
     """Where no plan that loses nothing fits."""
-    limited = dataclasses.replace(job(ONE, **changes), gpu_limit=5 * GIB)
+    limited = msgspec.structs.replace(job(ONE, **changes), gpu_limit=5 * GIB)
     (finding,) = findings(case(matrix, machine(matrix), limited), memory.gpu_memory)
     assert finding.hint.startswith(words)
     (finding,) = findings(case(matrix, machine(matrix, card="A100"), limited), memory.gpu_memory)
@@ -140,7 +139,7 @@ def test_tight_is_a_warning(matrix: Matrix) -> None:
 
 
 def test_gpu_limit(matrix: Matrix) -> None:
-    work = dataclasses.replace(job(ONE, img_size=1024), gpu_limit=20 * GIB)
+    work = msgspec.structs.replace(job(ONE, img_size=1024), gpu_limit=20 * GIB)
     (finding,) = findings(case(matrix, machine(matrix), work), memory.gpu_memory)
     assert "20.0 GiB by --gpu-limit" in finding.seen
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 
 import msgspec
@@ -88,7 +87,7 @@ def test_stacks_keep_all_rules(matrix: Matrix, stack: str, work: str) -> None:
 
 def broken(matrix: Matrix, facts: Facts, accelerate: str = XFLUX_ACCELERATE, **options: bool) -> dict[str, str]:
     """{row id: severity} of the findings, for some trainer that is started by accelerate's file alone."""
-    work = dataclasses.replace(job(accelerate, **options), train=None)
+    work = msgspec.structs.replace(job(accelerate, **options), train=None)
     found = findings(case(matrix, facts, work, "xflux-2024"), rules.rules)
     return {match[1]: f.severity for f in found if (match := re.search(r"\((R-[A-Z0-9-]+):", f.seen))}
 

@@ -18,7 +18,7 @@ from xflux_doctor.job import Job
 from xflux_doctor.matrix import Matrix
 
 OFFLOAD = XFLUX_ACCELERATE.replace("offload_optimizer_device: none", "offload_optimizer_device: cpu")
-COMPILES = dataclasses.replace(job(OFFLOAD), train=None)
+COMPILES = msgspec.structs.replace(job(OFFLOAD), train=None)
 """accelerate's file alone: some trainer that lets DeepSpeed offload, and so compile."""
 
 
@@ -175,8 +175,8 @@ def test_clock(matrix: Matrix) -> None:
     subject = on(matrix)
     for created, count in (("1970-01-01T00:03:12+00:00", 1), ("2026-11-24T10:00:00+00:00", 0)):
         facts = msgspec.structs.replace(subject.facts, created=created)
-        assert len(findings(dataclasses.replace(subject, facts=facts), storage.clock)) == count
-    unsaid = dataclasses.replace(subject, facts=msgspec.structs.replace(subject.facts, created=""))
+        assert len(findings(msgspec.structs.replace(subject, facts=facts), storage.clock)) == count
+    unsaid = msgspec.structs.replace(subject, facts=msgspec.structs.replace(subject.facts, created=""))
     assert verdict(unsaid, storage.clock).status == "skipped"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +237,8 @@ class TestAttention:
         assert found.severity == "error" and "would die" in found.because and not found.edits
         assert any("TORCH_CUDNN_SDPA_DEPRIORITIZED=1" in command for command in found.commands)
         assert (
-            findings(dataclasses.replace(mine, facts=machine(matrix, gpu_probes=(HEALTHY,))), computed.attention) == ()
+            findings(msgspec.structs.replace(mine, facts=machine(matrix, gpu_probes=(HEALTHY,))), computed.attention)
+            == ()
         )
         asked = deep.ask_of(mine)
         assert "attention torch choice" in asked.stages and not [name for name in asked.stages if "trainer" in name]
@@ -291,7 +291,7 @@ def test_the_report_shows_the_rates(matrix: Matrix) -> None:
     from xflux_doctor.report import text
 
     facts = msgspec.structs.replace(subject(matrix).facts, torch=TorchFacts("2.6.0"))
-    shown = text.render(summarize(dataclasses.replace(subject(matrix), facts=facts)))
+    shown = text.render(summarize(msgspec.structs.replace(subject(matrix), facts=facts)))
     assert "bfloat16 780 TFLOP/s" in shown and "from the host 55 GB/s" in shown
     assert shown.index("trainer flash-attn-4 3.50 ms") < shown.index("trainer flash 7.00 ms")
 

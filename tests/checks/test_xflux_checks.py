@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ def rented(matrix: Matrix, count: int = 1, without: tuple[str, ...] = (), **chan
 def roomy(work: Job, free: int = 10**13) -> Job:
     """The job on a disk of that size, whatever the tests' own disk has."""
     assert work.xflux
-    return dataclasses.replace(work, xflux=msgspec.structs.replace(work.xflux, free=free))
+    return msgspec.structs.replace(work, xflux=msgspec.structs.replace(work.xflux, free=free))
 
 
 def on(matrix: Matrix, work: Job, facts: Facts | None = None) -> Case:

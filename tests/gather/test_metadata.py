@@ -8,6 +8,7 @@ import sys
 import venv
 from pathlib import Path
 
+import msgspec
 from test_packages import interpreter
 
 from xflux_doctor.facts import Package
@@ -84,6 +85,8 @@ def test_damage(tmp_path: Path) -> None:
     (site / "torch/lib/libgomp-1.so.1").unlink()
     (site / "torch/big.txt").unlink()  # not a library
     assert found(tmp_path).damaged == ("torch/lib/libtorch_cuda.so", "torch/lib/libgomp-1.so.1")
+    unasked = packages(python_facts(str(tmp_path / "bin/python3.12")), (), {}, whole=False)["torch"]
+    assert unasked == msgspec.structs.replace(found(tmp_path), damaged=())
 
 
 def test_odd_records(tmp_path: Path) -> None:

@@ -7,8 +7,10 @@ from typing import Any
 
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from xflux_trainer import memory_fused
 from xflux_trainer.config import TrainConfig
 from xflux_trainer.memory import PHASES, STRATEGIES, Bill, forecast
+from xflux_trainer.memory_passes import Passed, turn
 from xflux_trainer.memory_terms import ADAM, MASTERS, SHARDS
 from xflux_trainer.rules import between
 from xflux_trainer.spec import FLUX_DEV
@@ -103,3 +105,23 @@ def test_a_phase_is_the_sum_of_its_terms(keys: dict[str, Any], strategy: str, ra
         for phase in PHASES:
             assert phases.get(phase, 0) == sum(term.bytes for term in terms if term.phase == phase)
     assert made.gpu_allocated == max(made.gpu_phases.values(), default=0)
+
+
+BYTES = st.integers(0, 5)
+"""Few, so that blocks often need the same."""
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(BYTES, BYTES, BYTES, BYTES, BYTES), max_size=8))
+def test_the_sums_along_the_blocks_are_those_of_each_block(drawn: list[tuple[int, int, int, int, int]]) -> None:
+    whole = [Passed(kept, needed, checkpointed=False, grads=grads) for kept, needed, _, _, grads in drawn]
+    inputs = [Passed(kept, needed, checkpointed=True, grads=grads) for _, _, kept, needed, grads in drawn]
+    ways = memory_fused._Ways(whole, inputs)
+    for again in range(len(drawn) + 1):
+        blocks = [*inputs[:again], *whole[again:]]
+        there = [
+            sum(other.kept for other in blocks[: number + 1]) + block.needed + sum(o.grads for o in blocks[number:])
+            for number, block in enumerate(blocks)
+        ]
+        assert ways.most(again) == max(there, default=0)
+        assert ways.turn(again) == turn(blocks) == (there.index(max(there)) if there else 0)

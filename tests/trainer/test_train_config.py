@@ -215,6 +215,20 @@ def test_round_trip(tmp_path: Path, text: str) -> None:
     assert set(to_dict(config)) == {field.name for field in dataclasses.fields(TrainConfig)}
 
 
+def test_a_config_has_no_other_settings() -> None:
+    made = TrainConfig("x", rank=4)
+    assert list(vars(made)) == [field.name for field in dataclasses.fields(TrainConfig)]
+    assert (made.img_dir, made.rank, made.seed) == ("x", 4, 0)
+    assert dataclasses.replace(made, seed=1) == TrainConfig(img_dir="x", rank=4, seed=1)
+    for refused in ({"rnak": 4}, {"img_dir": "y"}):
+        with pytest.raises(TypeError):
+            TrainConfig("x", **refused)
+    with pytest.raises(TypeError):
+        TrainConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.rank = 8  # type: ignore[misc]
+
+
 def test_every_field_has_a_doc_line() -> None:
     """The line under each field is what the key's documentation is made of."""
     import xflux_trainer.settings as module

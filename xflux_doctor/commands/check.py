@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from pathlib import Path
 
 import click
+import msgspec
 
 from xflux_doctor import effective
 from xflux_doctor import facts as facts_module
@@ -29,7 +29,7 @@ def probed(case: Case, inputs: Inputs) -> Case:
     if inputs.quick or inputs.facts:
         return case
     ask, seconds = (ask_of(case), inputs.deep_timeout) if inputs.deep else (None, inputs.timeout)
-    return dataclasses.replace(case, facts=probe(case.facts, case.job, os.environ, seconds, ask))
+    return msgspec.structs.replace(case, facts=probe(case.facts, case.job, os.environ, seconds, ask))
 
 
 def run(inputs: Inputs, *, form: str, output: str | None, strict: bool, verbose: bool) -> int:

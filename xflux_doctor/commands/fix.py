@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import uuid
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 import yaml
 
 from xflux_doctor import batch, joint, jsontext, repair, strategy, yamltext
@@ -130,7 +130,7 @@ def _with_launch(case: Case) -> Case:
     if case.job.accelerate_path or case.job.problems or case.job.command is not None:
         return case
     made = yaml.safe_load(new_accelerate(case))
-    return dataclasses.replace(case, job=dataclasses.replace(case.job, accelerate=made))
+    return msgspec.structs.replace(case, job=msgspec.structs.replace(case.job, accelerate=made))
 
 
 def run(inputs: Inputs, *, form: str, write: bool, yes: bool) -> int:

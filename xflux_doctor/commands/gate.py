@@ -5,7 +5,6 @@ A variable is added to the launch only where the deep level proved that the rank
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable
 
@@ -66,7 +65,7 @@ def _has_cards(case: Case) -> bool:
 
 
 def _with(case: Case, facts: Facts) -> Case:
-    return dataclasses.replace(case, facts=facts)
+    return msgspec.structs.replace(case, facts=facts)
 
 
 def _with_proven(case: Case, found: Facts) -> Case:
@@ -90,7 +89,7 @@ def _errors(case: Case, facts: Facts, *, new: bool = False) -> bool:
         before, after = msgspec.structs.asdict(case.facts), msgspec.structs.asdict(facts)
         fields = {name for name in after if after[name] != before[name]}
         checks = [check for check in ALL if fields & {*check.needs}]
-        case = dataclasses.replace(case, accepted=frozenset())
+        case = msgspec.structs.replace(case, accepted=frozenset())
     else:
         checks = list(ALL)
     return any(verdict.status in ("error", "crashed") for verdict in examine(_with(case, facts), checks))

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from xflux_doctor import matrix as matrices
 from xflux_doctor import planner
 from xflux_doctor.errors import DoctorError
@@ -64,8 +66,8 @@ def after(folder: Path) -> Lighter | None:
     if any(folder.glob("checkpoint-*")) and case.job.train is not None:
         # Another optimizer does not go on from a checkpoint.
         allowed = tuple(name for name in case.job.train.allow if name != "optimizer")
-        job = dataclasses.replace(case.job, train=dataclasses.replace(case.job.train, allow=allowed))
-        case = dataclasses.replace(case, job=job)
+        job = msgspec.structs.replace(case.job, train=dataclasses.replace(case.job.train, allow=allowed))
+        case = msgspec.structs.replace(case, job=job)
     found = planner.known(case)
     if found is None:
         return None

@@ -106,7 +106,7 @@ def _elsewhere(case: Case) -> tuple[Case, str]:
     if not any(_NODE.fullmatch(node) and state == "ok" for node, state in nodes.items()) and stack is not None:
         packages = {key: Package(key, pin.version, pin.build) for key, pin in stack.packages.items()}
         name = stack.name
-    return dataclasses.replace(case, facts=msgspec.structs.replace(case.facts, host=None, packages=packages)), name
+    return msgspec.structs.replace(case, facts=msgspec.structs.replace(case.facts, host=None, packages=packages)), name
 
 
 def _named(cards: tuple[Card, ...]) -> tuple[Gpu, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+import msgspec
 from xflux_trainer import config as train_config
 
 from xflux_doctor import planner
@@ -29,7 +30,7 @@ class Faster:
 def faster(case: Case, plan: Plan) -> Faster | None:
     """The fastest settings that fit and change no number that is computed, where the training file does not say
     otherwise; None where the mended job cannot start, or is as fast as it can be."""
-    mended = dataclasses.replace(case, job=plan.job)
+    mended = msgspec.structs.replace(case, job=plan.job)
     found = None if plan.blockers else planner.known(mended)
     row = planner.quicker(found, _written(plan.job)) if found is not None else None
     if found is None or row is None:
@@ -44,7 +45,7 @@ def faster(case: Case, plan: Plan) -> Faster | None:
 def laid(case: Case, plan: Plan, edits: tuple[Change, ...]) -> Plan:
     """The plan with more edits, and the bill of the job that they make."""
     job = lay(plan.job, list(edits))
-    bill = need(dataclasses.replace(case, job=job))
+    bill = need(msgspec.structs.replace(case, job=job))
     return dataclasses.replace(plan, edits=(*plan.edits, *edits), job=job, bill=bill)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 import importlib
 import os
@@ -61,7 +60,7 @@ def run(
     case, accelerate_text = _with_accelerate(case)
     repaired = plan_of(case)
     plan, words = _planned(case, repaired)
-    case = dataclasses.replace(case, job=plan.job)
+    case = msgspec.structs.replace(case, job=plan.job)
     me = together.who(case)
     how = how or How()
     if how.retries:
@@ -154,8 +153,8 @@ def _with_accelerate(case: Case) -> tuple[Case, str]:
     if case.job.accelerate is not None or case.job.problems or case.job.accelerate_path is not None:
         return case, case.job.accelerate_text
     new = new_accelerate(case)
-    job = cluster.under(dataclasses.replace(case.job, accelerate=yaml.safe_load(new)), case.facts.environment)
-    return dataclasses.replace(case, job=job), new
+    job = cluster.under(msgspec.structs.replace(case.job, accelerate=yaml.safe_load(new)), case.facts.environment)
+    return msgspec.structs.replace(case, job=job), new
 
 
 def _launch(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,7 +123,7 @@ def fellows(case: Case, me: Self, gathering: Gathering | None, wait: float, retr
 
 
 def with_meeting(case: Case, meeting: Meeting) -> Case:
-    return dataclasses.replace(case, facts=msgspec.structs.replace(case.facts, meeting=meeting))
+    return msgspec.structs.replace(case, facts=msgspec.structs.replace(case.facts, meeting=meeting))
 
 
 def shown(meeting: Meeting) -> str:
