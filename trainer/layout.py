@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 TRANSFORMER_FILES = {"flux-dev": "flux1-dev.safetensors", "flux-schnell": "flux1-schnell.safetensors"}
@@ -14,7 +14,8 @@ VARIABLES = {"flux-dev": "FLUX_DEV", "flux-schnell": "FLUX_SCHNELL"}
 VAE_VARIABLE = "AE"
 
 
-class Base(NamedTuple):
+@dataclass(frozen=True)
+class Base:
     """The parts of a base model. A part is a folder in diffusers' layout; transformer and vae may be single files."""
 
     transformer: Path

@@ -113,7 +113,7 @@ def build(inputs: Inputs, matrix: Matrix, *, to_run: bool = True, cards: bool = 
         )
         facts = with_folders(facts, job.train, os.environ)
     chosen, because = _stack(inputs, matrix, facts, job.use_cpu, ask=to_run)
-    if inputs.matrix:
+    if inputs.matrix and because:
         because += f"; {inputs.matrix} is laid over our matrix"
     return Case(facts, job, matrix, chosen, because, frozenset(inputs.accept), frozenset(inputs.take))
 

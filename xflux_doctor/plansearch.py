@@ -66,6 +66,8 @@ class _Line(Sequence[TrainConfig]):
         return len(self._counts)
 
     def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return [self[each] for each in range(*place.indices(len(self)))]
         count = self._counts[place]
         if count not in self._known:
             self._known[count] = altered(self._config, modulation=self._modulation, stream_blocks=count)
