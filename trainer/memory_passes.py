@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
-import operator
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -29,15 +27,14 @@ class Passed(NamedTuple):
 
 def turn(blocks: Sequence[Passed]) -> int:
     """The block in whose backward pass most is there: what later ones kept is gone, and their gradients are there."""
-    if not blocks:
-        return 0
-    kept, needed, _, grads = zip(*blocks, strict=True)
-    there = itertools.accumulate(kept, initial=sum(grads))
-    next(there)
-    if any(grads):
-        there = map(operator.sub, there, itertools.accumulate(grads, initial=0))
-    sums = list(map(operator.add, there, needed))
-    return sums.index(max(sums))
+    there = sum([block.grads for block in blocks])
+    most, found = -1, 0
+    for number, (kept, needed, _, grads) in enumerate(blocks):
+        there += kept
+        if there + needed > most:
+            most, found = there + needed, number
+        there -= grads
+    return found
 
 
 def gradients_so_far(blocks: Sequence[Passed], number: int, *, cut: bool = False) -> Iterator[Term]:
