@@ -92,7 +92,7 @@ def count_parts(spec: FluxSpec, parts: Mapping[str, Path]) -> FluxSpec:
         # OpenAI's own repository has CLIP's image half in the same file.
         counts["clip_parameters"] = _parameters(clip, "text_model.") or _parameters(clip)
     if vae := parts.get("vae"):
-        counts |= {"vae_parameters": _parameters(vae), "encoder_parameters": _parameters(vae, "encoder.")}
+        counts["vae_parameters"] = _parameters(vae)
     known: dict[str, Any] = {key: count for key, count in counts.items() if count}
     return replace(spec, **known)
 

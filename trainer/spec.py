@@ -59,8 +59,6 @@ class FluxSpec:
     t5_parameters: int = 4_762_310_656
     clip_parameters: int = 123_060_480
     vae_parameters: int = 83_819_683
-    encoder_parameters: int = 34_274_208
-    """The VAE's encoder, of `vae_parameters`."""
 
     def __hash__(self) -> int:
         return self._hash
@@ -231,17 +229,15 @@ def read_folder(folder: str | Path) -> FluxSpec:
         guidance_embeds=bool(config["guidance_embeds"]),
         dynamic_shift=bool(config["guidance_embeds"]) if dynamic is None else bool(dynamic),
     )
-    vae = count_parameters(folder / "vae")
     return replace(
         spec,
         t5_parameters=_known(count_parameters(folder / "text_encoder_2"), spec.t5_parameters),
         clip_parameters=_known(count_parameters(folder / "text_encoder"), spec.clip_parameters),
-        vae_parameters=_known(vae, spec.vae_parameters),
-        encoder_parameters=_known(count_parameters(folder / "vae", "encoder."), spec.encoder_parameters),
+        vae_parameters=_known(count_parameters(folder / "vae"), spec.vae_parameters),
     )
 
 
-def count_parameters(folder: Path, prefix: str = "") -> int | None:
+def count_parameters(folder: Path) -> int | None:
     """Parameters in a folder's safetensors files, by their headers alone; None when it has none."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -249,7 +245,7 @@ def count_parameters(folder: Path, prefix: str = "") -> int | None:
     total = 0
     for file in files:
         for name, entry in safetensors_header(file).items():
-            if name != "__metadata__" and name.startswith(prefix):
+            if name != "__metadata__":
                 total += math.prod(entry["shape"])
     return total
 

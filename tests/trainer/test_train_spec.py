@@ -214,7 +214,7 @@ def test_read_folder(tmp_path: Path) -> None:
     write_model(tmp_path / "text_encoder_2", "model-00002-of-00002.safetensors", {"b": [3]})
     spec = read_folder(tmp_path)
     assert (spec.double_blocks, spec.single_blocks, spec.hidden, spec.guidance_embeds) == (2, 4, 24, False)
-    assert (spec.t5_parameters, spec.vae_parameters, spec.encoder_parameters) == (17, 11, 6)
+    assert (spec.t5_parameters, spec.vae_parameters) == (17, 11)
     assert spec.clip_parameters == FLUX_DEV.clip_parameters  # not there: the real one's size is assumed
     assert spec.dynamic_shift is False
     (tmp_path / "scheduler").mkdir()

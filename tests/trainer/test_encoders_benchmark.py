@@ -1,0 +1,53 @@
+"""What the encoders were measured to take, beside the bill of today."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+
+from trainer_kit import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import encoders
+
+FILES = sorted((ROOT / "benchmarks" / "results").glob("encoders-*.json"))
+
+
+def test_sizes_up_to_the_largest_were_measured() -> None:
+    sizes = {size for file in FILES for size in json.loads(file.read_text("utf-8"))["measured"]}
+    assert {"captions", "512", "1024", "1536", "2048"} <= sizes
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_the_bill_of_today(file: Path) -> None:
+    found = encoders.rows(json.loads(file.read_text("utf-8"))["measured"])
+    assert not [row["wrong"] for row in found if row["wrong"]]
+
+
+def test_what_is_off_and_what_is_too_little_is_said() -> None:
+    measured = json.loads(FILES[-1].read_text("utf-8"))["measured"]
+    larger = copy.deepcopy(measured)
+    larger["2048"]["allocated_bytes"] *= 1.04
+    wrong = {row["what"]: row["wrong"] for row in encoders.rows(larger)}
+    assert wrong.pop("image of 2048 px").startswith("the bill is -3.") and wrong.pop("a job of 2048 px")
+    assert not any(wrong.values())
+    measured["512"]["within"] = False  # of a job of 512 px the captions are the larger part
+    wrong = {row["what"]: row["wrong"] for row in encoders.rows(measured)}
+    assert wrong.pop("image of 512 px").startswith("out of memory in ") and not any(wrong.values())
+
+
+def test_without_a_gpu(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "encoders.py", "--work", tmp_path],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and "Run it on a GPU" in done.stderr and not list(tmp_path.iterdir())
