@@ -7,7 +7,6 @@ config's `allow` names it. Pure: from a case to rows.
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import gc
 import heapq
@@ -231,54 +230,38 @@ class Search:
         return None
 
     def _quickest(self, lines: list[Sequence[TrainConfig]], percent: int) -> TrainConfig | None:
-        """The quickest that fits, of lines whose members take longer each than the one before, and with everything
-        recomputed hold less; the last one does so with nothing recomputed too.
+        """The quickest that fits, of lines whose members take longer each than the one before, and have to recompute no
+        more blocks.
 
-        Best first: the queue is ordered by the time that a member takes at the least, at first with nothing recomputed,
-        then with as many blocks as the last of its line has to recompute, then with as many as it has to itself.
+        Best first: the queue is of stretches of lines, ordered by the time that their first members take with as many
+        blocks as their last ones have to recompute at the least, which all of them have to. A stretch that is the
+        quickest is halved, until a member stands alone.
         """
         best, bound = None, math.inf
-        floors: dict[int, int] = {}
-        """Of a line how many blocks its last member has to recompute at the least."""
-        enough = [0] * len(lines)
-        """Of each line the first member that may fit."""
-        queue: list[tuple[float, int, int, int | None]] = []
-        """The number of blocks stands there where the member itself was asked for it."""
+        queue: list[tuple[float, int, int, int, int, bool]] = []
+        """Seconds, line, first and last member, and so many blocks; whether that was asked of the last one itself."""
 
-        def ask(number: int, place: int, own: int | None = None) -> None:
-            low = floors.get(number, 0) if own is None else own
-            if place < len(lines[number]) and low <= self._blocks:
-                time = self._order(self._again(lines[number][place], low))
+        def ask(number: int, first: int, last: int, low: int, *, known: bool) -> None:
+            if low <= self._blocks:
+                time = self._order(self._again(lines[number][first], low))
                 if time < bound:
-                    heapq.heappush(queue, (time, number, place, own))
+                    heapq.heappush(queue, (time, number, first, last, low, known))
 
-        for number in range(len(lines)):
-            ask(number, 0)
+        for number, line in enumerate(lines):
+            ask(number, 0, len(line) - 1, self._certainly(line[-1], percent), known=True)
         while queue and queue[0][0] < bound:
-            _, number, place, low = heapq.heappop(queue)
-            line, member = lines[number], lines[number][place]
-            if number not in floors:
-                floors[number] = self._certainly(line[-1], percent)
-                if floors[number]:
-                    ask(number, place)
-                    continue
-            if low is None:
-                ask(number, max(place + 1, enough[number]))
-                if place < enough[number] or self._refused(member):
-                    continue
-                low = floors[number] if member is line[-1] else self._certainly(member, percent)
-                if floors[number] < low <= self._blocks:
-                    ask(number, place, low)
-                    continue
-            found = self._least(member, percent, low, bound) if low <= self._blocks else None
-            if found is not None:
-                if (time := self._order(found)) < bound:
+            _, number, first, last, low, known = heapq.heappop(queue)
+            line = lines[number]
+            if not known:
+                ask(number, first, last, self._certainly(line[last], percent), known=True)
+            elif first < last:
+                middle = (first + last) // 2
+                ask(number, first, middle, low, known=False)
+                ask(number, middle + 1, last, low, known=True)
+            elif not self._refused(line[first]):
+                found = self._least(line[first], percent, low, bound)
+                if found is not None and (time := self._order(found)) < bound:
                     best, bound = found, time
-            elif low > self._blocks or not self._can_fit(member, percent):
-                leanest = [self._again(one, self._blocks) for one in line]
-                enough[number] = bisect.bisect_left(
-                    leanest, True, lo=place + 1, key=lambda one: self._fits(one, percent)
-                )
         return best
 
     def _lines(self, base: TrainConfig, streamed: tuple[int, ...]) -> Iterator[Sequence[TrainConfig]]:
