@@ -5,9 +5,9 @@
 Writes T5-XXL, CLIP-L and the VAE at FLUX.1-dev's sizes with random weights to DIR/encoders (10 GB, kept for the next
 time). Then, with the trainer's own classes: T5 and CLIP are loaded and encode one caption of 512 tokens, and for each
 size the VAE is loaded and encodes one square image. Measured is torch.cuda.max_memory_allocated from before the loading
-to the end of the encoding; what was reserved, and what NVML showed more than before, stand beside it. Then once more
-with the allocator held to what the doctor says will be reserved. A job's phase takes the larger of the two, and so does
-its bill.
+to the end of the encoding; what was reserved, and what NVML showed more than before, asked twenty times a second, stand
+beside it. Then once more with the allocator held to what the doctor says will be reserved. A job's phase takes the
+larger of the two, and so does its bill.
 
 Written to results/encoders-GPU-DATE.json. Exit 1 where the bill is more than 3 % off, or was too little.
 """

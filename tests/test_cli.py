@@ -110,7 +110,7 @@ def test_matrix_commands(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("gpu", "code", "words"), [
     ("H100:80", 0, "fits"), ("RTX 5090:27.2", 0, "tight"), ("T4:15", 0, "base in int4"),
-    ("RTX 3050:8", 1, "Nothing fits this card"),  # the text encoders alone are 9.2 GiB
+    ("RTX 3050:8", 1, "Nothing fits this card"),  # the text encoders alone take 9.4 GiB
 ])  # fmt: skip
 def test_plan(place: Path, gpu: str, code: int, words: str) -> None:
     inputs = job_of(place, "cuda13-1.json", "cuda13")

@@ -82,15 +82,24 @@ def test_it_is_the_fastest_of_all_that_can_be_said(matrix: Matrix, limit: int, t
     plan = chosen(found)
     assert not plan.lossy and plan.seconds is not None
     work = subject(matrix, limit, **train)
+    assert plan.seconds <= 1.0001 * fastest(plansearch.Search(work, planner.of_case(work), ()))
+
+
+def fastest(seek: plansearch.Search) -> float:
+    """Seconds of the quickest way that fits with room, all of them tried."""
+    ways = [way for line in seek._lines(seek.config, plansearch.STREAMED) for way in line]
+    tried = [recomputing(way, count) for way in ways for count in (*range(58), None)]
+    return min(seek._order(config) for config in tried if seek._fits(config, TIGHT))
+
+
+def test_with_more_streamed_blocks_one_more_may_have_to_be_recomputed(matrix: Matrix) -> None:
+    """Of fp8-dynamic with 32 instead of 28: the block where a step holds most is resident then."""
+    keys = {"quantization": "fp8-dynamic", "lora_targets": "xflux", "img_size": 4096}
+    work = subject(matrix, 56_717_259_777 / GIB, **keys)
     seek = plansearch.Search(work, planner.of_case(work), ())
-    best = None
-    for way in (way for line in seek._lines(seek.config, plansearch.STREAMED) for way in line):
-        for count in (*range(58), None):
-            config = recomputing(way, count)
-            if seek._fits(config, TIGHT):
-                seconds = seek._order(config)
-                best = seconds if best is None else min(best, seconds)
-    assert best is not None and plan.seconds <= 1.0001 * best
+    seek.timed["flash4"] = False
+    found = seek._quickest(list(seek._lines(seek.config, plansearch.STREAMED)), TIGHT)
+    assert found is not None and seek._order(found) <= 1.0001 * fastest(seek)
 
 
 @pytest.mark.parametrize(

@@ -230,36 +230,46 @@ class Search:
         return None
 
     def _quickest(self, lines: list[Sequence[TrainConfig]], percent: int) -> TrainConfig | None:
-        """The quickest that fits, of lines whose members take longer each than the one before, and have to recompute no
-        more blocks.
+        """The quickest that fits, of lines whose members take longer each than the one before, and have to recompute at
+        the most one block more; the last one of a line has to recompute the fewest.
 
         Best first: the queue is of stretches of lines, ordered by the time that their first members take with as many
-        blocks as their last ones have to recompute at the least, which all of them have to. A stretch that is the
-        quickest is halved, until a member stands alone.
+        blocks as all of them have to recompute at the least: one fewer than the last one. (Streamed blocks are spread
+        evenly: with more of them the one where a step holds most may be resident, and then fp8 keeps more of it.) A
+        stretch that is the quickest is halved, until a member stands alone.
         """
         best, bound = None, math.inf
         queue: list[tuple[float, int, int, int, int, bool]] = []
         """Seconds, line, first and last member, and so many blocks; whether that was asked of the last one itself."""
+        lows: dict[tuple[int, int], int] = {}
+
+        def low_of(number: int, place: int) -> int:
+            if (number, place) not in lows:
+                lows[number, place] = self._certainly(lines[number][place], percent)
+            return lows[number, place]
 
         def ask(number: int, first: int, last: int, low: int, *, known: bool) -> None:
+            if known:
+                low = max(low, low_of(number, last) - (first < last))
             if low <= self._blocks:
                 time = self._order(self._again(lines[number][first], low))
                 if time < bound:
                     heapq.heappush(queue, (time, number, first, last, low, known))
 
         for number, line in enumerate(lines):
-            ask(number, 0, len(line) - 1, self._certainly(line[-1], percent), known=True)
+            if low_of(number, len(line) - 1) <= self._blocks:
+                ask(number, 0, len(line) - 1, 0, known=True)
         while queue and queue[0][0] < bound:
             _, number, first, last, low, known = heapq.heappop(queue)
-            line = lines[number]
+            member = lines[number][first]
             if not known:
-                ask(number, first, last, self._certainly(line[last], percent), known=True)
+                ask(number, first, last, low, known=True)
             elif first < last:
                 middle = (first + last) // 2
                 ask(number, first, middle, low, known=False)
                 ask(number, middle + 1, last, low, known=True)
-            elif not self._refused(line[first]):
-                found = self._least(line[first], percent, low, bound)
+            elif not self._refused(member):
+                found = self._least(member, percent, low, bound)
                 if found is not None and (time := self._order(found)) < bound:
                     best, bound = found, time
         return best

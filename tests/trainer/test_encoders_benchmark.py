@@ -19,6 +19,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import encoders
 
+from xflux_doctor.verdict import reserved
+
 FILES = sorted((ROOT / "benchmarks" / "results").glob("encoders-*.json"))
 
 
@@ -31,6 +33,9 @@ def test_sizes_up_to_the_largest_were_measured() -> None:
 def test_the_bill_of_today(file: Path) -> None:
     found = encoders.rows(json.loads(file.read_text("utf-8"))["measured"])
     assert not [row["wrong"] for row in found if row["wrong"]]
+    assert max(abs(row["error"]) for row in found) < 0.005
+    for row in found:  # what it was seen to run in is what is foretold today
+        assert row["held_to_bytes"] <= reserved(row["forecast_bytes"]) < row["held_to_bytes"] * 1.03
 
 
 def test_what_is_off_and_what_is_too_little_is_said() -> None:
