@@ -67,11 +67,11 @@ def sits() -> Iterator[Sits]:
 
 
 def once(pid: int, call: str) -> Thread:
-    """Its main thread, as soon as it waits in this call."""
+    """Its main thread, as soon as it waits in this call; while Python loads, a slow disk keeps it in state D there."""
     until = time.monotonic() + 20
     while time.monotonic() < until:
         found = waits.threads(pid)
-        if found and found[0].call == call and found[0].state != "R":
+        if found and found[0].call == call and found[0].state == "S":
             return found[0]
         time.sleep(0.02)
     raise AssertionError(waits.threads(pid))
