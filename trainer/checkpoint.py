@@ -134,12 +134,17 @@ def save(
     for _ in pieces:  # making them is work of all ranks, so a full disk ends it on none of them alone
         PULSE.tick()
     ranks.agree(problem)
-    if ranks.main and config.checkpoints_total_limit is not None:
-        # Never the one just written, even where another run left later ones beside it.
-        others = [path for path in list_checkpoints(output) if path != folder]
-        for old in others[: max(0, len(others) + 1 - config.checkpoints_total_limit)]:
-            _remove(old)
+    if ranks.main:
+        thin_out(output, config.checkpoints_total_limit, folder)
     return folder
+
+
+def thin_out(output: Path, limit: int | None, newest: Path) -> None:
+    """Remove the oldest checkpoints beyond the limit; never `newest`, even where another run left later ones there."""
+    if limit is not None:
+        others = [path for path in list_checkpoints(output) if path != newest]
+        for old in others[: max(0, len(others) + 1 - limit)]:
+            _remove(old)
 
 
 def _write(

@@ -155,6 +155,24 @@ def test_a_branch_from_an_earlier_checkpoint(tmp_path: Path, capsys: pytest.Capt
     assert "moved to" not in said
 
 
+def test_one_too_many_is_removed_by_a_run_that_saves_none(tmp_path: Path) -> None:
+    """A run that was killed between writing its last checkpoint and removing the oldest."""
+    run(write_config(tmp_path, max_train_steps=4, checkpointing_steps=1))
+    run(write_config(tmp_path, max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=2,
+                     resume_from_checkpoint="latest"))  # fmt: skip
+    assert names(tmp_path / "out") == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_the_one_that_is_gone_on_from_stays_however_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(write_config(tmp_path, max_train_steps=2, checkpointing_steps=1))
+    monkeypatch.chdir(tmp_path)
+    run(write_config(tmp_path, max_train_steps=2, checkpointing_steps=1, checkpoints_total_limit=1,
+                     resume_from_checkpoint="out/checkpoint-2"))  # fmt: skip
+    assert names(tmp_path / "out") == ["checkpoint-2"]
+
+
 def test_a_checkpoint_beyond_the_last_step_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(write_config(tmp_path, max_train_steps=4, checkpointing_steps=2))
     before = weights(tmp_path / "out")
