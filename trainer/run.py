@@ -248,9 +248,10 @@ def _resume(
         progress.heldout_before = None
         notes.append(f"the held-out loss is another one from here on: it is measured anew at step {progress.step}.")
     place = _set_aside(output, progress.step, ranks)
-    if ranks.main and found.resolve().parent == output.resolve():
+    real = found.resolve()  # a link may have another name
+    if ranks.main and real.parent == output.resolve():
         # A run that was killed before it came to that may have nothing left to save.
-        checkpoint.thin_out(output, config.checkpoints_total_limit, output / found.name)
+        checkpoint.thin_out(output, config.checkpoints_total_limit, output / real.name)
     return progress, [*notes, f"later checkpoints were moved to {place}."] if place else notes
 
 

@@ -163,13 +163,15 @@ def test_one_too_many_is_removed_by_a_run_that_saves_none(tmp_path: Path) -> Non
     assert names(tmp_path / "out") == ["checkpoint-3", "checkpoint-4"]
 
 
+@pytest.mark.parametrize("name", ["out/checkpoint-2", "out/best"])
 def test_the_one_that_is_gone_on_from_stays_however_it_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     run(write_config(tmp_path, max_train_steps=2, checkpointing_steps=1))
     monkeypatch.chdir(tmp_path)
+    Path("out/best").symlink_to("checkpoint-2")
     run(write_config(tmp_path, max_train_steps=2, checkpointing_steps=1, checkpoints_total_limit=1,
-                     resume_from_checkpoint="out/checkpoint-2"))  # fmt: skip
+                     resume_from_checkpoint=name))  # fmt: skip
     assert names(tmp_path / "out") == ["checkpoint-2"]
 
 
