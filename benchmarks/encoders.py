@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -33,7 +34,7 @@ from xflux_trainer.spec import FLUX_DEV
 
 from xflux_doctor.verdict import reserved
 
-PARTS = ("text_encoder", "text_encoder_2", "vae")
+PARTS = "text_encoder,text_encoder_2,vae"
 SMALL = 256
 """Pixels of an image for which the VAE takes less than the text encoders."""
 CAPTION = "a photograph of a red fox in the snow " * 80
@@ -41,14 +42,10 @@ CAPTION = "a photograph of a red fox in the snow " * 80
 HEAD = "| what | forecast GiB | allocated | difference | reserved | NVML |\n|---|---|---|---|---|---|"
 
 
-def write_model(model: Path) -> None:
-    import write_flux_weights as writer
-
-    model.mkdir(parents=True, exist_ok=True)
-    for part in writer.full_size():
-        if part.folder in PARTS:
-            writer.write_part(model, part, "cuda")
-    writer.write_rest(model)
+def write_model(model: Path, device: str) -> int:
+    """By its own command, which says what is wrong with the folder or the disk; returns its exit code."""
+    argv = [sys.executable, str(children.REPO / "benchmarks" / "write_flux_weights.py"), str(model)]
+    return subprocess.run([*argv, "--parts", PARTS, "--device", device], check=False).returncode
 
 
 # What is measured ---------------------------------------------------------------------------------------------
@@ -163,7 +160,8 @@ def main() -> int:
         print("error: torch sees no CUDA device, whose memory this measures. Run it on a GPU.", file=sys.stderr)
         return 2
     model: Path = options.work.absolute() / "encoders"
-    write_model(model)
+    if code := write_model(model, "cuda"):
+        return code
     torch.ones(1, device="cuda")  # what the context takes of NVML's figure is there from now on
     measured = {"captions": watched(partial(captions, model), phase(SMALL))}
     for pixels in options.sizes:

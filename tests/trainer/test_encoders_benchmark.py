@@ -50,6 +50,15 @@ def test_what_is_off_and_what_is_too_little_is_said() -> None:
     assert wrong.pop("image of 512 px").startswith("out of memory in ") and not any(wrong.values())
 
 
+def test_another_s_weights_are_not_overwritten(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    file.parent.mkdir()
+    file.write_bytes(b"somebody's")
+    assert encoders.write_model(tmp_path, "cpu") == 2
+    assert "holds other weights, which are not overwritten" in capfd.readouterr().err
+    assert file.read_bytes() == b"somebody's" and not (tmp_path / "text_encoder").exists()
+
+
 def test_without_a_gpu(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, ROOT / "benchmarks" / "encoders.py", "--work", tmp_path],
