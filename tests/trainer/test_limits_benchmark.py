@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,4 +48,47 @@ def test_the_verdict(chosen: dict[str, Any], measured: dict[str, Any], good: boo
 
 
 def test_every_plan_is_timed_once() -> None:
-    assert len(limits.plans([row(OWN), row(KEPT)])) == 3
+    assert len(limits.due([row(OWN), row(KEPT)], {})) == 3
+    assert list(limits.due([row(OWN), row(KEPT)], times(own=(0.44, 27), kept=(0.4, 31)))) == [
+        limits.key("lora", FP8["changes"])
+    ]
+
+
+def test_what_is_not_within_the_bar_is_timed_until_the_median_counts() -> None:
+    slow = row(OWN)
+    measured = times(own=(0.44, 27), kept=(0.4, 31), fp8=(0.2, 20))
+    own, kept = (limits.key("lora", one["changes"]) for one in (OWN, KEPT))
+    for taken in (0.38, 0.42):  # after the first of them it is within the bar, and still timed once more
+        assert limits.due([slow], measured).keys() == {own, kept}
+        for each, seconds in ((own, taken), (kept, 0.4)):
+            measured[each] = limits.joined(measured[each], {"outcome": "measured", "seconds": seconds, "nvml_gib": 31})
+    assert measured[own] == {"outcome": "measured", "seconds": 0.42, "nvml_gib": 27, "each_seconds": [0.44, 0.38, 0.42]}
+    assert limits.due([slow], measured) == {}
+    assert limits.judge(slow, measured)[1]
+
+
+def test_what_is_within_the_bar_is_not_timed_again() -> None:
+    assert limits.due([row(KEPT)], times(own=(0.44, 27), kept=(0.4, 31), fp8=(0.2, 20))) == {}
+
+
+def test_a_plan_that_was_timed_often_enough_stays_too_slow() -> None:
+    measured = times(own=(0.44, 27), kept=(0.4, 31), fp8=(0.2, 20))
+    for each in measured.values():
+        each["each_seconds"] = [each["seconds"]] * 3
+    assert limits.due([row(OWN)], measured) == {}
+    assert not limits.judge(row(OWN), measured)[1]
+
+
+def test_a_failed_timing_changes_nothing() -> None:
+    known = {"outcome": "measured", "seconds": 0.4, "nvml_gib": 27}
+    assert limits.joined(known, {"outcome": "out of memory"}) == known
+    assert limits.joined(None, {"outcome": "out of memory"}) == {"outcome": "out of memory"}
+    assert limits.joined({"outcome": "out of memory"}, known) == known
+
+
+def test_with_nothing_to_time(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "limits.py", "--work", tmp_path, "--time", "--results", tmp_path],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and "has no plan to time" in done.stderr and not list(tmp_path.iterdir())
