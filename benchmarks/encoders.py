@@ -9,7 +9,8 @@ to the end of the encoding; what was reserved, and what NVML showed more than be
 beside it. Then once more with the allocator held to what the doctor says will be reserved. A job's phase takes the
 larger of the two, and so does its bill.
 
-Written to results/encoders-GPU-DATE.json. Exit 1 where the bill is more than 3 % off, or was too little.
+Written to results/encoders-GPU-DATE.json. Exit 1 where the bill is more than 3 % off, or was too little, and where an
+image found no room on the card, which is left out of the file.
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ def watched(work: Callable[[], None], forecast_bytes: int) -> Outcome:
     import torch
     from xflux_trainer.encoders import free
 
+    free()  # of one that found no room
     torch.cuda.reset_peak_memory_stats()
     with cards.Watched() as seen:
         work()
@@ -163,14 +165,22 @@ def main() -> int:
     if code := write_model(model, "cuda"):
         return code
     torch.ones(1, device="cuda")  # what the context takes of NVML's figure is there from now on
-    measured = {"captions": watched(partial(captions, model), phase(SMALL))}
-    for pixels in options.sizes:
-        measured[str(pixels)] = watched(partial(image, model, pixels), of_image(pixels))
-    found = rows(measured)
-    print("\n".join([HEAD, *map(line, found)]))
-    body = {"rows": found, "measured": measured}
-    print(children.save(options.results, "encoders", "encoders.py", body))
-    problems = [f"{row['what']}: {row['wrong']}" for row in found if row["wrong"]]
+    asked = {"captions": (partial(captions, model), phase(SMALL))}
+    asked |= {str(pixels): (partial(image, model, pixels), of_image(pixels)) for pixels in options.sizes}
+    measured, problems = {}, []
+    for what, (work, foretold) in asked.items():
+        room = torch.cuda.mem_get_info()[0]
+        try:
+            measured[what] = watched(work, foretold)
+        except torch.cuda.OutOfMemoryError:
+            name = what if what == "captions" else f"image of {what} px"
+            problems.append(f"{name}: out of memory, {foretold / GIB:.1f} GiB foretold and {room / GIB:.1f} free")
+    if "captions" in measured:
+        found = rows(measured)
+        print("\n".join([HEAD, *map(line, found)]))
+        body = {"rows": found, "measured": measured}
+        print(children.save(options.results, "encoders", "encoders.py", body))
+        problems += [f"{row['what']}: {row['wrong']}" for row in found if row["wrong"]]
     for problem in problems:
         print(f"missed: {problem}", file=sys.stderr)
     return 1 if problems else 0
