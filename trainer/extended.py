@@ -79,4 +79,7 @@ def extend(bases: list[Any], rank: int, *, beside: bool) -> Extended | None:
 
 def spread(like: Tensor, width: int) -> Tensor:
     """(…, width), not yet filled, with as many rows as `like` (…, any) has; each row begins where a burst does."""
-    return like.new_empty(*like.shape[:-1], -(-width // BURST) * BURST)[..., :width]
+    # On a CPU with AMX, oneDNN's products in 16 bits read up to 31 elements behind a row's end and multiply them by
+    # zero: what is not finite there makes all of the result NaN (uxlfoundation/oneDNN#5717; torch 2.13, not 2.4).
+    make = like.new_zeros if like.is_cpu else like.new_empty
+    return make(*like.shape[:-1], -(-width // BURST) * BURST)[..., :width]
