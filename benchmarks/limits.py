@@ -63,27 +63,34 @@ def doctor(work: Path, command: list[str], limit: int, deadline: float) -> subpr
         return subprocess.CompletedProcess(argv, 124, said, f"not done after {deadline:g} s")
 
 
+def _said(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """The end of it."""
+    return (done.stdout + done.stderr).strip().splitlines()[-12:]
+
+
 def under(work: Path, mode: str, limit: int, allow: list[str], options: argparse.Namespace) -> Outcome:
     """Plan, then run."""
     (work / "train.yaml").write_text(json.dumps(job(work, options.out, mode, allow)), encoding="utf-8")  # JSON is YAML
     (work / "accelerate.yaml").write_text('distributed_type: "NO"\nnum_processes: 1\n', encoding="utf-8")
     planned = doctor(work, ["plan", "--format", "json"], limit, 60)
-    document = json.loads(planned.stdout)
+    found: Outcome = {"mode": mode, "limit_gib": limit, "allow": allow, "plan": None, "rows": []}
+    try:
+        document = json.loads(planned.stdout)
+    except ValueError:  # it failed, and says why
+        return {**found, "outcome": "failed", "said": _said(planned)}
     plan = document["plan"]
     rows = [*([plan] if plan else []), *document["alternatives"]]
-    found: Outcome = {
-        "mode": mode, "limit_gib": limit, "allow": allow, "plan": plan,
-        "rows": [{key: row[key] for key in ("label", "changes", "lossy")} for row in rows],
+    found |= {
+        "plan": plan, "rows": [{key: row[key] for key in ("label", "changes", "lossy")} for row in rows],
         "predicted_seconds": document["seconds_per_step"],
     }  # fmt: skip
     with cards.Watched() as watched:
         done = doctor(work, ["run", "--yes", "--quick"], limit, options.deadline)
-    said = (done.stdout + done.stderr).strip().splitlines()
     if plan is None:
-        refused = done.returncode == 1 and any("ME101" in line for line in said)
-        return {**found, "outcome": "refused" if refused else "failed", "said": said[-12:]}
+        refused = done.returncode == 1 and "ME101" in done.stdout + done.stderr
+        return {**found, "outcome": "refused" if refused else "failed", "said": _said(done)}
     if done.returncode:
-        return {**found, "outcome": "failed", "said": said[-12:]}
+        return {**found, "outcome": "failed", "said": _said(done)}
     metrics = json.loads((options.out / "metrics.json").read_text(encoding="utf-8"))
     shutil.rmtree(options.out)  # a fine-tune's is tens of GB
     peaks, most = metrics["peak_device_bytes"]["overall"], watched.most[0] if watched.most else 0
@@ -219,7 +226,7 @@ def judge(row: Outcome, times: dict[str, Outcome]) -> tuple[str, bool]:
     head = f"| {row['mode']} | {row['limit_gib']} | {lossy} | "
     if row["plan"] is None:
         good = row["outcome"] == "refused" and fastest(row, times) is None
-        return f"{head}nothing fits: {row['outcome']} | – | – | – |", good
+        return f"{head}no plan: {row['outcome']} | – | – | – |", good
     slower = ratio(row, times)
     shown = [f"{one:.3f}" if one else "–" for one in (row.get("seconds_per_step"), seconds(row, times), slower)]
     good = row["outcome"] == "trained" and row.get("within", False) and (slower is None or slower <= SLOWEST)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -92,3 +93,12 @@ def test_with_nothing_to_time(tmp_path: Path) -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2 and "has no plan to time" in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_a_plan_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "model" / "transformer").mkdir(parents=True)
+    (tmp_path / "model" / "transformer" / "config.json").write_text('{"num_layers": 1}')
+    options = argparse.Namespace(out=tmp_path / "out", deadline=60)
+    failed = limits.under(tmp_path, "lora", 24, ["nonsense"], options)
+    assert failed["outcome"] == "failed" and any("nonsense" in line for line in failed["said"])
+    assert not limits.judge(failed, {})[1] and not limits.plans([failed])

@@ -18,6 +18,8 @@ from trainer_kit import AVX_512, ROOT  # noqa: E402
 from xflux_trainer import attention, extended, fast, flow, lora, model, pointwise, quantize  # noqa: E402
 from xflux_trainer.config import TrainConfig  # noqa: E402
 
+torch.set_num_threads(1)  # sums of several threads may come in another order
+
 CPU = torch.device("cpu")
 BLOCKS, HEADS, SIDE, WORDS, RANK = (2, 2), 2, 4, 7, 4
 COUNT = sum(BLOCKS)
