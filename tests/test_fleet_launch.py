@@ -124,10 +124,11 @@ def test_without_a_launcher_it_says_what_to_do(place: Path) -> None:
 def test_torchrun_starts_it(place: Path) -> None:
     """A real torchrun; both nodes of it are agents of this machine, and each looks at its own recorded machine."""
     machines(place, 2, torch="2.9.1")
+    free = port()  # the other stack's tests may start theirs now
     done = [
         subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", f"--node-rank={number}",
-             "--master-addr=127.0.0.1", "--master-port=29731", "-m", "xflux_doctor.fleet", "--shared", "all",
+             "--master-addr=127.0.0.1", f"--master-port={free}", "-m", "xflux_doctor.fleet", "--shared", "all",
              "--config", "train.yaml", "--accelerate-config", "accelerate.yaml", "--facts", f"m{number}.json"],
             cwd=place, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
         )
