@@ -143,7 +143,7 @@ class TestFaults:
         monkeypatch.setitem(each_gpu.LIMITS, "context", 0.5)
         started = time.monotonic()
         never = faulty(tmp_path, {"cpu:0": {"kind": "hang", "stage": "context"}}, seconds=0.8, patience=2)["cpu:0"]
-        assert 2.8 < time.monotonic() - started < 2.8 + 5
+        assert 2.8 < time.monotonic() - started < 2.8 + 20
         assert "did not end within 3 s and was killed" in never.failed["context"] and not never.done
         assert set(never.skipped) == {"memory", "bandwidth"}
 

@@ -151,7 +151,7 @@ def test_a_terminal_that_takes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(5000):
         display(b"x" * 4000 + b"\n")
     display.close()
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
     os.close(read)
 
 

@@ -209,12 +209,12 @@ class TestNcclTests:
         environment = put(tmp_path, "all_reduce_perf", f"sleep 300 &\necho $! $$ > {tmp_path}/pids\nwait")
         started = time.monotonic()
         after = ask_nccl_tests(facts, work, environment, 2.0)
-        assert time.monotonic() - started < 4
+        assert time.monotonic() - started < 20
         assert after.nccl_tests is None and "did not end within" in after.unknown["nccl_tests"]
         pids = (tmp_path / "pids").read_text().split()
         assert len(pids) == 2
         while any(map(living, pids)):  # a killed process needs a moment to go
-            assert time.monotonic() - started < 8
+            assert time.monotonic() - started < 40
             time.sleep(0.02)
 
     def test_when_it_is_not_run(self, matrix: Matrix, tmp_path: Path) -> None:

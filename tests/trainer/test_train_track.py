@@ -145,7 +145,7 @@ class FakeRun:
 
     def finish(self) -> None:
         if self._fails == "finish":
-            time.sleep(5)
+            time.sleep(60)
         self.finished = True
 
 
@@ -238,7 +238,7 @@ def test_wandb_that_does_not_end_is_not_waited_for(home: Path, monkeypatch: pyte
     tracker, _ = start(home, "finish", monkeypatch)
     began = time.monotonic()
     tracker.close()
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 20
     assert "wandb sync" in tracker.notes[-1]
 
 
